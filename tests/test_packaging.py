@@ -1,0 +1,187 @@
+"""The wheel that ``pip install .`` makes: what it contains, and that it leaves others alone."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
+# A copy, so that no build leaves anything in the checkout.
+SOURCES = ('configs', 'requirements', 'slak_mm', 'tools')
+FILES = ('LICENSE', 'MANIFEST.in', 'README.md', 'model-index.yml', 'pyproject.toml', 'setup.py')
+
+
+def run(command, **kwargs):
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('packaging') / 'source'
+    folder.mkdir()
+    for name in SOURCES:
+        ignore = shutil.ignore_patterns('__pycache__', '*.pyc')
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in FILES:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wheel_path(source):
+    # What an earlier build of other sources left must not travel along.
+    stale = source / 'build' / 'lib' / 'slak_mm' / 'removed_since.py'
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    target = source.parent / 'wheels'
+    options = ['--no-deps', '--no-build-isolation', '--no-index', '--no-cache-dir']
+    run([*PIP, 'wheel', *options, '-w', target, source])
+    (path,) = target.glob('*.whl')
+    return path
+
+
+@pytest.fixture(scope='module')
+def contents(wheel_path):
+    with zipfile.ZipFile(wheel_path) as wheel:
+        return {name: wheel.read(name).decode() for name in wheel.namelist()}
+
+
+@pytest.fixture(scope='module')
+def metadata(contents):
+    (name,) = (name for name in contents if name.endswith('.dist-info/METADATA'))
+    return Parser().parsestr(contents[name])
+
+
+def version():
+    namespace = {}
+    exec((ROOT / 'slak_mm' / 'version.py').read_text(), namespace)
+    return namespace['__version__']
+
+
+def test_name_version_and_python(wheel_path, metadata):
+    assert wheel_path.name == f'slak_mm-{version()}-py3-none-any.whl'
+    assert metadata['Name'] == 'slak-mm'
+    assert metadata['Version'] == version()
+    assert metadata['Requires-Python'] == '>=3.10'
+
+
+def test_licence(contents, metadata):
+    assert metadata['License'] == 'Apache-2.0' or metadata['License-Expression'] == 'Apache-2.0'
+    (name,) = (name for name in contents if re.search(r'\.dist-info/(licenses/)?LICENSE$', name))
+    assert contents[name] == (ROOT / 'LICENSE').read_text()
+    for sentence in ('Version 2.0, January 2004', 'END OF TERMS AND CONDITIONS'):
+        assert sentence in contents[name]
+
+
+def test_nothing_is_required(metadata):
+    """mmengine and onedl-mmengine share one import name: requiring one replaces the other."""
+    requirements = metadata.get_all('Requires-Dist')
+    assert all('extra ==' in requirement for requirement in requirements), requirements
+
+
+def test_extras(metadata):
+    by_extra = {}
+    for requirement in metadata.get_all('Requires-Dist'):
+        name = re.match(r'[\w-]+', requirement)[0]
+        extra = re.search(r'extra == .(\w+).', requirement)[1]
+        by_extra.setdefault(extra, set()).add(name)
+    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev'}
+    onedl = {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
+    original = {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
+    torch = {'torch', 'torchvision'}
+    assert by_extra['onedl'] == onedl | torch
+    assert original | torch <= by_extra['openmmlab']
+    assert not onedl & by_extra['openmmlab']
+    assert {'pytest', 'ruff', 'mypy'} <= by_extra['dev']
+    assert not (onedl | original | torch) & by_extra['dev']
+
+
+def test_the_pins_lie_in_the_extras_ranges(metadata):
+    packaging = pytest.importorskip('packaging.requirements')
+    pins = {}
+    for path in (ROOT / 'requirements').glob('*.txt'):
+        for name, pin in re.findall(r'^([\w.-]+)={2,3}([\w.]+)', path.read_text(), re.MULTILINE):
+            pins[name.lower()] = pin
+    checked = 0
+    for text in metadata.get_all('Requires-Dist'):
+        requirement = packaging.Requirement(text)
+        if 'openmmlab' in str(requirement.marker):
+            continue
+        assert requirement.specifier.contains(pins[requirement.name]), text
+        checked += 1
+    assert checked >= 11
+
+
+def test_modules_and_type_marker(source, contents):
+    modules = {str(path.relative_to(source)) for path in source.glob('slak_mm/**/*.py')}
+    inside = {name for name in contents if name.endswith('.py') and '/.mim/' not in name}
+    assert inside == modules
+    assert 'slak_mm/py.typed' in contents
+
+
+def test_configs_and_tools_are_where_mim_looks(source, contents):
+    paths = [*source.glob('configs/**/*.py'), *source.glob('tools/**/*.py')]
+    expected = {f'slak_mm/.mim/{path.relative_to(source)}' for path in paths}
+    expected.remove('slak_mm/.mim/tools/setup_env.py')
+    if (source / 'model-index.yml').exists():
+        expected.add('slak_mm/.mim/model-index.yml')
+    assert {name for name in contents if '/.mim/' in name} == expected
+    name = 'configs/upernet_slak_t_ade20k.py'
+    assert contents[f'slak_mm/.mim/{name}'] == (ROOT / name).read_text()
+
+
+def test_nothing_else(contents):
+    top = {name.split('/')[0] for name in contents}
+    assert top == {'slak_mm', f'slak_mm-{version()}.dist-info'}
+    assert not [name for name in contents if '__pycache__' in name or 'test_' in name]
+
+
+def test_the_sources_stay_clean(source, wheel_path):
+    assert wheel_path.exists()
+    assert not (source / 'slak_mm' / '.mim').exists()
+
+
+def test_installing_replaces_nothing(source, tmp_path):
+    """Beside this environment's OpenMMLab packages, pip would install slak_mm and nothing else."""
+    report = tmp_path / 'report.json'
+    options = ['--no-build-isolation', '--no-index', '--ignore-installed', '--dry-run']
+    run([*PIP, 'install', *options, '--report', report, source])
+    installed = [item['metadata']['name'] for item in json.loads(report.read_text())['install']]
+    assert installed == ['slak-mm']
+
+
+def test_the_installed_package_is_complete(wheel_path, tmp_path):
+    """Imports, version and a config's inheritance, from a folder without the checkout."""
+    target = tmp_path / 'site'
+    run([*PIP, 'install', '--no-deps', '--no-index', '--target', target, wheel_path])
+    code = (
+        'import sys\n'
+        'from pathlib import Path\n'
+        'import slak_mm\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.registry import MODELS\n'
+        'folder = Path(slak_mm.__file__).parent\n'
+        'config = Config.fromfile(folder / ".mim/configs/upernet_slak_t_ade20k.py")\n'
+        'MODELS.get(config.model.backbone.type).__module__.startswith("slak_mm.") or sys.exit(1)\n'
+        'print(folder, slak_mm.__version__)\n'
+    )
+    environ = {**os.environ, 'PYTHONPATH': str(target)}
+    output = run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=environ)
+    assert output.splitlines()[-1] == f'{target / "slak_mm"} {version()}'
