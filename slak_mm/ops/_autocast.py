@@ -1,0 +1,14 @@
+"""Autocast state, for torch 2.1 up."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type, such as ``'cpu'`` or ``'cuda'``."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch < 2.4 takes no device type
+        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else (
+            torch.is_autocast_enabled())

@@ -1,0 +1,150 @@
+"""The cross-shaped depthwise convolution under every large-kernel block.
+
+SLaK (Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity",
+ICLR 2023, section 4) replaces an M x M kernel by two parallel rectangular ones, M x N and N x M,
+beside a small N x N one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._autocast import is_autocast_enabled
+from .backends import BACKENDS, choose_backend
+
+
+@overload
+def cross_dwconv2d(
+    x: Tensor, k_v: Tensor, k_h: Tensor | None = ..., k_s: Tensor | None = ...,
+    bias: Tensor | None = ..., *, reduce: Literal[True], center: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def cross_dwconv2d(
+    x: Tensor, k_v: Tensor, k_h: Tensor | None = ..., k_s: Tensor | None = ...,
+    bias: Tensor | None = ..., *, reduce: Literal[False] = ..., center: int | None = ...,
+) -> tuple[Tensor, Tensor | None, Tensor | None]: ...  # fmt: skip
+
+
+def cross_dwconv2d(
+    x: Tensor,
+    k_v: Tensor,
+    k_h: Tensor | None = None,
+    k_s: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    reduce: bool = False,
+    center: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolve depthwise with a tall, a wide and a small kernel, stride 1, zero padding.
+
+    As in all deep-learning frameworks the kernels are correlated with the input, not flipped.
+    The results have the spatial size of the input; maps smaller than the kernel are allowed.
+
+    Args:
+        x: Input of shape (N, C, H, W).
+        k_v: Tall kernel of shape (C, M, n); a square kernel (M = n) may stand alone.
+        k_h: Wide kernel of shape (C, n, M).
+        k_s: Small kernel of shape (C, s, s), s odd.
+        bias: Shape (C,), added to the sum. Only with ``reduce=True``.
+        reduce: Return the sum of the branches instead of each of them.
+        center: Tap of the long axis (rows of ``k_v``, columns of ``k_h``) that meets the output
+            pixel, 0 to M - 1. Default: ``M // 2``, for which M must be odd. The short axis is
+            always centred and odd.
+
+    Returns:
+        The sum, shape (N, C, H, W), if ``reduce``; else the tuple (y_v, y_h, y_s) of such
+        tensors, with None for a kernel that was not given.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, a kernel size is even, ``center`` is outside the
+            kernel, or ``bias`` was given without ``reduce``.
+        RuntimeError: A backend was forced that cannot run on these tensors.
+    """
+    _check(x, k_v, k_h, k_s, bias, reduce, center)
+    k_v = _centred(k_v, 1, center)
+    if k_h is not None:
+        k_h = _centred(k_h, 2, center)
+    if reduce:
+        k_v, k_h, k_s = _merge_small(k_v, k_h, k_s)
+
+    kernels = [k for k in (k_v, k_h, k_s) if k is not None]
+    results = iter(BACKENDS[choose_backend(x, kernels)].run(x, kernels))
+    if not reduce:
+        return (
+            next(results),
+            None if k_h is None else next(results),
+            None if k_s is None else next(results),
+        )
+    total = next(results)
+    for y in results:
+        total = total + y
+    return total if bias is None else total + bias.view(-1, 1, 1)
+
+
+def _check(
+    x: Tensor, k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None, bias: Tensor | None,
+    reduce: bool, center: int | None,
+) -> None:  # fmt: skip
+    if x.dim() != 4:
+        raise ValueError(f'x must have shape (N, C, H, W), got {tuple(x.shape)}')
+    channels = x.shape[1]
+    for name, kernel in (('k_v', k_v), ('k_h', k_h), ('k_s', k_s)):
+        if kernel is None:
+            continue
+        if kernel.dim() != 3 or kernel.shape[0] != channels:
+            raise ValueError(
+                f'{name} must have shape ({channels}, height, width) for an input of {channels} '
+                f'channels, got {tuple(kernel.shape)}')
+        # Under autocast the convolution itself brings its operands to one dtype.
+        if kernel.dtype != x.dtype and not is_autocast_enabled(x.device.type):
+            raise ValueError(f'{name} has dtype {kernel.dtype}, but x has {x.dtype}')
+    long, short = k_v.shape[1:]
+    if long < short or short % 2 == 0:
+        raise ValueError(
+            f'k_v must be tall or square with an odd width, got a {long} x {short} kernel')
+    if k_h is not None and tuple(k_h.shape[1:]) != (short, long):
+        raise ValueError(
+            f'k_h must be the transposed shape of k_v, {short} x {long}, got '
+            f'{k_h.shape[1]} x {k_h.shape[2]}')
+    if k_s is not None and (k_s.shape[1] != k_s.shape[2] or k_s.shape[1] % 2 == 0):
+        raise ValueError(f'k_s must be square and odd, got {k_s.shape[1]} x {k_s.shape[2]}')
+    if center is None and long % 2 == 0:
+        raise ValueError(
+            f'a kernel of even length {long} has no middle tap: give center, 0 to {long - 1}')
+    if center is not None and not 0 <= center < long:
+        raise ValueError(f'center must lie within the kernel, 0 to {long - 1}, got {center}')
+    if bias is not None:
+        if not reduce:
+            raise ValueError('bias is added to the sum of the branches: it needs reduce=True')
+        if tuple(bias.shape) != (channels,):
+            raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
+
+
+def _centred(kernel: Tensor, dim: int, center: int | None) -> Tensor:
+    """Pad an off-centre kernel with zero taps, so that its middle tap meets the output pixel."""
+    length = kernel.shape[dim]
+    if center is None:
+        return kernel
+    behind = length - 1 - center
+    reach = max(center, behind)
+    pad = (reach - center, reach - behind)
+    return F.pad(kernel, pad if dim == 2 else (0, 0, *pad)) if any(pad) else kernel
+
+
+def _merge_small(
+    k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Add the small kernel to the centre of a larger one that covers it."""
+    if k_s is None:
+        return k_v, k_h, None
+    host = k_v if k_h is None else k_h
+    rows, columns = host.shape[1] - k_s.shape[1], host.shape[2] - k_s.shape[2]
+    if rows < 0 or columns < 0:
+        return k_v, k_h, k_s
+    merged = host + F.pad(k_s, (columns // 2, columns // 2, rows // 2, rows // 2))
+    return (merged, None, None) if k_h is None else (k_v, merged, None)
