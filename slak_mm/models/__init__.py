@@ -1,0 +1,6 @@
+"""Backbones; importing this package registers them in mmengine's root registry."""
+
+from .base import LargeKernelBackbone, switch_to_deploy
+from .slak import SLaK
+
+__all__ = ['LargeKernelBackbone', 'SLaK', 'switch_to_deploy']

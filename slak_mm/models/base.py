@@ -1,0 +1,189 @@
+"""What the backbones of this package have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from slak_mm.checkpoints import convert_state_dict, load_pretrained
+
+from .layers import LayerNorm2d
+
+_DEFAULT_INIT = [dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)]
+
+
+class LargeKernelBackbone(BaseModule):
+    """Four stages of residual blocks at strides 4, 8, 16 and 32.
+
+    A subclass sets :attr:`checkpoint_family`, and fills :attr:`downsample_layers` and
+    :attr:`stages` (as many of one as of the other) before it calls :meth:`_finish_init`.
+
+    Official checkpoints may be loaded with ``load_state_dict`` as they are: their names are
+    converted on the way. :func:`slak_mm.load_pretrained` also checks them.
+    """
+
+    checkpoint_family: ClassVar[str]
+    """Table of :mod:`slak_mm.checkpoints` that converts this backbone's official names."""
+
+    arch_settings: ClassVar[dict[str, dict[str, tuple[int, ...]]]]
+    """``depths`` and ``dims`` of the named architectures."""
+
+    def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+        pretrained = [cfg for cfg in cfgs if cfg.get('type') == 'Pretrained']
+        others = [cfg for cfg in cfgs if cfg.get('type') != 'Pretrained']
+        if len(pretrained) > 1:
+            raise ValueError(f'init_cfg names {len(pretrained)} checkpoints; give one')
+        super().__init__(init_cfg=others or copy.deepcopy(_DEFAULT_INIT))
+        self.pretrained_cfg = copy.deepcopy(pretrained[0]) if pretrained else None
+        self.downsample_layers = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        self._register_load_state_dict_pre_hook(_convert_names, with_module=True)
+
+    @classmethod
+    def _parse_arch(cls, arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return depths and dims of a named or free architecture."""
+        if isinstance(arch, str):
+            if arch not in cls.arch_settings:
+                raise ValueError(
+                    f'{cls.__name__} has no arch {arch!r}; choose from '
+                    f'{", ".join(cls.arch_settings)}, or give dict(depths=…, dims=…)')
+            arch = cls.arch_settings[arch]
+        if set(arch) != {'depths', 'dims'}:
+            raise ValueError(
+                f'arch must be a name or dict(depths=…, dims=…), got the keys {sorted(arch)}')
+        depths, dims = tuple(arch['depths']), tuple(arch['dims'])
+        if len(depths) != len(dims) or not depths or min((*depths, *dims)) < 1:
+            raise ValueError(
+                'arch needs as many depths as dims, all of them positive, got '
+                f'depths={depths}, dims={dims}')
+        return depths, dims
+
+    def _finish_init(
+        self,
+        channels: Sequence[int],
+        out_indices: Sequence[int] | int,
+        out_norm: bool,
+        frozen_stages: int,
+    ) -> None:
+        """Add the output norms and set what is common, after the stages were built."""
+        num_stages = len(self.stages)
+        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+        if not indices or any(not -num_stages <= i < num_stages for i in indices):
+            raise ValueError(
+                f'out_indices must name stages 0 to {num_stages - 1}, got {out_indices}')
+        self.out_indices = tuple(sorted({i % num_stages for i in indices}))
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(
+                f'frozen_stages must lie between -1 and {num_stages}, got {frozen_stages}')
+        self.frozen_stages = frozen_stages
+        self.out_norm = out_norm
+        if out_norm:
+            for i in self.out_indices:
+                self.add_module(f'norm{i}', LayerNorm2d(channels[i]))
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Extract features.
+
+        Args:
+            x: Images of shape (N, in_channels, H, W), H and W at least 32 for four stages.
+
+        Returns:
+            For each stage of ``out_indices`` a tensor of shape (N, C_i, H_i, W_i).
+
+        Raises:
+            ValueError: The image is too small to be downsampled.
+        """
+        if x.device.type == 'cpu':
+            # Large depthwise kernels, and LayerNorm over channels, are fastest in this layout.
+            x = x.contiguous(memory_format=torch.channels_last)
+        self._check_size(x)
+        outs = []
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+            x = stage(downsample(x))
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x) if self.out_norm else x)
+            if i == self.out_indices[-1]:
+                break
+        return tuple(outs)
+
+    def _check_size(self, x: Tensor) -> None:
+        """Raise ValueError for an image which some stage would reduce to nothing."""
+
+    def init_weights(self) -> None:
+        """Initialise, and load the checkpoint of ``init_cfg=dict(type='Pretrained', …)``.
+
+        Without a checkpoint: convolution and linear weights from a normal distribution with
+        standard deviation 0.02, biases 0, as the official code.
+
+        Raises:
+            CheckpointError: The checkpoint is missing, unreadable or does not fit.
+        """
+        super().init_weights()
+        if self.pretrained_cfg is not None:
+            load_pretrained(
+                self, self.pretrained_cfg['checkpoint'], prefix=self.pretrained_cfg.get('prefix'))
+
+    def train(self, mode: bool = True) -> LargeKernelBackbone:
+        """Set train or eval mode; frozen stages stay in eval mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen = [self.downsample_layers[0]]
+        for i in range(self.frozen_stages):
+            frozen += [self.downsample_layers[i], self.stages[i]]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def switch_to_deploy(self) -> None:
+        """Fold branches and norms of every block into the form for inference, in place."""
+        for block in self.modules():
+            if block is not self and hasattr(block, 'switch_to_deploy'):
+                block.switch_to_deploy()
+        self.deploy = True
+
+
+def switch_to_deploy(model: nn.Module) -> nn.Module:
+    """Fold the branches and norms of every backbone of this package within a model, in place.
+
+    Load weights first: a deployed backbone takes deployed checkpoints only. The result agrees
+    with the eval mode of the original.
+
+    Args:
+        model: A backbone, or any module that contains some.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model contains no backbone of this package.
+    """
+    backbones = [m for m in model.modules() if isinstance(m, LargeKernelBackbone)]
+    if not backbones:
+        raise ValueError(f'{type(model).__name__} contains no backbone of slak_mm to deploy')
+    for backbone in backbones:
+        backbone.switch_to_deploy()
+    return model
+
+
+def _convert_names(
+    module: LargeKernelBackbone, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Bring a backbone's part of a state dict into our names, before it is loaded."""
+    own = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
+    converted, _notes = convert_state_dict(own, prefix=prefix, family=module.checkpoint_family)
+    if converted.keys() != own.keys():
+        for key in own:
+            del state_dict[key]
+        state_dict.update(converted)

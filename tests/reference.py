@@ -1,0 +1,84 @@
+"""Results of the official code, and the weights and inputs by formula that led to them.
+
+The formula of the weights: for a state-dict key of the official code draw a standard normal array
+``z`` from ``RandomState(crc32(salt + key))``; norm weights are ``1 + 0.1 z``, running variances
+``1 + 0.1 |z|``, biases and running means ``0.1 z``, layer scales ``0.5 + 0.1 z``, convolution and
+linear weights ``z / sqrt(fan_in)``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLAK_GOLDENS = Path(__file__).parent / 'data' / 'slak_goldens.npz'
+
+
+def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
+    """The value of an official state-dict key."""
+    shape = tuple(shape)
+    last = key.rsplit('.', 1)[-1]
+    if last == 'num_batches_tracked':
+        return torch.zeros(shape, dtype=torch.int64)
+    random = np.random.RandomState(zlib.crc32((salt + key).encode()))
+    z = np.asarray(random.standard_normal(shape)).astype(np.float32)
+    tenth = np.float32(0.1)
+    if last in ('running_mean', 'bias'):
+        value = tenth * z
+    elif last == 'running_var':
+        value = 1 + tenth * np.abs(z)
+    elif last == 'gamma':
+        value = np.float32(0.5) + tenth * z
+    elif len(shape) == 1:
+        value = 1 + tenth * z
+    else:
+        value = z * np.float32(np.sqrt(1 / np.prod(shape[1:])))
+    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+def input_for(shape: Iterable[int], seed: int) -> Tensor:
+    """Standard normal input of a seed, float32."""
+    values = np.random.RandomState(seed).standard_normal(tuple(shape))
+    return torch.from_numpy(values.astype(np.float32))
+
+
+class Goldens:
+    """Condensed arrays of a golden file; see tests/data/make_slak_goldens.py."""
+
+    def __init__(self, path: Path) -> None:
+        self._arrays = np.load(path)
+
+    def cases(self, prefix: str) -> list[str]:
+        """Names of the original files that start with a prefix."""
+        return sorted({k.split('/')[0] for k in self._arrays.files if k.startswith(prefix)})
+
+    def names(self, case: str) -> list[str]:
+        """Names of the arrays of one file."""
+        return [
+            k.split('/')[1] for k in self._arrays.files
+            if k.startswith(case + '/') and not k.endswith('/stats')]  # fmt: skip
+
+    def assert_close(self, case: str, name: str, got: Tensor, tolerance: float) -> None:
+        """Compare the kept values, the mean and the deviation of all values.
+
+        Args:
+            case: Original file.
+            name: Array in it.
+            got: The tensor to test, of the original array's shape.
+            tolerance: Largest difference, as a fraction of the array's standard deviation.
+        """
+        want = self._arrays[f'{case}/{name}'].astype(np.float64)
+        stride, mean, std = self._arrays[f'{case}/{name}/stats']
+        values = got.detach().double().contiguous().numpy().reshape(-1)
+        scale = std if std > 0 else max(abs(mean), 1.0)
+        sample = values[:: int(stride)][: want.size]
+        assert sample.shape == want.shape, f'{case}/{name}: {got.shape} has too few values'
+        error = np.abs(sample - want).max() / scale
+        assert error <= tolerance, f'{case}/{name}: relative error {error:.2e}'
+        assert abs(values.mean() - mean) <= tolerance * scale, f'{case}/{name}: mean'
+        assert abs(values.std() - std) <= tolerance * scale, f'{case}/{name}: deviation'

@@ -1,0 +1,136 @@
+"""Learning-rate scales of the official downstream code (reference/semantics.md, section 6)."""
+
+import pytest
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+from slak_mm.models import SLaK
+
+
+class Segmentor(nn.Module):
+    def __init__(self, depth=9, backbone=None):
+        super().__init__()
+        self.backbone = backbone or SLaK(
+            dict(depths=(1, 1, depth, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7),
+            width_factor=1.0)  # fmt: skip
+        self.decode_head = nn.Conv2d(4, 2, 1)
+
+
+def build(model, lr=1e-4, **paramwise):
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
+        type='LargeKernelLayerDecayConstructor',
+        optim_wrapper_cfg=dict(
+            type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05)),
+        paramwise_cfg=paramwise))  # fmt: skip
+    return constructor(model).optimizer
+
+
+def scales(model, optimizer):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: (g['lr'] / 1e-4, g['weight_decay'])
+            for g in optimizer.param_groups for p in g['params']}  # fmt: skip
+
+
+def test_stage_wise():
+    """UperNet + SLaK-T: decay 0.9, num_layers 6; downsampling 0, stage k -> k + 1, else 7."""
+    model = Segmentor()
+    got = scales(model, build(model, decay_rate=0.9, decay_type='stage_wise', num_layers=6))
+    assert len(got) == len(list(model.parameters()))
+    for name, (scale, _) in got.items():
+        if '.downsample_layers.' in name:
+            want = 0.9**7
+        elif '.stages.' in name:
+            want = 0.9 ** (7 - (int(name.split('.')[2]) + 1))
+        else:
+            want = 1.0
+        assert scale == pytest.approx(want), name
+    # "stage 3 gets 0.9^(L-3): 0.73 for tiny"
+    assert got['backbone.stages.3.0.norm.weight'][0] == pytest.approx(0.729)
+
+
+@pytest.mark.parametrize('depth, num_layers', [(9, 6), (18, 9), (27, 12)])
+def test_layer_wise(depth, num_layers):
+    """Cascade Mask R-CNN + SLaK: decay 0.7; the default number of layers fits the depth."""
+    model = Segmentor(depth)
+    got = scales(model, build(model, decay_rate=0.7))
+    ids = {
+        'downsample_layers.0.0': 0, 'stages.0.0.norm': 1, 'downsample_layers.1.1': 2,
+        'stages.1.0.norm': 2, 'downsample_layers.2.1': 3, 'stages.2.0.norm': 3,
+        'stages.2.2.norm': 3, 'stages.2.3.norm': 4, f'stages.2.{depth - 1}.norm': num_layers - 1,
+        'downsample_layers.3.1': num_layers, 'stages.3.0.norm': num_layers,
+        'norm0': num_layers + 1, 'norm3': num_layers + 1,
+    }  # fmt: skip
+    for name, number in ids.items():
+        scale = got[f'backbone.{name}.weight'][0]
+        assert scale == pytest.approx(0.7 ** (num_layers + 1 - number)), name
+    assert got['decode_head.weight'][0] == pytest.approx(1.0)
+
+
+def test_weight_decay_spares_vectors_and_biases():
+    model = Segmentor()
+    for name, (_, decay) in scales(model, build(model, decay_rate=0.9)).items():
+        p = model.get_parameter(name)
+        assert decay == (0.05 if p.ndim > 1 and not name.endswith('.bias') else 0.0), name
+
+
+def test_frozen_parameters_are_left_out():
+    model = Segmentor(backbone=SLaK(
+        dict(depths=(1, 1, 3, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7),
+        width_factor=1.0, frozen_stages=2))  # fmt: skip
+    names = scales(model, build(model, decay_rate=0.9))
+    assert not any('.stages.0.' in n or '.stages.1.' in n for n in names)
+    assert any('.stages.2.' in n for n in names)
+
+
+def test_bare_backbone_and_wrapped_model():
+    backbone = Segmentor().backbone
+    wrapped = nn.Module()
+    wrapped.module = backbone
+    for model in (backbone, wrapped):
+        lrs = {g['group_name']: g['lr'] for g in build(model, decay_rate=0.5).param_groups}
+        assert lrs['layer_0_decay'] == pytest.approx(1e-4 * 0.5**7)
+        assert lrs['layer_7_no_decay'] == pytest.approx(1e-4)
+
+
+def test_groups_are_logged(caplog):
+    import logging
+
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_instance('layer_decay_test', logger_name='layer_decay_test')
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO):
+        build(Segmentor(), decay_rate=0.9, decay_type='stage_wise')
+    table = caplog.text
+    assert 'stage_wise learning-rate decay 0.9, num_layers 6' in table
+    assert 'layer_0_decay' in table and '0.4783' in table  # 0.9 ** 7
+
+
+@pytest.mark.parametrize('paramwise, message', [
+    (dict(), r'decay_rate must lie in \(0, 1\], got None'),
+    (dict(decay_rate=1.5), r'decay_rate must lie in \(0, 1\], got 1.5'),
+    (dict(decay_rate=0.9, decay_type='block_wise'), 'must be one of layer_wise, stage_wise'),
+    (dict(decay_rate=0.9, norm_decay_mult=0), r"unknown keys \['norm_decay_mult'\]"),
+    (dict(decay_rate=0.9, num_layers=4), 'num_layers is 4, .* 9 blocks needs at least 6'),
+])  # fmt: skip
+def test_bad_options(paramwise, message):
+    with pytest.raises(ValueError, match=message):
+        build(Segmentor(), **paramwise)
+
+
+def test_needs_a_learning_rate():
+    with pytest.raises(ValueError, match='optimizer.lr must be given'):
+        build(Segmentor(), lr=None, decay_rate=0.9)
+
+
+def test_needs_our_backbone():
+    with pytest.raises(TypeError, match='exactly one SLaK or ShiftWise backbone, but Linear has 0'):
+        build(nn.Linear(2, 2), decay_rate=0.9)
+
+
+def test_needs_four_stages():
+    model = SLaK(
+        dict(depths=(1, 1), dims=(4, 4)), kernel_sizes=(7, 7), width_factor=1.0,
+        out_indices=(0, 1))  # fmt: skip
+    with pytest.raises(ValueError, match='four stages, the backbone has 2'):
+        build(model, decay_rate=0.9)

@@ -1,0 +1,164 @@
+"""SLaK against the official code's results: features, logits, gradients, running statistics."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import SLAK_GOLDENS, Goldens, input_for, weight_for
+
+from slak_mm import load_pretrained, switch_to_deploy
+from slak_mm.checkpoints import convert_state_dict, to_official
+from slak_mm.models import SLaK
+from slak_mm.models.slak import LargeKernelConv, SLaKBlock
+
+GOLDENS = Goldens(SLAK_GOLDENS)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+NOT_DECOMPOSED = dict(decomposed=False, width_factor=1.0)
+VARIANTS = {
+    'slak_tiny_k31_w1.3': dict(kernel_sizes=(31, 29, 27, 13)),
+    'slak_tiny_k51_w1.3': dict(),
+    'slak_tiny_k61_w1.3': dict(kernel_sizes=(61, 59, 57, 13)),
+    'slak_tiny_k51_w1.3_nobn': dict(branch_norm=False),
+    'slak_tiny_k31_lkb_w1.0': dict(kernel_sizes=(31, 29, 27, 13), **NOT_DECOMPOSED),
+    'slak_tiny_convnext_w1.0': dict(
+        kernel_sizes=(7, 7, 7, 7), small_kernel=None, **NOT_DECOMPOSED),
+    'slak_base_k51_w1.3': dict(arch='base'),
+}  # fmt: skip
+
+
+def official_weights(module: torch.nn.Module, salt: str = '') -> dict[str, torch.Tensor]:
+    keys = to_official(module.state_dict())
+    return {key: weight_for(key, value.shape, salt) for key, value in keys.items()}
+
+
+def build(variant: str) -> SLaK:
+    model = SLaK(**VARIANTS[variant])
+    load_pretrained(model, official_weights(model))
+    return model.eval()
+
+
+def forward_with_stages(model: SLaK, x: torch.Tensor):
+    stages: list[torch.Tensor] = []
+    hooks = [s.register_forward_hook(lambda m, i, o: stages.append(o)) for s in model.stages]
+    with torch.no_grad():
+        outs = model(x)
+    for hook in hooks:
+        hook.remove()
+    return outs, stages
+
+
+@pytest.mark.parametrize('case', GOLDENS.cases('feat_'))
+@pytest.mark.parametrize('form', ['training', 'deployed'])
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_features(case, form, dtype):
+    variant, size = case.removeprefix('feat_').split('__')
+    shape = tuple(map(int, size.split('x')))
+    model = build(variant).to(dtype)
+    if form == 'deployed':
+        switch_to_deploy(model)
+    seed = {64: 1, 96: 2}[shape[2]]
+    outs, stages = forward_with_stages(model, input_for(shape, seed).to(dtype))
+    checked = 0
+    for name in GOLDENS.names(case):
+        got = (outs if name.startswith('out') else stages)[int(name[3:])]
+        GOLDENS.assert_close(case, name, got, TOLERANCE[dtype])
+        checked += 1
+    assert checked == (4 if variant.endswith('nobn') else 8)
+
+
+@pytest.mark.parametrize('case', GOLDENS.cases('logits_'))
+def test_logits(case):
+    """The official classifier: LayerNorm of the global average, then a linear layer."""
+    variant = case.removeprefix('logits_').split('__')[0]
+    model = build(variant).double()
+    _, stages = forward_with_stages(model, input_for((1, 3, 224, 224), 3).double())
+    channels = model.dims[-1]
+    norm = {k: weight_for(f'norm.{k}', (channels,)).double() for k in ('weight', 'bias')}
+    pooled = F.layer_norm(stages[3].mean((2, 3)), (channels,), **norm, eps=1e-6)
+    GOLDENS.assert_close(case, 'pre_head', pooled, 1e-6)
+    logits = F.linear(
+        pooled,
+        weight_for('head.weight', (1000, channels)).double(),
+        weight_for('head.bias', (1000,)).double())  # fmt: skip
+    GOLDENS.assert_close(case, 'logits', logits, 1e-6)
+
+
+BLOCKS = {
+    'decom': dict(small_kernel=5, decomposed=True, branch_norm=True, kernel_size=13),
+    'decom_nobn': dict(small_kernel=5, decomposed=True, branch_norm=False, kernel_size=13),
+    'lkb': dict(small_kernel=5, decomposed=False, branch_norm=True, kernel_size=13),
+    'convnext': dict(small_kernel=None, decomposed=False, branch_norm=True, kernel_size=7),
+}
+
+
+@pytest.mark.parametrize('with_cp', [False, True], ids=['stored', 'recomputed'])
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('case', GOLDENS.cases('block_train_'))
+def test_block_in_training(case, dtype, with_cp):
+    """Output, all gradients and running statistics; the same with activation checkpointing."""
+    options = BLOCKS[case.removeprefix('block_train_slak_').rsplit('_c16', 1)[0]]
+    operator = LargeKernelConv(
+        16, conv_bias=False, norm_cfg=dict(type='BN'), **options)
+    block = SLaKBlock(16, operator, drop_path=0, layer_scale_init_value=1.0, with_cp=with_cp)
+    official_keys = {k.removeprefix('stages.0.0.'): k for k in to_official(
+        {f'stages.0.0.{k}': v for k, v in block.state_dict().items()})}  # fmt: skip
+    ours = dict(zip(official_keys, block.state_dict()))
+    weights = {ours[k]: weight_for(k, block.state_dict()[ours[k]].shape, 'block/')
+               for k in official_keys}  # fmt: skip
+    block.load_state_dict(weights)
+    block.to(dtype).train()
+
+    shape = (2, 16, 20, 24)
+    x = input_for(shape, 11).to(dtype).requires_grad_()
+    y = block(x)
+    y.backward(input_for(shape, 12).to(dtype))
+    params = dict(block.named_parameters())
+    buffers = dict(block.named_buffers())
+    for name in GOLDENS.names(case):
+        kind, _, key = name.partition(':')
+        if name == 'out':
+            got = y
+        elif name == 'grad_in':
+            got = x.grad
+        elif kind == 'grad':
+            got = params[ours[key]].grad
+        elif kind == 'buf':
+            got = buffers[ours[key]]
+        else:
+            continue
+        GOLDENS.assert_close(case, name, got, TOLERANCE[dtype])
+
+    block.load_state_dict(weights)
+    block.eval()
+    with torch.no_grad():
+        GOLDENS.assert_close(case, 'out_eval', block(x), TOLERANCE[dtype])
+        operator.switch_to_deploy()
+        GOLDENS.assert_close(case, 'out_eval', block(x), TOLERANCE[dtype])
+
+
+def test_convnext_mode_is_timms_convnext():
+    """Without branch norms and with a bias the ConvNeXt mode equals timm's convnext_tiny."""
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    theirs = timm.create_model('convnext_tiny', features_only=True).eval()
+    for p in theirs.parameters():  # layer scale starts at 1e-6, which would hide the blocks
+        torch.nn.init.normal_(p, std=0.1 if p.ndim == 1 else p[0].numel() ** -0.5)
+    ours = SLaK(
+        'tiny', kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0,
+        branch_norm=False, conv_bias=True, out_norm=False)  # fmt: skip
+    whole = {k.replace('_', '.', 1) if k.startswith(('stem_', 'stages_')) else k: v
+             for k, v in theirs.state_dict().items()}  # fmt: skip
+    load_pretrained(ours, whole)
+    ours.double().eval()
+    theirs.double()
+    x = input_for((1, 3, 70, 97), 5).double()
+    with torch.no_grad():
+        for got, want in zip(ours(x), theirs(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-10 * float(want.std()))
+
+
+def test_names_convert_both_ways():
+    model = SLaK(dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
+    state = model.state_dict()
+    back, _ = convert_state_dict(to_official(state), family='slak')
+    assert list(back) == list(state)
