@@ -1,0 +1,12 @@
+# UperNet + SLaK-T, ADE20K, 160k: the official fine-tuning recipe. The official run keeps the
+# zeros of the sparse ImageNet weights at zero (`sparse=True`); this config trains them densely.
+_base_ = './_base_/upernet_ade20k.py'
+
+model = dict(
+    backbone=dict(
+        arch='tiny',
+        drop_path_rate=0.4,
+        layer_scale_init_value=1.0,
+        init_cfg=dict(type='Pretrained', checkpoint='slak_t_in1k_300e')),
+    decode_head=dict(in_channels=[124, 249, 499, 998]),
+    auxiliary_head=dict(in_channels=499))

@@ -1,0 +1,156 @@
+"""Drawing of label maps: coloured overlays, legends, pictures side by side.
+
+Images are RGB arrays (H, W, 3) of uint8, label maps integer arrays (H, W) of class indices from
+0; indices without a class (255, for example) are unlabelled and keep the image's own colours.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ['class_shares', 'colourise', 'overlay', 'panel', 'with_legend']
+
+Palette = Sequence[Sequence[int]]
+_BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
+    """The classes of a label map, the largest first.
+
+    Args:
+        labels (np.ndarray): Label map (H, W).
+        num_classes (int): Number of classes; other values do not count.
+
+    Returns:
+        list[tuple[int, float]]: Class index and its share of all pixels, 0..1.
+    """
+    counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(),
+                         minlength=num_classes)
+    order = np.argsort(-counts, kind='stable')
+    return [(int(index), float(counts[index] / labels.size)) for index in order if counts[index]]
+
+
+def colourise(labels: np.ndarray, palette: Palette,
+              unlabelled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+    """Paint every class in its colour.
+
+    Args:
+        labels (np.ndarray): Label map (H, W).
+        palette (Sequence): RGB colour 0..255 of each class.
+        unlabelled (Sequence[int]): Colour of everything else. Defaults to black.
+
+    Returns:
+        np.ndarray: RGB image (H, W, 3), uint8.
+    """
+    colours = np.asarray([*palette, unlabelled], np.uint8)
+    known = (labels >= 0) & (labels < len(palette))
+    return colours[np.where(known, labels, len(palette))]
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette,
+            opacity: float = 0.5) -> np.ndarray:
+    """Lay the colours of a label map over its image.
+
+    Args:
+        image (np.ndarray): RGB image (H, W, 3), uint8.
+        labels (np.ndarray): Label map (H, W).
+        palette (Sequence): RGB colour 0..255 of each class.
+        opacity (float): Weight of the colours, from 0 (the image alone) to 1. Defaults to 0.5.
+
+    Returns:
+        np.ndarray: RGB image (H, W, 3), uint8.
+
+    Raises:
+        ValueError: Image and label map differ in size, or opacity is not within 0..1.
+    """
+    if image.shape[:2] != labels.shape:
+        raise ValueError(f'Image {image.shape[:2]} and label map {labels.shape} differ in size.')
+    if not 0 <= opacity <= 1:
+        raise ValueError(f'Opacity must be from 0 to 1, got {opacity}.')
+    mixed = (1 - opacity) * image + opacity * colourise(labels, palette)
+    known = (labels >= 0) & (labels < len(palette))
+    return np.where(known[..., None], np.rint(mixed), image).astype(np.uint8)
+
+
+def _font(size: int) -> Any:
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one size only
+        return ImageFont.load_default()
+
+
+def _text_size(text: str, font: Any) -> tuple[int, int]:
+    left, top, right, bottom = font.getbbox(text)
+    return int(right - left), int(bottom)
+
+
+def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]],
+                font_size: int | None = None) -> np.ndarray:
+    """Put a legend to the right of a picture.
+
+    Args:
+        picture (np.ndarray): RGB image (H, W, 3), uint8.
+        entries (Sequence): Text and RGB colour of each line. What does not fit in the height goes
+            on in further columns.
+        font_size (int, optional): In pixels. Defaults to a fortieth of the height, at least 12.
+
+    Returns:
+        np.ndarray: RGB image of at least the same height, and wider; the picture itself when
+        there are no entries.
+    """
+    if not entries:
+        return picture
+    font_size = font_size or max(12, picture.shape[0] // 40)
+    font = _font(font_size)
+    line, gap = round(1.5 * font_size), round(0.5 * font_size)
+    height = max(picture.shape[0], line + 2 * gap)
+    rows = (height - 2 * gap) // line
+    columns = [entries[start:start + rows] for start in range(0, len(entries), rows)]
+    widths = [max(_text_size(text, font)[0] for text, _ in column) + line + 2 * gap
+              for column in columns]
+    canvas = Image.new('RGB', (picture.shape[1] + sum(widths) + gap, height), _BACKGROUND)
+    canvas.paste(Image.fromarray(picture), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    left = picture.shape[1] + gap
+    for column, width in zip(columns, widths):
+        for row, (text, colour) in enumerate(column):
+            top = gap + row * line
+            draw.rectangle((left, top, left + font_size, top + font_size),
+                           fill=tuple(int(value) for value in colour), outline=_INK)
+            draw.text((left + line, top), text, fill=_INK, font=font)
+        left += width
+    return np.asarray(canvas)
+
+
+def panel(pictures: Sequence[np.ndarray], titles: Sequence[str],
+          font_size: int | None = None) -> np.ndarray:
+    """Put pictures side by side, each under its title.
+
+    Args:
+        pictures (Sequence[np.ndarray]): RGB images, uint8, of any sizes.
+        titles (Sequence[str]): One for each.
+        font_size (int, optional): In pixels. Defaults to a twentieth of the height, at least 12.
+
+    Returns:
+        np.ndarray: RGB image.
+
+    Raises:
+        ValueError: There are not as many titles as pictures, or none.
+    """
+    if len(pictures) != len(titles) or not pictures:
+        raise ValueError(f'{len(pictures)} pictures need as many titles, got {len(titles)}.')
+    height = max(picture.shape[0] for picture in pictures)
+    font_size = font_size or max(12, height // 20)
+    font, gap = _font(font_size), max(4, font_size // 3)
+    top = 2 * gap + _text_size('Ag', font)[1]
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) + 1)
+    canvas = Image.new('RGB', (width, top + height + gap), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    left = gap
+    for picture, title in zip(pictures, titles):
+        draw.text((left, gap), title, fill=_INK, font=font)
+        canvas.paste(Image.fromarray(picture), (left, top))
+        left += picture.shape[1] + gap
+    return np.asarray(canvas)

@@ -1,0 +1,44 @@
+"""Where an installed OpenMMLab framework keeps its base configs."""
+
+import importlib.util
+from pathlib import Path
+
+
+def framework_configs(package: str, *names: str) -> list[str]:
+    """Absolute paths of base configs that an installed framework ships.
+
+    ``_base_ = ['mmseg::_base_/...']`` asks for a *distribution* called ``mmsegmentation`` and
+    so fails beside the ``onedl-mmsegmentation`` build, whose import name is the same. This
+    function asks the import system instead and works with both. In a config::
+
+        _base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
+            'mmseg', 'datasets/ade20k.py', 'default_runtime.py')
+
+    Args:
+        package (str): Import name, ``'mmseg'`` or ``'mmdet'``.
+        names (str): Paths below the framework's ``configs/_base_``.
+
+    Returns:
+        list[str]: One existing absolute path for each name, in order.
+
+    Raises:
+        ImportError: The package is not installed.
+        FileNotFoundError: It is installed but has no such base config.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f'This config inherits from the configs of "{package}", which is not installed in '
+            f'this Python environment; install it (see "Set-up" in the README).')
+    root = Path(next(iter(spec.submodule_search_locations)))
+    # A wheel carries its configs in <package>/.mim, a development install in <checkout>/configs.
+    folders = [root / '.mim' / 'configs' / '_base_', root.parent / 'configs' / '_base_']
+    paths = []
+    for name in names:
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f'The installed "{package}" ({root}) has no base config "{name}" '
+                f'(looked in {" and ".join(str(folder) for folder in folders)}).')
+        paths.append(str(found))
+    return paths

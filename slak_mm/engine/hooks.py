@@ -1,0 +1,95 @@
+"""Hooks of mmengine's runner."""
+
+import re
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import nn
+
+from slak_mm.checkpoints import CheckpointMismatch, LoadReport, find_backbones, prepare_checkpoint
+
+__all__ = ['StrictCheckpointHook', 'load_whole_model', 'unwrap_model']
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model that owns the weights, inside wrappers for distribution and augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def load_whole_model(model: nn.Module, checkpoint: dict, source: str) -> LoadReport | None:
+    """Load every weight of a model, heads included, or none.
+
+    Args:
+        model (nn.Module): A segmentor or detector, wrapped or not.
+        checkpoint (dict): Content of a checkpoint file; its weights may have official names. It
+            is changed.
+        source (str): Name of the file for messages.
+
+    Returns:
+        LoadReport | None: What was loaded; None for a model without a backbone of this package,
+        for which nothing is converted.
+
+    Raises:
+        slak_mm.checkpoints.CheckpointMismatch: The checkpoint lacks something, has something
+            else, or is only a backbone.
+    """
+    model = unwrap_model(model)
+    if not find_backbones(model):
+        _load_foreign(model, checkpoint, source)
+        return None
+    report = prepare_checkpoint(model, checkpoint, source=source, require_heads=True)
+    # Verified above; what may be missing are counters that old batch norms do not have.
+    model.load_state_dict(checkpoint['state_dict'], strict=False)
+    return report
+
+
+def _load_foreign(model: nn.Module, checkpoint: dict, source: str) -> None:
+    """Load a framework's own model strictly; its loading hooks may rename, so torch compares."""
+    weights = checkpoint.get('state_dict', checkpoint)
+    weights = {re.sub(r'^module\.', '', key): value for key, value in weights.items()}
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise CheckpointMismatch(
+            f'{source} does not fit {type(model).__name__}: '
+            f'{" ".join(lines)[:600]}') from error
+
+
+@HOOKS.register_module()
+class StrictCheckpointHook(Hook):
+    """Lets the runner's own ``load_from`` and ``resume`` load as strictly as this package does.
+
+    The runner itself loads non-strictly: keys that fit nothing are reported in the log, and the
+    run goes on with random weights in their place. With this hook a checkpoint is converted to
+    the model's names and verified before the runner copies it.
+
+    Args:
+        strict (bool): Whether a checkpoint must have every weight of the model and nothing else.
+            Defaults to True; False is for fine-tuning with another head, from ``load_from``.
+        require_heads (bool): Whether to refuse a checkpoint of a backbone alone, as for resuming.
+            Defaults to False.
+
+    Raises:
+        slak_mm.checkpoints.CheckpointMismatch: While loading, before a weight is overwritten.
+    """
+
+    # Before hooks that take the weights from the checkpoint, such as EMAHook.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, strict: bool = True, require_heads: bool = False) -> None:
+        self.strict = strict
+        self.require_heads = require_heads
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Replace the checkpoint's ``state_dict`` by the converted and verified one."""
+        model = unwrap_model(runner.model)
+        if find_backbones(model):
+            prepare_checkpoint(model, checkpoint, strict=self.strict,
+                               require_heads=self.require_heads)
+        elif self.strict:
+            _load_foreign(model, checkpoint, 'The checkpoint')

@@ -1,0 +1,560 @@
+"""Changes to a config that everyone makes, without knowing its nested keys.
+
+Each function changes the given :class:`mmengine.config.Config` in place, reaches every place
+that the change concerns, and logs what is not obvious. A change that cannot be made is a
+:class:`ConfigOverrideError` with a sentence for the user, raised before the config is touched.
+"""
+
+import inspect
+import logging
+import math
+import os.path as osp
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+
+__all__ = [
+    'ConfigOverrideError', 'adapt_to_device', 'check_data', 'dataset_class', 'datasets_of',
+    'model_of', 'named_weights', 'remove_weights', 'set_batch_size', 'set_crop_size',
+    'set_data_root', 'set_max_iters', 'set_num_workers'
+]
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+EVALUATORS = ('val_evaluator', 'test_evaluator')
+
+
+class ConfigOverrideError(ValueError):
+    """A change that was asked for does not fit the config or the machine."""
+
+
+def _log(message: str, level: int = logging.INFO) -> None:
+    print_log(message, logger='current', level=level)
+
+
+def _walk(node: Any) -> Iterator[ConfigDict]:
+    """Every dict inside a node, the node first."""
+    if isinstance(node, dict):
+        yield node
+        for value in node.values():
+            yield from _walk(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _walk(value)
+
+
+def model_of(cfg: Config) -> ConfigDict:
+    """The model that has the weights: inside a test-time augmentation wrapper, its module."""
+    model = cfg.model
+    return model.module if 'module' in model and 'backbone' not in model else model
+
+
+def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS
+                ) -> Iterator[tuple[str, ConfigDict]]:
+    """The innermost datasets of data loaders.
+
+    Args:
+        cfg (Config): A whole config.
+        loaders (tuple[str]): Names of the loaders to look into.
+
+    Yields:
+        tuple[str, ConfigDict]: Where the data set stands in the config, and its config. Wrapping
+        data sets (``dataset=``, ``datasets=``) are opened, not yielded.
+    """
+    def leaves(path: str, node: Any) -> Iterator[tuple[str, ConfigDict]]:
+        if not isinstance(node, dict):
+            return
+        if isinstance(node.get('dataset'), dict):
+            yield from leaves(f'{path}.dataset', node['dataset'])
+        elif isinstance(node.get('datasets'), (list, tuple)):
+            for index, inner in enumerate(node['datasets']):
+                yield from leaves(f'{path}.datasets[{index}]', inner)
+        else:
+            yield path, node
+
+    for name in loaders:
+        loader = cfg.get(name)
+        if loader:
+            yield from leaves(f'{name}.dataset', loader.get('dataset'))
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Let every data set and evaluator read below another folder.
+
+    Args:
+        cfg (Config): Changed in place: ``data_root`` at the top and in every data set of every
+            loader, wrapped or not, and all paths in loaders and evaluators (``ann_file``) that
+            are written out below the old root.
+        root (str): Folder with the layout that the data sets of the config expect.
+
+    Raises:
+        ConfigOverrideError: The folder does not exist, or the config has no or several roots.
+    """
+    old_roots = {osp.normpath(dataset['data_root'])
+                 for _, dataset in datasets_of(cfg) if dataset.get('data_root')}
+    if not old_roots:
+        raise ConfigOverrideError(
+            '--data-root has no effect on this config: none of its data sets has a data_root.')
+    if len(old_roots) > 1:
+        raise ConfigOverrideError(
+            f'--data-root cannot replace several roots at once, this config has '
+            f'{", ".join(sorted(old_roots))}; set each with --cfg-options.')
+    if not osp.isdir(root):
+        layout = ', '.join(sorted({entry for _, dataset in datasets_of(cfg)
+                                   for entry in _entries(dataset)}))
+        raise ConfigOverrideError(
+            f'The data root "{root}" does not exist; this config expects a folder that has '
+            f'{layout}.')
+    old = old_roots.pop()
+
+    def replace(node: Any) -> Any:
+        # Makes new dicts: loaders for validation and testing often share theirs, and a new root
+        # below the old one would be put in twice.
+        if isinstance(node, dict):
+            return ConfigDict({key: replace(value) for key, value in node.items()})
+        if isinstance(node, (list, tuple)):
+            return type(node)(replace(value) for value in node)
+        if isinstance(node, str):
+            path = osp.normpath(node)
+            if path == old or path.startswith(old + osp.sep):
+                return osp.join(root, osp.relpath(path, old)) if path != old else root
+        return node
+
+    for name in LOADERS + EVALUATORS:
+        if cfg.get(name) is not None:
+            cfg[name] = replace(cfg[name])
+    if isinstance(cfg.get('data_root'), str):
+        cfg.data_root = root
+
+
+def _entries(dataset: dict) -> list[str]:
+    """Files and folders below its root that a data set needs, as written in the config."""
+    entries = [value for key, value in (dataset.get('data_prefix') or {}).items()
+               if isinstance(value, str) and value]
+    ann_file = dataset.get('ann_file')
+    if isinstance(ann_file, str) and ann_file:
+        entries.append(ann_file)
+    return entries
+
+
+def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
+    """Look for the data before anything is built.
+
+    Args:
+        cfg (Config): A whole config; not changed.
+        loaders (tuple[str]): The loaders that are going to be used.
+
+    Raises:
+        ConfigOverrideError: Names the first folder or file that is missing, the first folder
+            without images, or the first image without its annotation.
+    """
+    for where, dataset in datasets_of(cfg, loaders):
+        root = dataset.get('data_root') or ''
+        entries = _entries(dataset)
+        remedy = ('give the folder that has '
+                  f'{" and ".join(entries)} with --data-root' if root else f'set {where}')
+        if root and not osp.isdir(root):
+            raise ConfigOverrideError(
+                f'The data root "{root}" does not exist ({where}): {remedy}.')
+        for entry in entries:
+            if not osp.exists(osp.join(root, entry)):
+                raise ConfigOverrideError(
+                    f'"{osp.join(root, entry)}" does not exist ({where}): {remedy}.')
+        _check_pairs(where, root, dataset, cfg.get('default_scope'))
+
+
+def _check_pairs(where: str, root: str, dataset: dict, scope: str | None) -> None:
+    """Check a folder-based segmentation data set: has images, each with its annotation."""
+    prefix = dataset.get('data_prefix') or {}
+    if not prefix.get('img_path') or dataset.get('ann_file'):
+        return
+    image_suffix, label_suffix = _suffixes(dataset, scope)
+    if image_suffix is None:
+        return
+    folder = Path(root, prefix['img_path'])
+    names = sorted(path.relative_to(folder).as_posix()[:-len(image_suffix)]
+                   for path in folder.rglob(f'*{image_suffix}'))
+    if not names:
+        raise ConfigOverrideError(f'"{folder}" has no *{image_suffix} images ({where}).')
+    if not prefix.get('seg_map_path') or label_suffix is None:
+        return
+    labels = Path(root, prefix['seg_map_path'])
+    lacking = [name for name in names if not (labels / f'{name}{label_suffix}').is_file()]
+    if lacking:
+        raise ConfigOverrideError(
+            f'{len(lacking)} of {len(names)} images of "{folder}" have no annotation, the first '
+            f'is "{labels / (lacking[0] + label_suffix)}" ({where}).')
+
+
+def dataset_class(dataset: dict, scope: str | None) -> type | None:
+    """The class of a data set.
+
+    Args:
+        dataset (dict): Its config.
+        scope (str, optional): Framework whose registry is asked, 'mmseg' or 'mmdet'.
+
+    Returns:
+        type | None: The class; None if nothing is registered under that name.
+    """
+    kind = dataset.get('type')
+    if not isinstance(kind, str):
+        return kind
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        return registry.get(kind)
+
+
+def _suffixes(dataset: dict, scope: str | None) -> tuple[str | None, str | None]:
+    """Image and label suffix of a segmentation data set: its own, else its class's default."""
+    suffixes = dict(img_suffix=dataset.get('img_suffix'),
+                    seg_map_suffix=dataset.get('seg_map_suffix'))
+    kind = dataset_class(dataset, scope) if None in suffixes.values() else None
+    # A class that passes **kwargs on inherits the defaults of its base.
+    for cls in inspect.getmro(kind) if kind is not None else ():
+        parameters = inspect.signature(vars(cls)['__init__']).parameters \
+            if '__init__' in vars(cls) else {}
+        for key in suffixes:
+            if suffixes[key] is None and key in parameters:
+                suffixes[key] = parameters[key].default
+    return suffixes['img_suffix'], suffixes['seg_map_suffix']
+
+
+def set_batch_size(cfg: Config, batch_size: int) -> None:
+    """Set the number of training images per process.
+
+    Args:
+        cfg (Config): Changed in place. The learning rate is not touched: see ``auto_scale_lr``.
+        batch_size (int): At least 1.
+
+    Raises:
+        ConfigOverrideError: The config has no training data loader.
+    """
+    if not cfg.get('train_dataloader'):
+        raise ConfigOverrideError('--batch-size has no effect: this config does not train.')
+    cfg.train_dataloader.batch_size = batch_size
+
+
+def set_num_workers(cfg: Config, num_workers: int) -> None:
+    """Set the number of worker processes of every data loader.
+
+    Args:
+        cfg (Config): Changed in place. With 0 workers the options that need workers
+            (``persistent_workers``, ``prefetch_factor``, ``timeout``) are switched off.
+        num_workers (int): At least 0.
+    """
+    for name in LOADERS:
+        loader = cfg.get(name)
+        if loader:
+            loader.num_workers = num_workers
+            if num_workers == 0:
+                loader.persistent_workers = False
+                for key in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
+                    loader.pop(key, None)
+
+
+# ----------------------------------------------------------------------------------- schedule
+
+
+def _scaled(value: Any, factor: float, least: int = 0) -> int:
+    return max(least, round(value * factor))
+
+
+def set_max_iters(cfg: Config, max_iters: int) -> None:
+    """Train for another number of iterations, with the schedule keeping its proportions.
+
+    The intervals of validation and checkpoints and every boundary of every learning-rate
+    schedule are scaled alike, so that each of them happens at the same fraction of the run. A
+    config that counts epochs becomes one that counts iterations.
+
+    Args:
+        cfg (Config): Changed in place.
+        max_iters (int): Number of optimisation steps, at least 1.
+
+    Raises:
+        ConfigOverrideError: The config does not train, or its loop is not one of mmengine's.
+    """
+    loop = cfg.get('train_cfg')
+    if not loop:
+        raise ConfigOverrideError('--max-iters has no effect: this config does not train.')
+    by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
+    old = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
+    if loop.get('type') not in ('IterBasedTrainLoop', 'EpochBasedTrainLoop', None) or not old:
+        raise ConfigOverrideError(
+            f'--max-iters cannot change the training loop "{loop.get("type")}" of this config; '
+            f'use --cfg-options.')
+    factor = max_iters / old
+
+    if by_epoch:
+        cfg.train_cfg = ConfigDict({
+            key: value for key, value in loop.items()
+            if key in ('val_begin', 'val_interval', 'dynamic_intervals')})
+        cfg.train_cfg.type = 'IterBasedTrainLoop'
+        _count_iterations(cfg)
+        loop = cfg.train_cfg
+        # EpochBasedTrainLoop validates after every epoch unless told otherwise.
+        loop.setdefault('val_interval', 1)
+    loop.max_iters = max_iters
+    loop.val_interval = _scaled(loop.get('val_interval', 1000), factor, 1)
+    if 'val_begin' in loop:
+        loop.val_begin = _scaled(loop.val_begin, factor, 1)
+    if loop.get('dynamic_intervals'):
+        loop.dynamic_intervals = [
+            (_scaled(begin, factor), _scaled(interval, factor, 1))
+            for begin, interval in loop.dynamic_intervals]
+
+    schedulers = cfg.get('param_scheduler') or []
+    schedulers = [schedulers] if isinstance(schedulers, dict) else schedulers
+    for scheduler in schedulers:
+        _rescale(scheduler, by_epoch, factor, max_iters)
+    if schedulers:
+        # mmengine's ramps take one step less than their length: one of a single step would hold
+        # the learning rate at the start of the warm-up for ever.
+        cfg.param_scheduler = [
+            scheduler for scheduler in schedulers
+            if not scheduler.get('type', '').startswith(('LinearLR', 'ConstantLR'))
+            or scheduler.get('end', math.inf) - scheduler.get('begin', 0) >= 2]
+
+    hooks = cfg.get('default_hooks') or {}
+    checkpoint = hooks.get('checkpoint')
+    if checkpoint and checkpoint.get('interval', -1) > 0:
+        checkpoint.interval = _scaled(checkpoint.interval, factor, 1)
+    logger = hooks.get('logger')
+    if logger:
+        # A short run still shows some ten lines with its loss.
+        logger.interval = max(1, min(logger.get('interval', 10), max_iters // 10))
+
+
+def _count_iterations(cfg: Config) -> None:
+    """Switch what counts epochs beside the training loop to iterations."""
+    cfg.log_processor = ConfigDict(cfg.get('log_processor') or dict(type='LogProcessor'))
+    cfg.log_processor.by_epoch = False
+    cfg.setdefault('default_hooks', ConfigDict())
+    hooks = cfg.default_hooks
+    for name, hook in (('checkpoint', 'CheckpointHook'), ('logger', 'LoggerHook')):
+        if hooks.get(name) is None:
+            hooks[name] = ConfigDict(type=hook)
+    hooks.checkpoint.by_epoch = False
+    hooks.checkpoint.setdefault('interval', 1)
+    hooks.logger.log_metric_by_epoch = False
+    sampler = cfg.train_dataloader.get('sampler')
+    if sampler and sampler.get('type') == 'DefaultSampler':
+        cfg.train_dataloader.sampler = ConfigDict(
+            type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
+    _log('--max-iters: this config counts epochs; it is run by iterations instead, with its '
+         'schedule in the same proportions.')
+
+
+def _rescale(scheduler: ConfigDict, loop_by_epoch: bool, factor: float, max_iters: int) -> None:
+    """Scale one parameter scheduler, which may count iterations in a loop that counts epochs."""
+    if loop_by_epoch and not scheduler.get('by_epoch', True):
+        # A warm-up in iterations of a run in epochs: how long that run is in iterations depends
+        # on the data. Kept as it is, but never more than a tenth of the new run.
+        end = scheduler.get('end')
+        if end is not None and not math.isinf(end):
+            scheduler.end = max(scheduler.get('begin', 0) + 1, min(end, max_iters // 10))
+        return
+    if loop_by_epoch:
+        scheduler.by_epoch = False
+        scheduler.pop('convert_to_iter_based', None)
+    for key in ('begin', 'end', 'T_max', 'total_steps', 'step_size'):
+        value = scheduler.get(key)
+        if value is not None and not math.isinf(value):
+            scheduler[key] = _scaled(value, factor, 0 if key == 'begin' else 1)
+    for key in ('milestones', 'periods', 'restarts'):
+        if scheduler.get(key) is not None:
+            scheduler[key] = [_scaled(value, factor, 0 if key == 'restarts' else 1)
+                              for value in scheduler[key]]
+    begin, end = scheduler.get('begin', 0), scheduler.get('end')
+    if end is not None and end <= begin:
+        scheduler.end = begin + 1
+
+
+# --------------------------------------------------------------------------------------- size
+
+
+def _pipelines(cfg: Config) -> Iterator[ConfigDict]:
+    """Every transform of every pipeline, nested ones included, each once."""
+    seen: set[int] = set()
+    nodes = [cfg.get(name) for name in LOADERS]
+    nodes += [cfg.get(name) for name in ('train_pipeline', 'test_pipeline', 'val_pipeline',
+                                         'tta_pipeline')]
+    for node in nodes:
+        for transform in _walk(node):
+            if id(transform) not in seen:
+                seen.add(id(transform))
+                yield transform
+
+
+def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
+    """Train and test a semantic segmentation config at another resolution.
+
+    The crop changes and everything in proportion with it: the scales that images are resized to
+    in training, testing and test-time augmentation, the size that batches are padded to, and
+    crop and stride of the sliding window.
+
+    Args:
+        cfg (Config): Changed in place.
+        size (tuple[int, int]): Height and width in pixels. Scales follow the shorter side.
+
+    Raises:
+        ConfigOverrideError: The config does not crop, or crops to several sizes.
+    """
+    if cfg.get('default_scope') == 'mmdet':
+        raise ConfigOverrideError(
+            '--crop-size is for semantic segmentation; detection trains on whole images, whose '
+            'size is set by the scale of its Resize transforms (--cfg-options).')
+    crops = {_pair(transform['crop_size'])
+             for _, dataset in datasets_of(cfg, ('train_dataloader',))
+             for transform in _walk(dataset) if transform.get('type') == 'RandomCrop'}
+    if len(crops) != 1:
+        found = f'crops to {len(crops)} different sizes' if crops else 'has no RandomCrop'
+        raise ConfigOverrideError(
+            f'--crop-size needs a config that crops to one size in training; this one {found}.')
+    old = crops.pop()
+    factor = min(size) / min(old)
+
+    def scale(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(scale(item) for item in value)
+        return _scaled(value, factor, 1)
+
+    for transform in _pipelines(cfg):
+        kind = transform.get('type')
+        if kind == 'RandomCrop' and 'crop_size' in transform:
+            transform.crop_size = size
+        elif kind in ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge'):
+            for key in ('scale', 'scales', 'max_size'):
+                if transform.get(key) is not None:
+                    transform[key] = scale(transform[key])
+        elif kind == 'Pad' and transform.get('size') is not None:
+            transform.size = size if _pair(transform.size) == old else scale(transform.size)
+
+    model = model_of(cfg)
+    for preprocessor in (cfg.get('data_preprocessor'), model.get('data_preprocessor')):
+        if preprocessor and preprocessor.get('size') is not None:
+            preprocessor['size'] = size
+    test_cfg = model.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide':
+        test_cfg['stride'] = tuple(
+            max(1, min(crop, _scaled(stride, crop / old_crop)))
+            for stride, crop, old_crop in zip(_pair(test_cfg['stride']), size,
+                                              _pair(test_cfg['crop_size'])))
+        test_cfg['crop_size'] = size
+    if cfg.get('crop_size') is not None:
+        cfg.crop_size = size
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, (list, tuple)) else (value, value)
+    return int(first), int(second)
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def named_weights(cfg: Config) -> list[tuple[str, str]]:
+    """The pretrained weights that a config names.
+
+    Returns:
+        list[tuple[str, str]]: Place in the config and source of each, without ``load_from``.
+    """
+    found: list[tuple[str, str]] = []
+
+    def visit(path: str, node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get('type') == 'Pretrained' and path.split('[')[0].endswith('init_cfg'):
+                found.append((path, str(node.get('checkpoint'))))
+                return
+            if isinstance(node.get('pretrained'), str):
+                found.append((f'{path}.pretrained', node['pretrained']))
+            for key, value in node.items():
+                visit(f'{path}.{key}', value)
+        elif isinstance(node, (list, tuple)):
+            for index, value in enumerate(node):
+                visit(f'{path}[{index}]', value)
+
+    visit('model', cfg.model)
+    return found
+
+
+def remove_weights(cfg: Config) -> list[tuple[str, str]]:
+    """Remove every mention of pretrained weights, ``load_from`` included.
+
+    Args:
+        cfg (Config): Changed in place.
+
+    Returns:
+        list[tuple[str, str]]: What was removed, as :func:`named_weights`.
+    """
+    removed = named_weights(cfg)
+    if cfg.get('load_from'):
+        removed.append(('load_from', str(cfg.load_from)))
+        cfg.load_from = None
+    for node in _walk(cfg.model):
+        if isinstance(node.get('pretrained'), str):
+            node['pretrained'] = None
+        init_cfg = node.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            node['init_cfg'] = None
+        elif isinstance(init_cfg, (list, tuple)):
+            node['init_cfg'] = [item for item in init_cfg
+                                if not (isinstance(item, dict)
+                                        and item.get('type') == 'Pretrained')] or None
+    return removed
+
+
+# ------------------------------------------------------------------------------------- device
+
+
+#: Backbones of this package, whose ``norm_cfg`` is SyncBN where the config says nothing.
+OUR_BACKBONES = ('SLaK', 'ShiftWise')
+
+
+def adapt_to_device(cfg: Config,
+                    has_gpu: Callable[[], bool] = torch.cuda.is_available) -> None:
+    """Make a config run where there is no GPU; without effect where there is one.
+
+    SyncBN becomes BN (it exists for GPUs only; in a distributed run each process then has its
+    own statistics), processes talk through gloo instead of nccl, and the model wrapper is told
+    that there is no device to put the model on.
+
+    Args:
+        cfg (Config): Changed in place.
+        has_gpu (Callable): Says whether there is a GPU. Defaults to
+            ``torch.cuda.is_available``.
+
+    Raises:
+        ConfigOverrideError: Mixed precision was asked for, which mmengine has for GPUs only.
+    """
+    if has_gpu():
+        return
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'AmpOptimWrapper':
+        raise ConfigOverrideError(
+            "Mixed precision (--amp, AmpOptimWrapper) needs a GPU: mmengine's wrapper does not "
+            'work on the CPU. Run without it.')
+    changed = 0
+    for node in _walk(model_of(cfg)):
+        if node.get('type') in OUR_BACKBONES:
+            node.setdefault('norm_cfg', ConfigDict(type='SyncBN', requires_grad=True))
+    for node in _walk([cfg.model, cfg.get('norm_cfg')]):
+        if node.get('type') in ('SyncBN', 'MMSyncBN'):
+            node['type'] = 'BN'
+            changed += 1
+    if changed:
+        _log(f'No GPU here: SyncBN is replaced by BN in {changed} places of the config.')
+    env_cfg = cfg.get('env_cfg') or {}
+    if (env_cfg.get('dist_cfg') or {}).get('backend', 'nccl') == 'nccl':
+        cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
+    if cfg.get('launcher', 'none') != 'none':
+        wrapper_cfg = ConfigDict(cfg.get('model_wrapper_cfg') or dict(
+            type='MMDistributedDataParallel', broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False)))
+        wrapper_cfg.device_ids = None
+        cfg.model_wrapper_cfg = wrapper_cfg

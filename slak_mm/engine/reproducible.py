@@ -1,0 +1,170 @@
+"""Randomness as a function of the seed and of the place in the run.
+
+mmengine saves no state of the random number generators, and what a resumed run draws depends on
+the number of data workers and on how the data loader was moved forward. Instead of storing
+states, the parts in this file give each training sample and each iteration its own seed:
+
+* :class:`KeyedInfiniteSampler` and :class:`KeyedDefaultSampler` give the same order of samples as
+  mmengine's samplers, as integers that know their place in that order,
+* :class:`SeedBySample`, first in the pipeline, seeds the augmentations from that place,
+* :class:`IterationSeedHook` seeds what the model draws (drop path, dropout) from the iteration.
+
+A run that was interrupted and resumed then sees the same images with the same augmentations and
+the same dropped paths as an uninterrupted one, with any number of data workers.
+"""
+
+import random
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
+
+from .overrides import datasets_of
+
+__all__ = [
+    'IterationSeedHook', 'KeyedDefaultSampler', 'KeyedIndex', 'KeyedInfiniteSampler',
+    'SeedBySample', 'make_reproducible', 'seed_everything'
+]
+
+
+def seed_everything(*key: int) -> None:
+    """Seed torch, numpy and python from a tuple of non-negative integers.
+
+    Args:
+        key (int): What the seed depends on, for example seed, rank and iteration.
+    """
+    words = np.random.SeedSequence(key).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    random.seed(int(words[2]))
+
+
+class KeyedIndex(int):
+    """Index of a sample that knows the seed of its run and its place in the run's order.
+
+    Attributes:
+        key (tuple[int, int] | None): Seed and place.
+    """
+
+    key: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, index: int, seed: int, place: int) -> 'KeyedIndex':
+        """Make one."""
+        keyed = cls(index)
+        keyed.key = (seed, place)
+        return keyed
+
+
+@DATA_SAMPLERS.register_module()
+class KeyedInfiniteSampler(InfiniteSampler):
+    """mmengine's ``InfiniteSampler``, with :class:`KeyedIndex` as indices.
+
+    Args:
+        dataset (Sized): The data set.
+        shuffle (bool): Whether to shuffle. Defaults to True.
+        seed (int, optional): Seed of the order. Defaults to the one that mmengine gives.
+    """
+
+    def _indices_of_rank(self) -> Iterator[int]:
+        for count, index in enumerate(super()._indices_of_rank()):
+            yield KeyedIndex.of(index, self.seed, count * self.world_size + self.rank)
+
+
+@DATA_SAMPLERS.register_module()
+class KeyedDefaultSampler(DefaultSampler):
+    """mmengine's ``DefaultSampler``, with :class:`KeyedIndex` as indices.
+
+    Args:
+        dataset (Sized): The data set.
+        shuffle (bool): Whether to shuffle. Defaults to True.
+        seed (int, optional): Seed of the order. Defaults to the one that mmengine gives.
+        round_up (bool): Whether to repeat samples so that all processes have as many.
+            Defaults to True.
+    """
+
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None,
+                 round_up: bool = True) -> None:
+        super().__init__(dataset, shuffle=shuffle, seed=seed, round_up=round_up)
+
+    def __iter__(self) -> Iterator[int]:
+        before = self.epoch * self.num_samples * self.world_size
+        for count, index in enumerate(super().__iter__()):
+            yield KeyedIndex.of(index, self.seed, before + count * self.world_size + self.rank)
+
+
+@TRANSFORMS.register_module()
+class SeedBySample:
+    """First transform of a pipeline: seeds the generators from the sample's place in the run.
+
+    It needs a data set that hands the sampler's index on as ``results['sample_idx']``, as
+    mmengine's ``BaseDataset`` does; with a plain index it does nothing.
+    """
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Seed torch, numpy and python; the results pass unchanged."""
+        key = getattr(results.get('sample_idx'), 'key', None)
+        if key is not None:
+            seed_everything(*key)
+        return results
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}()'
+
+
+@HOOKS.register_module()
+class IterationSeedHook(Hook):
+    """Seeds torch, numpy and python before each training iteration.
+
+    The seed is made of the run's seed, the process's rank and the iteration, so that what the
+    model draws does not depend on what was drawn before, and differs between processes.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Seed the generators; ``batch_idx`` is not used, the runner counts iterations."""
+        # The 1 keeps these keys apart from those of the samples.
+        seed_everything(runner.seed, runner.rank, runner.iter, 1)
+
+
+def make_reproducible(cfg: Config) -> None:
+    """Let a config train with the parts of this module.
+
+    Args:
+        cfg (Config): Changed in place: samplers of mmengine become their keyed versions, training
+            pipelines begin with :class:`SeedBySample`, and :class:`IterationSeedHook` is added.
+            Other samplers, and data sets wrapped in others (which change the index), are left as
+            they are: their augmentations then depend on the workers as usual.
+    """
+    loader = cfg.get('train_dataloader')
+    if not loader:
+        return
+    sampler = loader.get('sampler')
+    keyed = {'InfiniteSampler': 'KeyedInfiniteSampler', 'DefaultSampler': 'KeyedDefaultSampler'}
+    if isinstance(sampler, dict) and sampler.get('type') in keyed:
+        sampler['type'] = keyed[sampler['type']]
+    for _, dataset in datasets_of(cfg, ('train_dataloader',)):
+        pipeline = dataset.get('pipeline')
+        if pipeline and pipeline[0].get('type') != 'SeedBySample':
+            dataset['pipeline'] = [ConfigDict(type='SeedBySample'), *pipeline]
+    add_hook(cfg, 'IterationSeedHook')
+
+
+def add_hook(cfg: Config, kind: str, **arguments: Any) -> None:
+    """Add a custom hook to a config unless it has one of that type.
+
+    Args:
+        cfg (Config): Changed in place.
+        kind (str): Registered name.
+        arguments: Further arguments of the hook.
+    """
+    hooks = list(cfg.get('custom_hooks') or [])
+    if all(hook.get('type') != kind for hook in hooks):
+        hooks.append(ConfigDict(type=kind, **arguments))
+    cfg.custom_hooks = hooks

@@ -1,0 +1,147 @@
+"""Fixtures that run the tools, on a generated data set and a tiny model."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mmengine.utils import ManagerMixin
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# SLaK with one block per stage and 7x7 crosses: iterations take some hundredths of a second.
+TINY = (
+    'model.backbone.arch._delete_=True', 'model.backbone.arch.depths=[1,1,1,1]',
+    'model.backbone.arch.dims=[8,16,24,32]', 'model.backbone.width_factor=1.0',
+    'model.backbone.kernel_sizes=(7,7,7,7)', 'model.backbone.small_kernel=3',
+    'model.decode_head.in_channels=[8,16,24,32]', 'model.decode_head.channels=16',
+    'model.auxiliary_head.in_channels=24', 'model.auxiliary_head.channels=16')
+
+
+@pytest.fixture(scope='session')
+def config_path():
+    """The main config."""
+    return str(ROOT / 'configs' / 'upernet_slak_t_ade20k.py')
+
+
+@pytest.fixture(scope='session')
+def tiny():
+    """``--cfg-options`` that make the main config's model tiny."""
+    return list(TINY)
+
+
+@pytest.fixture(scope='session')
+def demo_data(tmp_path_factory):
+    """A small generated data set in ADE20K's layout."""
+    from slak_mm.engine.demo_data import write_demo_data
+    return str(write_demo_data(tmp_path_factory.mktemp('demo'), 8, 2, size=96, seed=3))
+
+
+@pytest.fixture(scope='session')
+def coco_data(tmp_path_factory):
+    """Three images with boxes in COCO's layout."""
+    pytest.importorskip('mmdet')
+    root = tmp_path_factory.mktemp('coco')
+    rng = np.random.default_rng(0)
+    (root / 'annotations').mkdir()
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for index in range(3):
+            name = f'{index:012d}.jpg'
+            Image.fromarray(rng.integers(0, 256, (64, 80, 3), np.uint8)).save(root / split / name)
+            images.append(dict(id=index, file_name=name, height=64, width=80))
+            annotations.append(dict(id=index + 1, image_id=index, category_id=1, iscrowd=0,
+                                    bbox=[10, 12, 40, 30], area=1200,
+                                    segmentation=[[10, 12, 50, 12, 50, 42, 10, 42]]))
+        from mmdet.datasets import CocoDataset
+        categories = [dict(id=number, name=name) for number, name
+                      in enumerate(CocoDataset.METAINFO['classes'], 1)]
+        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(
+            dict(images=images, annotations=annotations, categories=categories)))
+    return str(root)
+
+
+def tool_main(name):
+    """The ``main`` function of a tool."""
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def forget_instances(kind=ManagerMixin):
+    """Drop mmengine's global loggers, visualizers and message hubs.
+
+    A logger keeps the stderr of the test that made it, a visualizer the folder.
+    """
+    for subclass in kind.__subclasses__():
+        subclass._instance_dict.clear()
+        forget_instances(subclass)
+
+
+def python_path():
+    """The checkout first, whatever is installed."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
+
+
+@pytest.fixture
+def call_tool(monkeypatch, capfd):
+    """Run a tool within this process: ``call_tool('train', *arguments)``.
+
+    Returns exit code, what went to stdout and stderr, and both of these as one text.
+    """
+    from slak_mm.engine.cli import run_tool
+
+    def call(name, *arguments):
+        arguments = [str(argument) for argument in arguments]
+        if name in ('train', 'test'):
+            # mmengine keeps loggers and visualizers by this name, which has only seconds.
+            unique = f'experiment_name=e{uuid.uuid4().hex}'
+            if '--cfg-options' in arguments:
+                arguments.insert(arguments.index('--cfg-options') + 1, unique)
+            else:
+                arguments += ['--cfg-options', unique]
+        forget_instances()
+        monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *arguments])
+        monkeypatch.setenv('LOCAL_RANK', '0')
+        # For what the tool starts.
+        monkeypatch.setenv('PYTHONPATH', python_path())
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            run_tool(tool_main(name))
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=exit_info.value.code, out=captured.out, err=captured.err,
+                               text=captured.out + captured.err)
+
+    return call
+
+
+@pytest.fixture
+def start_tool():
+    """Start a tool as a process of its own: ``start_tool('train', *arguments)``."""
+    processes = []
+
+    def start(name, *arguments, launcher=(), threads=1):
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=python_path())
+        for variable in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+            env.pop(variable, None)
+        process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'),
+             *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -1,0 +1,148 @@
+"""Every config: readable, complete, and about a model that exists."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from slak_mm.checkpoints import ZOO
+from slak_mm.engine.bases import framework_configs
+from slak_mm.engine.overrides import adapt_to_device, model_of, named_weights, remove_weights
+
+FOLDER = Path(__file__).resolve().parent.parent / 'configs'
+CONFIGS = sorted(path.name for path in FOLDER.glob('*.py'))
+SEGMENTATION = [name for name in CONFIGS if name.startswith('upernet')]
+
+# Widths of the published architectures times 1.3, rounded down; ConvNeXt-T as published.
+CHANNELS = dict(slak_t=[124, 249, 499, 998], slak_s=[124, 249, 499, 998],
+                slak_b=[166, 332, 665, 1331], convnext_t=[96, 192, 384, 768],
+                shiftwise_t=[80, 160, 320, 640], shiftwise_s=[96, 192, 384, 768])
+# No ImageNet weights were published for them.
+WITHOUT_WEIGHTS = ('upernet_shiftwise_s_ade20k.py', 'upernet_shiftwise_s_ade20k_ms.py')
+
+
+def read(name):
+    return Config.fromfile(str(FOLDER / name))
+
+
+def test_the_expected_configs_are_there():
+    assert {f'upernet_{model}_ade20k{variant}.py' for model in CHANNELS
+            for variant in ('', '_ms')} | {'upernet_slak_t_ade20k_80k.py'} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_survives_a_dump(name, tmp_path):
+    cfg = read(name)
+    cfg.dump(tmp_path / 'dumped.py')
+    assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_weights_are_in_the_zoo(name):
+    cfg = read(name)
+    weights = named_weights(cfg)
+    assert len(weights) == (0 if name in WITHOUT_WEIGHTS else 1)
+    if not weights:
+        return
+    info = ZOO[weights[0][1]]
+    backbone = model_of(cfg).backbone
+    for key, value in info.backbone.items():
+        default = dict(kernel_sizes=(51, 49, 47, 13), small_kernel=5, width_factor=1.3)
+        if backbone.type == 'ShiftWise':
+            default.update(small_kernel=3, ghost_ratio=0.23, num_paths=2, num_reps=4)
+        ours = backbone.get(key, default.get(key))
+        assert (tuple(ours) if isinstance(ours, list) else ours) == value, key
+
+
+@pytest.mark.parametrize('name', SEGMENTATION)
+def test_recipe_of_the_official_runs(name):
+    cfg = read(name)
+    model = model_of(cfg)
+    variant = next(key for key in CHANNELS if key in name)
+    assert list(model.decode_head.in_channels) == CHANNELS[variant]
+    assert model.auxiliary_head.in_channels == CHANNELS[variant][2]
+    assert model.auxiliary_head.in_index == 2
+    assert (model.decode_head.channels, model.decode_head.num_classes) == (512, 150)
+    assert tuple(model.decode_head.pool_scales) == (1, 2, 3, 6)
+    assert model.test_cfg.mode == 'slide'
+    assert tuple(model.test_cfg.crop_size) == (512, 512)
+    assert tuple(model.test_cfg.stride) == (341, 341)
+    short = '80k' in name
+    drop_path = 0.1 if short else dict(slak_s=0.3).get(variant, 0.4)
+    assert model.backbone.drop_path_rate == drop_path
+    assert model.backbone.layer_scale_init_value == 1.0
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.weight_decay) == ('AdamW', 0.05)
+    assert tuple(optimizer.betas) == (0.9, 0.999)
+    assert optimizer.lr == (2e-4 if short else 1e-4)
+    assert cfg.train_cfg.max_iters == (80000 if short else 160000)
+    warm_up, poly = cfg.param_scheduler
+    assert (warm_up.type, warm_up.end) == ('LinearLR', 800 if short else 1500)
+    assert (poly.type, poly.power, poly.eta_min) == ('PolyLR', 1.0, 0.0)
+    assert (poly.begin, poly.end) == (warm_up.end, cfg.train_cfg.max_iters)
+    if short:
+        assert 'constructor' not in cfg.optim_wrapper
+        assert cfg.optim_wrapper.paramwise_cfg.norm_decay_mult == 0
+    elif variant.startswith('shiftwise'):
+        assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
+        assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
+            decay_rate=1.0, decay_type='layer_wise',
+            num_layers=9 if variant == 'shiftwise_t' else 12)
+    else:
+        assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
+        num_layers = 12 if variant in ('slak_s', 'slak_b') else 6
+        assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
+            decay_rate=0.9, decay_type='stage_wise', num_layers=num_layers)
+    # 4 processes with 4 images each; the short run 4 with 8.
+    assert cfg.auto_scale_lr.base_batch_size == 4 * cfg.train_dataloader.batch_size
+    assert cfg.train_dataloader.batch_size == (8 if short else 4)
+
+
+@pytest.mark.parametrize('name', [name for name in SEGMENTATION if name.endswith('_ms.py')])
+def test_multi_scale_is_the_published_protocol(name):
+    cfg = read(name)
+    plain = read(name.replace('_ms', ''))
+    assert cfg.model.type == 'SegTTAModel'
+    assert cfg.model.module.to_dict() == plain.model.to_dict()
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    resizes, flips = pipeline[1].transforms[:2]
+    assert [tuple(resize.scale) for resize in resizes] == [
+        (1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896)]
+    assert all(resize.keep_ratio for resize in resizes)
+    assert [flip.prob for flip in flips] == [0, 1]
+    # Validation during training stays single-scale.
+    assert cfg.val_dataloader.dataset.pipeline == plain.val_dataloader.dataset.pipeline
+
+
+@pytest.mark.parametrize('name', ['upernet_slak_t_ade20k.py', 'upernet_convnext_t_ade20k.py',
+                                  'upernet_shiftwise_t_ade20k.py'])
+def test_model_is_built_and_its_parts_fit(name):
+    cfg = read(name)
+    remove_weights(cfg)
+    adapt_to_device(cfg, has_gpu=lambda: False)
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        features = model.extract_feat(torch.zeros(1, 3, 64, 64))
+        logits = model.decode_head(features)
+    assert [feature.shape[1] for feature in features] == list(model.decode_head.in_channels)
+    assert [feature.shape[-1] for feature in features] == [16, 8, 4, 2]
+    assert logits.shape == (1, 150, 16, 16)
+
+
+def test_missing_framework_is_named(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name, *args: None if name == 'mmseg' else find_spec(name, *args))
+    with pytest.raises(ImportError, match='"mmseg", which is not installed'):
+        read('upernet_slak_t_ade20k.py')
+
+
+def test_framework_configs_names_what_it_lacks():
+    path, = framework_configs('mmseg', 'datasets/ade20k.py')
+    assert Path(path).is_file()
+    with pytest.raises(FileNotFoundError, match='no base config "datasets/nowhere.py"'):
+        framework_configs('mmseg', 'datasets/nowhere.py')

@@ -1,0 +1,79 @@
+"""Train a segmentor or detector: ``python tools/train.py CONFIG``."""
+
+import argparse
+import logging
+
+from mmengine.logging import print_log
+
+from slak_mm.engine import cli, overrides
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    cli.add_config_arguments(parser)
+    parser.add_argument(
+        '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+        help='go on from a checkpoint of an earlier run (default: the newest of the work dir)')
+    parser.add_argument('--from-scratch', action='store_true',
+                        help='start from random weights, whatever weights the config names')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the batch of all processes')
+    parser.add_argument('--seed', type=cli.non_negative_int, help='(default: a random one)')
+    parser.add_argument('--deterministic', action='store_true',
+                        help='deterministic GPU kernels, where there are any; slower')
+    cli.add_override_arguments(parser, training=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = cli.load_config(args.config)
+    if overrides.model_of(cfg) is not cfg.model:
+        raise overrides.ConfigOverrideError(
+            f'{args.config} is for testing only (its model is test-time augmentation); train '
+            'with the config that it inherits from.')
+    cli.apply_overrides(cfg, args)
+    if args.amp:
+        use_amp(cfg)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise overrides.ConfigOverrideError(
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch '
+                'that its learning rate is meant for.')
+        cfg.auto_scale_lr.enable = True
+    if args.seed is not None or args.deterministic:
+        randomness = dict(cfg.get('randomness') or {}, deterministic=args.deterministic)
+        cfg.randomness = dict(randomness, seed=args.seed if args.seed is not None
+                              else randomness.get('seed'))
+    cli.init_distributed(cfg, args)
+
+    resumed = cli.prepare_resume(cfg, args.resume) if args.resume else None
+    removed: list[tuple[str, str]] = []
+    if resumed is None:
+        if args.from_scratch:
+            removed = overrides.remove_weights(cfg)
+        else:
+            cli.check_weights(cfg, args.config)
+    overrides.check_data(cfg, ('train_dataloader', 'val_dataloader'))
+
+    runner = cli.build_runner(cfg, ['train', 'val'])
+    if args.from_scratch and resumed is None:
+        left_out = ', '.join(f'{source} ({place})' for place, source in removed) or 'none named'
+        print_log(f'FROM SCRATCH: training starts from RANDOM weights; left out: {left_out}.',
+                  logger='current', level=logging.WARNING)
+    runner.train()
+
+
+def use_amp(cfg: overrides.Config) -> None:
+    """Switch a config to mixed precision."""
+    wrapper = cfg.optim_wrapper
+    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise overrides.ConfigOverrideError(
+            f'--amp cannot be used with the optimizer wrapper "{wrapper.type}" of this config.')
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+if __name__ == '__main__':
+    cli.run_tool(main)
