@@ -1,0 +1,85 @@
+"""Errors of the checkpoint code.
+
+Every error is raised before anything in a model is overwritten, and its message is meant to be
+shown to the user as it is: it names the file, says what is wrong and what to do.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    'CheckpointError', 'CheckpointMismatch', 'CheckpointNotFound', 'CheckpointUnreadable',
+    'UnsafeCheckpoint'
+]
+
+
+class CheckpointError(RuntimeError):
+    """Base class of everything that can go wrong with a checkpoint."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """The file is neither here nor could it be fetched."""
+
+
+class CheckpointUnreadable(CheckpointError):
+    """The file is there, but it is not an intact checkpoint."""
+
+
+class UnsafeCheckpoint(CheckpointError):
+    """The file asks for Python code to be run while it is read.
+
+    Attributes:
+        global_name (str): The dotted name the file asked for, '' where torch did not say it.
+    """
+
+    def __init__(self, message: str, global_name: str = '') -> None:
+        super().__init__(message)
+        self.global_name = global_name
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint does not fit the model.
+
+    Args:
+        message (str): One sentence that says what was compared.
+        missing (Sequence[str]): Keys the model has and the checkpoint has not.
+        unexpected (Sequence[str]): Keys the checkpoint has and the model has not.
+        shape_mismatches (Sequence[tuple]): ``(key, shape in the checkpoint, shape in the model)``.
+        causes (Sequence[str]): Likely causes, the most telling first, each with its remedy.
+
+    Attributes:
+        missing (list[str]): As the argument.
+        unexpected (list[str]): As the argument.
+        shape_mismatches (list[tuple[str, tuple, tuple]]): As the argument.
+        causes (list[str]): As the argument.
+    """
+
+    #: How many keys of each kind the message shows.
+    num_shown = 4
+
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        shape_mismatches: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+        causes: Sequence[str] = ()
+    ) -> None:
+        self.missing = list(missing)
+        self.unexpected = list(unexpected)
+        self.shape_mismatches = list(shape_mismatches)
+        self.causes = list(causes)
+        lines = [message]
+        lines += [f'Likely cause: {cause}' for cause in self.causes]
+        shapes = [f'{key} {list(theirs)}, the model has {list(ours)}'
+                  for key, theirs, ours in self.shape_mismatches]
+        for title, entries in (('missing in the checkpoint', self.missing),
+                               ('unexpected in the checkpoint', self.unexpected),
+                               ('of another shape', shapes)):
+            if entries:
+                shown = '; '.join(entries[:self.num_shown])
+                more = len(entries) - self.num_shown
+                rest = f'; and {more} more' if more > 0 else ''
+                lines.append(f'{len(entries)} {title}: {shown}{rest}')
+        lines.append('Nothing was loaded.')
+        super().__init__('\n'.join(lines))

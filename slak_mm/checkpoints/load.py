@@ -1,0 +1,613 @@
+"""Put a checkpoint into a model, strictly, with a report of what was done."""
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import Tensor, nn
+
+from .errors import CheckpointError, CheckpointMismatch
+from .formats import ConversionNotes, convert_state_dict
+from .reader import log_report, read_checkpoint
+from .unwrap import Unwrapped, find_roots, unwrap
+from .variants import Variant, describe, likely_causes
+
+__all__ = ['LoadReport', 'find_backbones', 'load_pretrained', 'prepare_checkpoint']
+
+_HEAD = 'classification head and final norm'
+_UNUSED_NORM = 'output norm of a stage that the model does not return'
+_COUNTER = 'counter of a batch norm that the model does not have'
+_NOT_BACKBONE = 'not part of the backbone'
+_OUTSIDE_PREFIX = 'not below the given prefix'
+
+# Left in a state dict by data preprocessors of release candidates, and by the EMA hook of
+# mmdet 2.x, which kept its average as flat buffers beside the weights.
+_HARMLESS = ((re.compile(r'^data_preprocessor\.(mean|std)$'), 'constants of the data preprocessor'),
+             (re.compile(r'^ema_\w+$'), 'moving average as mmdet 2.x keeps it'))
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor of a checkpoint and of a model.
+
+    Attributes:
+        source (str): Path, address or name the checkpoint came from.
+        format (str): Spelling of the names, see :func:`detect_format`.
+        wrapper (str): Entry of the checkpoint that was read, '' for a bare state dict.
+        variant (str): The backbone in words.
+        loaded (list[str]): Tensors of the model that were taken from the checkpoint.
+        converted (dict[str, str]): Name in the checkpoint -> name in the model, where they
+            differ by more than a prefix.
+        dropped (dict[str, str]): Name in the checkpoint -> why it was left out.
+        newly_initialised (list[str]): Tensors of the model that the checkpoint cannot have and
+            that keep the values they had.
+        missing (list[str]): Tensors of the model the checkpoint should have; not with
+            ``strict=True``.
+        mismatched (list[str]): Tensors left out because of their shape; not with ``strict=True``.
+        zeros (dict[str, tuple[int, int]]): Weights of the backbone with two or more dimensions ->
+            number of exact zeros, number of elements.
+        is_ema (bool): Whether the weights are a moving average.
+        remarks (list[str]): Sentences on what was fitted to the model without a change of the
+            computed function, such as generated index tables.
+        other_copy (str): What is said of a second copy of the weights in the checkpoint that was
+            not taken, '' if there is none.
+    """
+
+    source: str
+    format: str
+    wrapper: str
+    variant: str
+    loaded: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    newly_initialised: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    zeros: dict[str, tuple[int, int]] = field(default_factory=dict)
+    is_ema: bool = False
+    remarks: list[str] = field(default_factory=list)
+    other_copy: str = ''
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """Fraction of exact zeros of each weight in :attr:`zeros`."""
+        return {key: zeros / total for key, (zeros, total) in self.zeros.items()}
+
+    @property
+    def overall_sparsity(self) -> float:
+        """Fraction of exact zeros over all weights in :attr:`zeros`."""
+        total = sum(n for _, n in self.zeros.values())
+        return sum(z for z, _ in self.zeros.values()) / total if total else 0.0
+
+    def __str__(self) -> str:
+        copy_taken = f'under {self.wrapper}' if self.wrapper else 'bare state dict'
+        if self.is_ema:
+            copy_taken += ', moving average'
+        lines = [f'Loaded {len(self.loaded)} tensors from {self.source}',
+                 f'  format        {self.format} ({copy_taken})',
+                 f'  backbone      {self.variant}']
+        if self.converted:
+            old, new = next(iter(self.converted.items()))
+            lines.append(f'  converted     {len(self.converted)} names, such as {old} -> {new}')
+        lines += [f'  fitted        {remark}' for remark in self.remarks]
+        for reason, count in Counter(self.dropped.values()).items():
+            keys = [key for key, why in self.dropped.items() if why == reason]
+            lines.append(f'  dropped       {count}: {_groups(keys)} ({reason})')
+        for title, keys in (('new values', self.newly_initialised), ('MISSING', self.missing),
+                            ('OTHER SHAPE', self.mismatched)):
+            if keys:
+                lines.append(f'  {title:<13} {len(keys)}: {_groups(keys)}')
+        total = sum(n for _, n in self.zeros.values())
+        if total:
+            # A single zero happens by chance; sparse training leaves far more than 1%.
+            sparse = [f for f in self.sparsity.values() if f >= 0.01]
+            detail = (f', {len(sparse)} of {len(self.zeros)} layers sparse, at most '
+                      f'{max(sparse):.1%}' if sparse else '')
+            lines.append(f'  zeros         {self.overall_sparsity:.2%} of {total / 1e6:.1f}M '
+                         f'weights of the backbone{detail}')
+        if self.other_copy:
+            lines.append(f'  second copy   {self.other_copy}')
+        return '\n'.join(lines)
+
+
+def load_pretrained(
+    model: nn.Module,
+    source: str | os.PathLike | Mapping[str, Any],
+    strict: bool = True,
+    *,
+    prefix: str | None = None,
+    use_ema: bool = False
+) -> LoadReport:
+    """Load official, converted or own weights into a backbone, or a model that contains one.
+
+    What the checkpoint holds decides: a backbone alone (ImageNet weights) goes into the backbone
+    of the model, the rest of which keeps its values; a whole segmentor or detector goes into a
+    whole model and must match everywhere; a whole model's checkpoint gives a bare backbone its
+    part. The classification head and the norm before it are dropped, and the output norms of the
+    stages keep their values where the checkpoint has none, as ImageNet checkpoints. Everything
+    is checked before the first value is overwritten. Values are copied into the model's tensors,
+    which keep their dtype and device.
+
+    Args:
+        model (nn.Module): A backbone of this project, or any model (wrapped for distributed
+            training or not) that contains exactly one.
+        source (str | os.PathLike | Mapping): A path, an address, a zoo name, or a checkpoint
+            already read; see :func:`read_checkpoint`.
+        strict (bool): Whether every tensor must find its place. If ``False``, what matches is
+            loaded and the rest is listed in a logged warning. Defaults to ``True``.
+        prefix (str, optional): Take only the tensors below this prefix, as the backbone.
+            Defaults to ``None``, which finds the backbone.
+        use_ema (bool): Whether to take the moving average of the weights, which official
+            checkpoints may hold under ``model_ema`` and which the official downstream code never
+            uses. Defaults to ``False``.
+
+    Returns:
+        LoadReport: What was loaded, converted, dropped and left new; it is logged as well.
+
+    Raises:
+        CheckpointNotFound: There is no such file.
+        CheckpointUnreadable: It is not an intact checkpoint.
+        UnsafeCheckpoint: It wants to run code.
+        CheckpointMismatch: It does not fit; says which keys and the likely cause.
+        CheckpointError: The model contains no backbone of this project.
+    """
+    checkpoint = read_checkpoint(source)
+    label = 'a mapping' if isinstance(source, Mapping) else os.fspath(source)
+    plan = _Planner(model, label, strict).plan(
+        unwrap(checkpoint, 'ema' if use_ema else 'model'), prefix)
+    with torch.no_grad():
+        plan.model.load_state_dict(plan.state_dict, strict=False)
+    _log(plan.report)
+    return plan.report
+
+
+def prepare_checkpoint(
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    strict: bool = True,
+    *,
+    source: str = 'the checkpoint',
+    require_heads: bool = False
+) -> LoadReport:
+    """Turn a checkpoint that a framework has read into one that it can load into ``model``.
+
+    For mmengine's ``after_load_checkpoint``: ``checkpoint['state_dict']`` is replaced by the
+    converted, checked weights and ``checkpoint['ema_state_dict']``, where mmengine's EMAHook
+    wrote one, by its converted form. The model is not touched. The rules are those of
+    :func:`load_pretrained`.
+
+    Args:
+        model (nn.Module): The model it is meant for.
+        checkpoint (dict): The content of the file; changed in place, unless an error is raised.
+        strict (bool): As in :func:`load_pretrained`. Defaults to ``True``.
+        source (str): Name of the file for messages. Defaults to 'the checkpoint'.
+        require_heads (bool): Whether to refuse a checkpoint that holds only a backbone, as for
+            testing, where untrained heads are of no use. Defaults to ``False``.
+
+    Returns:
+        LoadReport: What will be loaded; it is logged as well.
+
+    Raises:
+        CheckpointMismatch: The checkpoint does not fit.
+        CheckpointError: The model contains no backbone of this project.
+    """
+    taken = unwrap(checkpoint)
+    planner = _Planner(model, source, strict)
+    plan = planner.plan(taken, None, require_heads)
+    average = checkpoint.get('ema_state_dict')
+    if isinstance(average, Mapping):
+        average = planner.convert_average(average, plan)
+    if taken.wrapper:
+        del checkpoint[taken.wrapper]
+    else:
+        for key in [k for k, value in checkpoint.items() if isinstance(value, Tensor)]:
+            del checkpoint[key]
+    checkpoint['state_dict'] = plan.state_dict
+    if average is not None:
+        checkpoint['ema_state_dict'] = average
+    _log(plan.report)
+    return plan.report
+
+
+def find_backbones(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Find the backbones of this project in a model.
+
+    Args:
+        model (nn.Module): Any module.
+
+    Returns:
+        list[tuple[str, nn.Module]]: Dotted name ('' for the module itself) and backbone.
+    """
+    return [(name, module) for name, module in model.named_modules()
+            if isinstance(getattr(module, 'checkpoint_family', None), str)]
+
+
+@dataclass
+class _Plan:
+    model: nn.Module
+    state_dict: dict[str, Tensor]
+    report: LoadReport
+
+
+class _Planner:
+    """Works out what would be loaded, and refuses what does not fit. Changes nothing."""
+
+    def __init__(self, model: nn.Module, label: str, strict: bool) -> None:
+        self.model = _inner_model(model)
+        self.label = label
+        self.strict = strict
+        self.backbones = find_backbones(self.model)
+        if not self.backbones:
+            raise CheckpointError(f'{type(self.model).__name__} contains no backbone of slak_mm to '
+                                  'load weights into.')
+        self.expected: dict[str, Tensor] = {
+            key: value for key, value in self.model.state_dict().items()
+            if isinstance(value, Tensor)}
+        if any(value.is_meta for value in self.expected.values()):
+            raise CheckpointError(f'{type(self.model).__name__} is on the meta device, where '
+                                  'nothing can be loaded: call to_empty(device=...) first.')
+
+    def plan(
+        self, taken: Unwrapped, prefix: str | None, require_heads: bool = False
+    ) -> _Plan:
+        self.dropped: dict[str, str] = {}
+        self.renamed: dict[str, str] = {}
+        self.new: list[str] = []
+        self.causes: list[str] = []
+        self.remarks: list[str] = []
+        source, roots = self._source(taken, prefix)
+        whole = prefix is None and self._is_whole(source, roots)
+        if whole:
+            candidate, notes, theirs = self._whole_candidate(source)
+        else:
+            candidate, notes, theirs = self._backbone_candidate(source, roots)
+            if require_heads and len(self.new) > len(self._output_norms()):
+                raise CheckpointMismatch(
+                    f'{self.label} holds only a backbone, and {type(self.model).__name__} has '
+                    f'more to it ({_groups(self._outside())}): give the checkpoint of a trained '
+                    'model.', missing=self._outside())
+        missing, unexpected, shapes = self._compare(candidate)
+        report = LoadReport(
+            source=self.label, format=notes.format, wrapper=taken.wrapper, variant=str(theirs),
+            converted=self.renamed, dropped=self.dropped, newly_initialised=self.new,
+            is_ema=taken.is_ema, remarks=self.remarks, other_copy=taken.other_copy)
+        if missing or unexpected or shapes:
+            self._settle(report, candidate, missing, unexpected, shapes, whole)
+        _refuse_non_finite(candidate, self.label)
+        report.loaded = [key for key in candidate if key in self.expected]
+        report.zeros = self._count_zeros(candidate)
+        return _Plan(self.model, candidate, report)
+
+    # The source
+
+    def _source(
+        self, taken: Unwrapped, prefix: str | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        source = taken.state_dict
+        if prefix is not None:
+            prefix = prefix if prefix.endswith('.') or not prefix else prefix + '.'
+            inside = {k[len(prefix):]: v for k, v in source.items() if k.startswith(prefix)}
+            if not inside:
+                raise CheckpointMismatch(
+                    f'{self.label} has no tensors below the prefix {prefix!r}; it has '
+                    f'{_groups(source)}.')
+            self.dropped.update((k, _OUTSIDE_PREFIX) for k in source if not k.startswith(prefix))
+            source = inside
+        for key in list(source):
+            for pattern, reason in _HARMLESS:
+                if key not in self.expected and pattern.match(key):
+                    self.dropped[key] = reason
+        source = _keep_metadata(
+            ((k, v) for k, v in source.items() if k not in self.dropped), source)
+        roots = find_roots(source)
+        if not roots:
+            raise CheckpointMismatch(
+                f'{self.label} does not fit {type(self.model).__name__}.',
+                unexpected=list(source),
+                causes=[
+                    'it holds no SLaK, ShiftWise or ConvNeXt backbone: no tensor is called '
+                    'downsample_layers.0.0.weight, but there are ' + _groups(source)])
+        return source, roots
+
+    def _is_whole(self, source: Mapping[str, Tensor], roots: list[str]) -> bool:
+        """Whether the source has heads which the model should have too."""
+        if self.backbones[0][0] == '':
+            return False
+        rest = [key for key in source if not key.startswith(tuple(roots))]
+        if not rest:
+            return False
+        # mmpretrain's classifiers keep their head outside the backbone.
+        if all(key.startswith('head.') for key in rest) and not any(
+                key.startswith('head.') for key in self.expected):
+            self.dropped.update((key, _HEAD) for key in rest)
+            return False
+        absent = [name for name, _ in self.backbones if name + '.' not in roots]
+        if absent:
+            raise CheckpointMismatch(
+                f'{self.label} does not fit {type(self.model).__name__}.',
+                unexpected=rest,
+                causes=[(
+                    f'the backbone is called {", ".join(absent)} in the model and '
+                    f'{", ".join(root.rstrip(".") for root in roots) or "nothing"} in the '
+                    'checkpoint; prefix= takes the backbone only')])
+        return True
+
+    def _whole_candidate(
+        self, source: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
+        candidate: dict[str, Tensor] = source
+        unwanted: set[str] = set()
+        for name, backbone in self.backbones:
+            prefix = name + '.'
+            candidate, notes = convert_state_dict(candidate, prefix, _family(backbone))
+            self.renamed.update(notes.renamed)
+            self.remarks += _complete(backbone, candidate, prefix)
+            part = _below(candidate, prefix)
+            theirs = self._check_variant(part, name, backbone)
+            old_names = {new: old for old, new in notes.renamed.items()}
+            for key in part:
+                reason = _HEAD if _is_classification(key) else \
+                    _COUNTER if key.endswith('.num_batches_tracked') else ''
+                if reason and prefix + key not in self.expected:
+                    unwanted.add(prefix + key)
+                    self._drop(old_names.get(prefix + key, prefix + key), reason)
+        candidate = _keep_metadata(
+            ((k, v) for k, v in candidate.items() if k not in unwanted), candidate)
+        return candidate, notes, theirs
+
+    def _backbone_candidate(
+        self, source: dict[str, Tensor], roots: list[str]
+    ) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
+        if len(self.backbones) > 1:
+            names = ', '.join(name for name, _ in self.backbones)
+            raise CheckpointMismatch(
+                f'{type(self.model).__name__} contains {len(self.backbones)} backbones ({names}) '
+                f'and {self.label} holds one: load it into each of them by itself.')
+        root = next(r for r in ('', 'backbone.', *roots) if r in roots)
+        if len(roots) > 1 and root not in ('', 'backbone.'):
+            raise CheckpointMismatch(
+                f'{self.label} holds {len(roots)} backbones ({", ".join(roots)}): name one with '
+                'prefix=.')
+        self.dropped.update((key, _NOT_BACKBONE) for key in source
+                            if not key.startswith(root) and key not in self.dropped)
+        name, backbone = self.backbones[0]
+        prefix = name + '.' if name else ''
+        part, notes = convert_state_dict(_below(source, root), family=_family(backbone))
+        self.renamed.update((root + old, prefix + new) for old, new in notes.renamed.items())
+        self.remarks += _complete(backbone, part, '')
+        theirs = self._check_variant(part, name, backbone)
+        old_names = {new: old for old, new in notes.renamed.items()}
+        candidate: dict[str, Tensor] = OrderedDict()
+        for key, value in part.items():
+            reason = ''
+            if prefix + key not in self.expected:
+                reason = (_HEAD if _is_classification(key) else
+                          _UNUSED_NORM if re.match(r'norm\d+\.', key) else
+                          _COUNTER if key.endswith('.num_batches_tracked') else '')
+            if reason:
+                self._drop(root + old_names.get(key, key), reason)
+            else:
+                candidate[prefix + key] = value
+        if not theirs.output_norms:
+            self.new += self._output_norms()
+        self.new += self._outside()
+        return candidate, notes, theirs
+
+    def _drop(self, key: str, reason: str) -> None:
+        self.dropped[key] = reason
+        self.renamed.pop(key, None)
+
+    def _check_variant(
+        self, part: Mapping[str, Tensor], name: str, backbone: nn.Module
+    ) -> Variant:
+        theirs = describe(part)
+        ours = describe(backbone.state_dict())
+        causes = likely_causes(theirs, ours)
+        self.causes += causes
+        # Loading the tensors that happen to fit would be of no use to anybody.
+        hopeless = theirs.deploy != ours.deploy or theirs.family != ours.family
+        if hopeless and theirs.family != 'unknown':
+            raise CheckpointMismatch(self._headline(name), causes=causes)
+        return theirs
+
+    # The comparison
+
+    def _compare(
+        self, candidate: Mapping[str, Tensor]
+    ) -> tuple[list[str], list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+        shapes = [(key, tuple(value.shape), tuple(self.expected[key].shape))
+                  for key, value in candidate.items()
+                  if key in self.expected and value.shape != self.expected[key].shape]
+        missing = [key for key in self.expected if key not in candidate]
+        unexpected = [key for key in candidate if key not in self.expected]
+        new = set(self.new)
+        if not shapes and (unexpected or set(missing) - new):
+            # Heads may rename tensors of older versions in their own loading hooks.
+            found = _dry_run(self.model, candidate)
+            if found is not None:
+                missing, unexpected = found
+        # Batch norms of very old checkpoints have no counter; the model's stays.
+        missing = [key for key in missing
+                   if key not in new and not key.endswith('.num_batches_tracked')]
+        return missing, unexpected, shapes
+
+    def _settle(
+        self, report: LoadReport, candidate: dict[str, Tensor], missing: list[str],
+        unexpected: list[str], shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+        whole: bool
+    ) -> None:
+        """Refuse, or without ``strict`` reduce the candidate to what fits."""
+        others = [shape[0] for shape in shapes]
+        old_names = {new: old for old, new in self.renamed.items()}
+        unexpected_old = [old_names.get(key, key) for key in unexpected]
+        causes = self.causes or self._other_causes(missing, unexpected, shapes, whole)
+        backbone_keys = [key for key in candidate if self._is_backbone(key)]
+        fits = [key for key in backbone_keys if key in self.expected and key not in others]
+        if self.strict or not fits:
+            raise CheckpointMismatch(self._headline(), missing, unexpected_old, shapes, causes)
+        for key in [*unexpected, *others]:
+            del candidate[key]
+        report.missing, report.mismatched = missing, others
+        for key in unexpected_old:
+            self._drop(key, 'not in the model')
+
+    def _other_causes(
+        self, missing: list[str], unexpected: list[str],
+        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]], whole: bool
+    ) -> list[str]:
+        affected = [*missing, *unexpected, *(shape[0] for shape in shapes)]
+        in_backbone = [key for key in affected if self._is_backbone(key)]
+        if not in_backbone:
+            classes = [(s[1][0], s[2][0]) for s in shapes
+                       if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
+            if classes and len(shapes) == len(affected):
+                what = (f'the heads are for another number of classes ({classes[0][0]} in the '
+                        f'checkpoint, {classes[0][1]} in the model)')
+            else:
+                what = f'the checkpoint is of a model with other heads ({_groups(affected)})'
+            return [f"the backbone fits, but {what}; prefix='backbone.' takes the backbone only"]
+        norms = [key for key in in_backbone if re.search(r'(^|\.)norm\d+\.\w+$', key)]
+        if len(norms) == len(affected):
+            return [('the model returns other stages, or has output norms where the checkpoint '
+                     'has none: set out_indices and out_norm')]
+        # Alike as far as constructor arguments go: the file itself is incomplete.
+        if missing and not unexpected and not shapes:
+            return ['the checkpoint is incomplete, some tensors are not in it']
+        return []
+
+    def _headline(self, backbone: str = '') -> str:
+        where = f' (its {backbone})' if backbone else ''
+        return f'{self.label} does not fit {type(self.model).__name__}{where}.'
+
+    # Parts of the model
+
+    def _is_backbone(self, key: str) -> bool:
+        return any(key.startswith(name + '.' if name else '') for name, _ in self.backbones)
+
+    def _outside(self) -> list[str]:
+        return [key for key in self.expected if not self._is_backbone(key)]
+
+    def _output_norms(self) -> list[str]:
+        names = [name + '.' if name else '' for name, _ in self.backbones]
+        return [key for key in self.expected for name in names
+                if re.match(re.escape(name) + r'norm\d+\.', key)]
+
+    def _count_zeros(self, candidate: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+        return {key: (value.numel() - int(torch.count_nonzero(value)), value.numel())
+                for key, value in candidate.items()
+                if key in self.expected and self._is_backbone(key) and value.dim() >= 2
+                and value.is_floating_point()}
+
+    def convert_average(self, average: Mapping[str, Tensor], plan: _Plan) -> dict[str, Tensor]:
+        """Rename the copy of the weights that mmengine's EMAHook stores below ``module.``."""
+        converted: dict[str, Tensor] = dict(average)
+        for name, backbone in self.backbones:
+            prefix = f'module.{name}.' if name else 'module.'
+            converted, _ = convert_state_dict(converted, prefix, _family(backbone))
+            _complete(backbone, converted, prefix)
+        if self.strict:
+            wanted = {'module.' + key for key in plan.state_dict}
+            found = {key for key in converted if key.startswith('module.')}
+            if wanted - found:
+                raise CheckpointMismatch(
+                    f'The two copies of the weights in {self.label} (state_dict and '
+                    'ema_state_dict) are not of one model.', missing=sorted(wanted - found))
+        return converted
+
+
+def _inner_model(model: nn.Module) -> nn.Module:
+    while True:
+        if is_model_wrapper(model) or isinstance(model, (BaseTTAModel, nn.DataParallel)):
+            model = model.module  # type: ignore[assignment]
+        elif isinstance(getattr(model, '_orig_mod', None), nn.Module):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _family(backbone: nn.Module) -> str:
+    return str(backbone.checkpoint_family)
+
+
+def _complete(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
+    """Let the backbone fit what has another form but the same function; change in place."""
+    complete = getattr(backbone, 'complete_state_dict', None)
+    return [] if complete is None else complete(state_dict, prefix)
+
+
+def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return OrderedDict((k[len(prefix):], v) for k, v in state_dict.items() if k.startswith(prefix))
+
+
+def _is_classification(key: str) -> bool:
+    return key.startswith(('head.', 'norm.'))
+
+
+def _keep_metadata(
+    items: Iterable[tuple[str, Tensor]], source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    result = OrderedDict(items)
+    metadata = getattr(source, '_metadata', None)
+    if metadata is not None:
+        result._metadata = metadata  # type: ignore[attr-defined]
+    return result
+
+
+def _dry_run(
+    model: nn.Module, state_dict: Mapping[str, Tensor]
+) -> tuple[list[str], list[str]] | None:
+    """What ``load_state_dict`` would find missing and unexpected, all loading hooks included.
+
+    Runs on a copy of the model whose tensors have shapes but no memory.
+
+    Returns:
+        tuple[list, list] | None: ``None`` if the model cannot be copied or shapes differ.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(torch.empty_like(t, device='meta'), t.requires_grad)
+        if isinstance(t, nn.Parameter) else torch.empty_like(t, device='meta') for t in tensors}
+    try:
+        skeleton = copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns that copying to meta does nothing
+            found = skeleton.load_state_dict(state_dict, strict=False)
+    except Exception:  # noqa: BLE001 - not every third-party head can be copied; names alone decide then
+        return None
+    return list(found.missing_keys), list(found.unexpected_keys)
+
+
+def _refuse_non_finite(state_dict: Mapping[str, Tensor], label: str) -> None:
+    broken = [key for key, value in state_dict.items()
+              if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if broken:
+        shown = ', '.join(broken[:CheckpointMismatch.num_shown])
+        raise CheckpointError(
+            f'{label} holds infinite values or NaN in {len(broken)} tensors: {shown}. The training '
+            'it comes from diverged or the file is damaged. Nothing was loaded.')
+
+
+def _groups(keys: Iterable[str]) -> str:
+    """Names shortened to their first parts, such as `decode_head.* (54), norm0.weight`."""
+    by_top: dict[str, list[str]] = {}
+    for key in keys:
+        parts = key.split('.')
+        depth = 2 if parts[0] == 'backbone' and len(parts) > 2 else 1
+        by_top.setdefault('.'.join(parts[:depth]), []).append(key)
+    texts = [members[0] if len(members) == 1 else f'{top}.* ({len(members)})'
+             for top, members in by_top.items()]
+    return ', '.join(texts[:6]) + (f' and {len(texts) - 6} more' if len(texts) > 6 else '')
+
+
+def _log(report: LoadReport) -> None:
+    complete = not (report.missing or report.mismatched)
+    log_report(str(report), logging.INFO if complete else logging.WARNING)

@@ -1,0 +1,148 @@
+"""Find the weights inside a checkpoint: wrappers, copies and prefixes."""
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .errors import CheckpointMismatch, CheckpointUnreadable
+
+__all__ = ['Unwrapped', 'find_roots', 'unwrap']
+
+# Where frameworks keep the weights, in the order in which the official loaders look.
+_WRAPPERS = ('state_dict', 'model', 'module')
+# Where they keep the moving average of the weights.
+_EMA_WRAPPERS = ('model_ema', 'state_dict_ema')
+# Put in front of every name by DistributedDataParallel and torch.compile.
+_OUTER_PREFIXES = ('module.', '_orig_mod.')
+
+_STEM = re.compile(r'^(|.*\.)(?:downsample_layers\.0\.0|stem\.0)\.weight$')
+
+
+@dataclass
+class Unwrapped:
+    """The weights found in a checkpoint.
+
+    Attributes:
+        state_dict (dict[str, Tensor]): Tensors by name, without the prefixes that wrappers of a
+            whole model put in front.
+        wrapper (str): The entry they came from, '' if the checkpoint is the state dict itself.
+        is_ema (bool): Whether they are the moving average.
+        other_copy (str): What is said of a second copy in the checkpoint that was not taken, ''
+            if there is none.
+        ignored (list[str]): Entries beside the tensors, such as counters.
+    """
+
+    state_dict: dict[str, Tensor]
+    wrapper: str
+    is_ema: bool = False
+    other_copy: str = ''
+    ignored: list[str] = field(default_factory=list)
+
+
+def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
+    """Take the weights out of a checkpoint.
+
+    Knows ``state_dict`` (OpenMMLab), ``model`` with or without ``model_ema`` (the official code),
+    ``module`` (DeepSpeed), ``state_dict_ema`` (timm) and a bare state dict. Where mmengine's
+    EMAHook has been at work, ``state_dict`` holds the average already.
+
+    Args:
+        checkpoint (Mapping): The content of a checkpoint file.
+        weights (str): 'model' for the weights that the official loaders take, 'ema' for their
+            moving average, or the name of an entry of the checkpoint. Defaults to 'model'.
+
+    Returns:
+        Unwrapped: The weights and where they came from.
+
+    Raises:
+        CheckpointMismatch: There is no such copy of the weights.
+        CheckpointUnreadable: There are no weights at all.
+    """
+    entries = [key for key in (*_WRAPPERS, *_EMA_WRAPPERS) if _holds_tensors(checkpoint.get(key))]
+    by_hook = 'state_dict' in entries and _holds_tensors(checkpoint.get('ema_state_dict'))
+    live = next((key for key in entries if key in _WRAPPERS), None)
+    average = 'state_dict' if by_hook else \
+        next((key for key in entries if key in _EMA_WRAPPERS), None)
+
+    if weights == 'model':
+        wrapper = live or average
+    elif weights == 'ema':
+        wrapper = average
+        if wrapper is None:
+            raise CheckpointMismatch(
+                'The checkpoint holds no moving average of the weights (no model_ema): load it '
+                'without use_ema.')
+    elif _holds_tensors(checkpoint.get(weights)):
+        wrapper = weights
+    else:
+        raise CheckpointMismatch(
+            f'The checkpoint has no weights under {weights!r}; it has '
+            f'{", ".join(map(str, checkpoint)) or "nothing"}.')
+
+    if wrapper is None and not _holds_tensors(checkpoint):
+        found = ', '.join(map(str, list(checkpoint)[:6])) or 'nothing'
+        raise CheckpointUnreadable(f'The checkpoint holds no weights: found {found}.')
+    content = checkpoint if wrapper is None else checkpoint[wrapper]
+    while wrapper is not None and not _has_direct_tensors(content):  # a wrapper in a wrapper
+        content = next(content[key] for key in _WRAPPERS if _holds_tensors(content.get(key)))
+
+    ignored = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    tensors: dict[str, Tensor] = OrderedDict(
+        (key, value) for key, value in content.items() if isinstance(value, Tensor))
+    metadata = getattr(content, '_metadata', None)
+    if metadata is not None:
+        tensors._metadata = metadata  # type: ignore[attr-defined]
+    if wrapper == 'ema_state_dict' and 'steps' in tensors:  # mmengine's counter of updates
+        del tensors['steps']
+        ignored.append('steps')
+
+    other = ''
+    if by_hook and wrapper == 'state_dict':
+        other = 'state_dict is the moving average; the live weights are under ema_state_dict'
+    elif average is not None and wrapper not in (average, None):
+        other = f'not used, under {average} (use_ema=True takes it)'
+    is_ema = wrapper is not None and wrapper == average
+    return Unwrapped(_strip_outer(tensors), wrapper or '', is_ema, other, ignored)
+
+
+def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
+    """Prefixes below which a backbone of a known layout lies.
+
+    Args:
+        state_dict (Mapping): Tensors by name.
+
+    Returns:
+        list[str]: For instance ``['']`` for a bare backbone or ``['backbone.']``.
+    """
+    roots = {match.group(1) for key in state_dict if (match := _STEM.match(key))}
+    return sorted(root for root in roots
+                  if any(key.startswith(root + 'stages.') for key in state_dict))
+
+
+def _holds_tensors(value: Any, depth: int = 2) -> bool:
+    # A pickled dict may contain itself, hence the limit.
+    if not isinstance(value, Mapping) or not depth:
+        return False
+    return _has_direct_tensors(value) or any(
+        _holds_tensors(value.get(key), depth - 1) for key in _WRAPPERS)
+
+
+def _has_direct_tensors(value: Mapping[str, Any]) -> bool:
+    return any(isinstance(item, Tensor) and isinstance(key, str) for key, item in value.items())
+
+
+def _strip_outer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _OUTER_PREFIXES * 2:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            metadata = getattr(tensors, '_metadata', None)
+            tensors = OrderedDict((key[len(prefix):], value) for key, value in tensors.items())
+            if metadata is not None:
+                tensors._metadata = OrderedDict(  # type: ignore[attr-defined]
+                    (key.removeprefix(prefix), value)
+                    for key, value in metadata.items())
+    return tensors

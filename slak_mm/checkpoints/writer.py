@@ -1,0 +1,106 @@
+"""Convert a checkpoint file to another spelling and write it whole or not at all."""
+from __future__ import annotations
+
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError
+from .formats import convert_state_dict, to_official
+from .unwrap import find_roots, unwrap
+
+__all__ = ['convert_checkpoint', 'write_checkpoint']
+
+
+def convert_checkpoint(
+    checkpoint: Mapping[str, Any], to: str = 'ours', use_ema: bool = False
+) -> dict[str, Any]:
+    """Convert the weights of a checkpoint, of a backbone or of a whole model.
+
+    Only the weights and ``meta`` (classes and palette of OpenMMLab models) are kept; the states
+    of optimizers and schedules are left out.
+
+    Args:
+        checkpoint (Mapping): The content of a checkpoint file.
+        to (str): 'ours', 'official', or a spelling of :func:`to_official`. Defaults to 'ours'.
+        use_ema (bool): Whether to take the moving average. Defaults to ``False``.
+
+    Returns:
+        dict: ``model`` for a bare backbone in another spelling than ours, as the official files
+        have it, else ``state_dict``; and ``meta`` where there was one.
+
+    Raises:
+        CheckpointMismatch: There is no backbone, or a tensor has no place in the other spelling.
+    """
+    source = unwrap(checkpoint, 'ema' if use_ema else 'model').state_dict
+    roots = find_roots(source)
+    if not roots:
+        raise CheckpointError(
+            'The checkpoint holds no SLaK, ShiftWise or ConvNeXt backbone to convert.')
+    weights: dict[str, Any] = dict(source)
+    for root in roots:
+        if to == 'ours':
+            weights, notes = convert_state_dict(weights, root)
+            if notes.unrecognised:
+                raise CheckpointError(
+                    f'{notes.unrecognised[0]} (of {len(notes.unrecognised)} such names) is no '
+                    'tensor of a SLaK, ShiftWise or ConvNeXt backbone.')
+        else:
+            weights = to_official(weights, None if to == 'official' else to, root)
+    result: dict[str, Any] = {
+        'model' if to != 'ours' and roots == [''] else 'state_dict': OrderedDict(weights)}
+    if isinstance(checkpoint.get('meta'), Mapping):
+        result['meta'] = checkpoint['meta']
+    return result
+
+
+def write_checkpoint(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike, overwrite: bool = False
+) -> Path:
+    """Write a checkpoint so that a reader sees the whole file or none.
+
+    Args:
+        checkpoint (Mapping): As :func:`convert_checkpoint` returns it.
+        path (str | os.PathLike): The file. A name that ends in '.safetensors' gets the tensors
+            alone, in that format.
+        overwrite (bool): Whether an existing file may be replaced. Defaults to ``False``.
+
+    Returns:
+        pathlib.Path: The file.
+
+    Raises:
+        CheckpointError: The file exists, or the format's package is not installed.
+        OSError: It cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise CheckpointError(f'{path} exists already; --force replaces it.')
+    if not path.parent.is_dir():
+        raise CheckpointError(f'There is no folder {path.parent} to write {path.name} into.')
+    part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.part')
+    try:
+        if path.suffix == '.safetensors':
+            _write_safetensors(checkpoint, part)
+        else:
+            # A path would let torch name the archive's inner folder after the temporary file.
+            with open(part, 'wb') as file:
+                torch.save(dict(checkpoint), file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _write_safetensors(checkpoint: Mapping[str, Any], path: Path) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise CheckpointError('Writing a .safetensors file needs that package: pip install '
+                              'safetensors.') from error
+    tensors = unwrap(checkpoint).state_dict
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, str(path))

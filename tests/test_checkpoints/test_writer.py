@@ -1,0 +1,83 @@
+import argparse
+
+import pytest
+import torch
+
+from slak_mm.checkpoints import (
+    CheckpointError,
+    convert_checkpoint,
+    load_pretrained,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+
+def test_there_and_back(toy, tmp_path):
+    official = toy.official()
+    checkpoint = {'model': official, 'args': argparse.Namespace(), 'optimizer': {'state': {}}}
+    ours = convert_checkpoint(checkpoint)
+    assert list(ours) == ['state_dict']
+    path = write_checkpoint(ours, tmp_path / 'ours.pth')
+    back = convert_checkpoint(read_checkpoint(path), 'official')
+    assert list(back) == ['model'] and list(back['model']) == list(official)
+    assert all(torch.equal(back['model'][key], official[key]) for key in official)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_files_need_no_list_of_safe_names(toy, tmp_path):
+    model = toy.backbone()
+    path = write_checkpoint(convert_checkpoint(model.state_dict(), 'official'), tmp_path / 'x.pth')
+    assert list(torch.load(path, weights_only=True)) == ['model']
+
+
+def test_whole_model_keeps_heads_and_meta(toy):
+    weights = {f'backbone.{k}': v for k, v in toy.official(classifier=False).items()}
+    weights['decode_head.x'] = torch.ones(1)
+    converted = convert_checkpoint({'state_dict': weights, 'meta': {'CLASSES': ('a',)}})
+    assert converted['meta'] == {'CLASSES': ('a',)}
+    assert 'backbone.stages.0.0.large_kernel.wide.conv.weight' in converted['state_dict']
+    assert 'decode_head.x' in converted['state_dict']
+    back = convert_checkpoint(converted, 'official')
+    assert back['state_dict'].keys() == weights.keys()
+
+
+def test_moving_average(toy):
+    checkpoint = {'model': toy.official(1), 'model_ema': toy.official(2)}
+    key = 'stages.0.0.gamma'
+    assert torch.equal(convert_checkpoint(checkpoint, use_ema=True)['state_dict'][key],
+                       checkpoint['model_ema'][key])
+
+
+def test_safetensors(toy, tmp_path):
+    pytest.importorskip('safetensors')
+    official = toy.official()
+    path = write_checkpoint(convert_checkpoint({'model': official}), tmp_path / 'x.safetensors')
+    model = toy.backbone()
+    load_pretrained(model, path)
+    assert torch.equal(model.state_dict()['stages.0.0.gamma'], official['stages.0.0.gamma'])
+
+
+def test_nothing_is_replaced_unasked(toy, tmp_path):
+    (tmp_path / 'x.pth').write_text('precious')
+    with pytest.raises(CheckpointError, match='exists already'):
+        write_checkpoint({'state_dict': {}}, tmp_path / 'x.pth')
+    assert (tmp_path / 'x.pth').read_text() == 'precious'
+    write_checkpoint({'state_dict': {}}, tmp_path / 'x.pth', overwrite=True)
+    assert read_checkpoint(tmp_path / 'x.pth') == {'state_dict': {}}
+    with pytest.raises(CheckpointError, match='no folder'):
+        write_checkpoint({}, tmp_path / 'nowhere' / 'x.pth')
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / 'x.pth').write_text('precious')
+    with pytest.raises((AttributeError, TypeError, ValueError, RuntimeError)):
+        write_checkpoint({'state_dict': lambda: None}, tmp_path / 'x.pth', overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
+    assert (tmp_path / 'x.pth').read_text() == 'precious'
+
+
+def test_unknown_content(toy):
+    with pytest.raises(CheckpointError, match='no SLaK.* or ConvNeXt backbone'):
+        convert_checkpoint({'layer1.weight': torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r'stages\.0\.0\.grn'):
+        convert_checkpoint({**toy.official(), 'stages.0.0.grn': torch.ones(1)})

@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Look into checkpoints, convert their names, and list the published ones.
+
+Examples:
+    python tools/checkpoint.py inspect slak_t_in1k_300e.pth
+    python tools/checkpoint.py convert ours.pth official.pth --to official
+    python tools/checkpoint.py zoo
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from slak_mm.checkpoints import (
+    FAMILIES,
+    ZOO,
+    CheckpointError,
+    cache_dir,
+    cached_path,
+    convert_checkpoint,
+    convert_state_dict,
+    describe,
+    find_roots,
+    read_checkpoint,
+    unwrap,
+    write_checkpoint,
+    zoo_table,
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    inspect = commands.add_parser(
+        'inspect', help='what a checkpoint holds: format, variant, shapes and zeros per layer')
+    inspect.add_argument('checkpoint', help='path, address or zoo name')
+    inspect.add_argument('--ema', action='store_true', help='look at the moving average')
+    inspect.set_defaults(run=run_inspect)
+    convert = commands.add_parser('convert', help='rename the tensors and write a new file')
+    convert.add_argument('checkpoint', help='path, address or zoo name')
+    convert.add_argument('out', help='file to write; .safetensors writes that format')
+    spellings = dict.fromkeys(c for family in FAMILIES.values() for c in family.columns
+                              if c != 'merged')
+    convert.add_argument('--to', choices=['ours', 'official', *spellings], default='ours',
+                         help='whose names to write (default: ours)')
+    convert.add_argument('--ema', action='store_true', help='take the moving average')
+    convert.add_argument('--force', action='store_true', help='replace an existing file')
+    convert.set_defaults(run=run_convert)
+    zoo = commands.add_parser('zoo', help='published checkpoints, and which are in the cache')
+    zoo.set_defaults(run=run_zoo)
+    return parser.parse_args(argv)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Print what a checkpoint holds."""
+    checkpoint = read_checkpoint(args.checkpoint)
+    taken = unwrap(checkpoint, 'ema' if args.ema else 'model')
+    print(f'file        {args.checkpoint}')
+    if taken.wrapper:
+        print(f'entries     {", ".join(map(str, checkpoint))}')
+    print(f'weights     {len(taken.state_dict)} tensors '
+          + (f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict')
+          + (', moving average' if taken.is_ema else ''))
+    print(f'second copy {taken.other_copy or "none"}')
+    roots = find_roots(taken.state_dict)
+    if not roots:
+        raise CheckpointError(
+            f'{args.checkpoint} holds no SLaK, ShiftWise or ConvNeXt backbone.')
+    for root in roots:
+        part = {k[len(root):]: v for k, v in taken.state_dict.items() if k.startswith(root)}
+        ours, notes = convert_state_dict(part)
+        print(f'\nbackbone    {root.rstrip(".") or "(the whole file)"}')
+        print(f'format      {notes.format}')
+        print(f'variant     {describe(ours)}')
+        if notes.unrecognised:
+            print(f'unknown     {len(notes.unrecognised)} names: '
+                  f'{", ".join(notes.unrecognised[:4])}')
+        rows, zeros, total = [], 0, 0
+        for key, value in part.items():
+            if value.dim() >= 2 and value.is_floating_point():
+                count = value.numel() - int(value.count_nonzero())
+                zeros, total = zeros + count, total + value.numel()
+                rows.append([key, 'x'.join(map(str, value.shape)), f'{count / value.numel():.2%}'])
+        rows.append(['all of these', f'{total}', f'{zeros / max(total, 1):.2%}'])
+        print_table([['weight', 'shape', 'zeros'], *rows])
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Write a checkpoint with other names."""
+    converted = convert_checkpoint(read_checkpoint(args.checkpoint), args.to, args.ema)
+    path = write_checkpoint(converted, args.out, args.force)
+    wrapper, weights = next(iter(converted.items()))
+    print(f'Wrote {len(weights)} tensors under {wrapper} to {path} (names: {args.to}).')
+
+
+def run_zoo(args: argparse.Namespace) -> None:
+    """Print the table of published checkpoints."""
+    header, *rows = zoo_table()
+    cached = ['yes' if cached_path(name).is_file() else 'no' for name in ZOO]
+    print_table([[header[0], 'in the cache', *header[1:]],
+                 *([row[0], here, *row[1:]] for row, here in zip(rows, cached))])
+    print(f'\nFigures as published by the source; none of them was measured here.\n'
+          f'Cache: {cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors of the user end in one sentence on stderr and exit code 1."""
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except (CheckpointError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
