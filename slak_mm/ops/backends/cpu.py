@@ -8,7 +8,9 @@ repeats the measurement):
   leaves oneDNN's fast path and is 5-50 times slower than in channels-last.
 * In channels-last a kernel of 13 columns takes about twice the time of one of 15.
 * The gradient with respect to a large kernel costs 10-100 times as much as the forward pass in
-  either layout. As a batched matrix product it costs about as much as the forward pass.
+  either layout, except in channels-last for a kernel of at most 3 columns on a map that is at
+  least as high as the kernel. Wider kernels are taken three columns at a time there. On smaller
+  maps the gradient is a batched matrix product, which costs about as much as the forward pass.
 
 The layout is chosen by rule and not by timing, so that two runs give the same bits.
 """
@@ -28,9 +30,8 @@ from .._autocast import is_autocast_enabled
 _NCHW_MAX_WIDTH = 14
 # Kernel width which is slower in channels-last than the next larger odd one.
 _SLOW_CHANNELS_LAST_WIDTH = 13
-# The matrix product computes all H x H row pairs where M per row are wanted: beyond this ratio
-# of map to kernel the direct form is faster.
-_MATMUL_MAX_MAP_TO_KERNEL = 6
+# Number of kernel columns up to which oneDNN's weight gradient is on its fast path.
+_FAST_GRADIENT_WIDTH = 3
 
 
 def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
@@ -49,6 +50,10 @@ def run(x: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
     The results have the memory format of ``x``.
     """
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *kernels))
+    # Export and FLOP counters trace the network and understand plain convolutions only.
+    if not needs_gradient or torch.jit.is_tracing():
+        return tuple(_convolve(x, k) for k in kernels)
     return tuple(_DepthwiseConv2d.apply(x, k) for k in kernels)
 
 
@@ -102,23 +107,39 @@ def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     kh, kw = kernel.shape[1:]
     if x.numel() == 0:
         return torch.zeros_like(kernel)
-    height, width = x.shape[2:]
-    # Work along the longer kernel axis: the other one becomes a Python loop.
-    if kh >= kw and height <= _MATMUL_MAX_MAP_TO_KERNEL * kh:
-        return _tall_kernel_gradient(x, grad, kh, kw)
-    if kw > kh and width <= _MATMUL_MAX_MAP_TO_KERNEL * kw:
-        transposed = _tall_kernel_gradient(x.transpose(2, 3), grad.transpose(2, 3), kw, kh)
-        return transposed.transpose(1, 2)
-    return torch.ops.aten.convolution_backward(
-        grad.contiguous(memory_format=torch.channels_last),
-        x.contiguous(memory_format=torch.channels_last),
-        kernel.unsqueeze(1), None, [1, 1], [kh // 2, kw // 2], [1, 1], False, [0, 0], x.shape[1],
-        [False, True, False],
-    )[1].squeeze(1)  # fmt: skip
+    if kernel.dtype is torch.bfloat16:  # sums over thousands of products need float32
+        x, grad = x.float(), grad.float()
+    # Work along the longer kernel axis.
+    is_wide = kw > kh
+    if is_wide:
+        x, grad, kh, kw = x.transpose(2, 3), grad.transpose(2, 3), kw, kh
+    if x.dtype is torch.float32 and x.shape[2] >= kh:
+        gradient = _gradient_by_columns(x, grad, kh, kw)
+    else:
+        gradient = _gradient_by_matmul(x, grad, kh, kw)
+    return (gradient.transpose(1, 2) if is_wide else gradient).to(kernel.dtype)
 
 
-def _tall_kernel_gradient(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
-    """Kernel gradient by matrix products.
+def _gradient_by_columns(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
+    """Gradient of a tall kernel (C, kh, kw) by PyTorch's own code, a few columns at a time."""
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    width = min(kw, _FAST_GRADIENT_WIDTH)
+    columns: list[Tensor] = []
+    while len(columns) < kw:
+        # The last group overlaps the one before if the columns do not divide evenly.
+        first = min(len(columns), kw - width)
+        # Columns of x that these taps see: (kw // 2 - first) to the left of the pixel, and on.
+        left = kw // 2 - first
+        seen = F.pad(x, (left, width - 1 - left)).contiguous(memory_format=torch.channels_last)
+        part = torch.ops.aten.convolution_backward(
+            grad, seen, x.new_empty(x.shape[1], 1, kh, width), None, [1, 1], [kh // 2, 0], [1, 1],
+            False, [0, 0], x.shape[1], [False, True, False])[1].squeeze(1)  # fmt: skip
+        columns += part.unbind(-1)[len(columns) - first:]
+    return torch.stack(columns, dim=-1)
+
+
+def _gradient_by_matmul(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
+    """Gradient of a tall kernel by matrix products.
 
     The gradient of tap (m, j) is the sum over images n, rows h and columns w of
     ``x[n, c, h + m - kh // 2, w + j - kw // 2] * grad[n, c, h, w]``. For a fixed column shift j
@@ -135,9 +156,6 @@ def _tall_kernel_gradient(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
         Tensor of shape (C, kh, kw) with the dtype of ``x``.
     """
     n, c, h, w = x.shape
-    dtype = x.dtype
-    if dtype is torch.bfloat16:  # sums over thousands of products need float32
-        x, grad = x.float(), grad.float()
     reach = min(kh // 2, h - 1)  # taps further out never meet the image
     margin = kw // 2
     padded_width = w + 2 * margin
@@ -156,6 +174,6 @@ def _tall_kernel_gradient(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
         diagonals = pairs.as_strided(
             (c, 2 * reach + 1, h), (stride[0], stride[1], stride[1] + stride[2]))  # fmt: skip
         taps.append(diagonals.sum(-1))
-    gradient = torch.stack(taps, dim=-1).to(dtype)
+    gradient = torch.stack(taps, dim=-1)
     beyond = kh // 2 - reach
     return F.pad(gradient, (0, 0, beyond, beyond))
