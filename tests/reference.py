@@ -2,8 +2,9 @@
 
 The formula of the weights: for a state-dict key of the official code draw a standard normal array
 ``z`` from ``RandomState(crc32(salt + key))``; norm weights are ``1 + 0.1 z``, running variances
-``1 + 0.1 |z|``, biases and running means ``0.1 z``, layer scales ``0.5 + 0.1 z``, convolution and
-linear weights ``z / sqrt(fan_in)``.
+``1 + 0.1 |z|``, biases, running means and GRN's parameters ``0.1 z``, layer scales
+``0.5 + 0.1 z``, convolution and linear weights ``z / sqrt(fan_in)``, a tenth of it for the filters
+of ShiftWise, of which many are summed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 SLAK_GOLDENS = Path(__file__).parent / 'data' / 'slak_goldens.npz'
+SHIFTWISE_GOLDENS = Path(__file__).parent / 'data' / 'shiftwise_goldens.npz'
 
 
 def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
@@ -28,7 +30,7 @@ def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
     random = np.random.RandomState(zlib.crc32((salt + key).encode()))
     z = np.asarray(random.standard_normal(shape)).astype(np.float32)
     tenth = np.float32(0.1)
-    if last in ('running_mean', 'bias'):
+    if last in ('running_mean', 'bias') or last in ('gamma', 'beta') and len(shape) == 4:
         value = tenth * z
     elif last == 'running_var':
         value = 1 + tenth * np.abs(z)
@@ -37,7 +39,10 @@ def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
     elif len(shape) == 1:
         value = 1 + tenth * z
     else:
-        value = z * np.float32(np.sqrt(1 / np.prod(shape[1:])))
+        scale = np.sqrt(1 / np.prod(shape[1:]))
+        if {'LoRA', 'LoRAs'} & set(key.split('.')):
+            scale *= 0.1
+        value = z * np.float32(scale)
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
 
@@ -48,7 +53,7 @@ def input_for(shape: Iterable[int], seed: int) -> Tensor:
 
 
 class Goldens:
-    """Condensed arrays of a golden file; see tests/data/make_slak_goldens.py."""
+    """Condensed arrays of a golden file; see tests/data/make_goldens.py."""
 
     def __init__(self, path: Path) -> None:
         self._arrays = np.load(path)
@@ -63,7 +68,9 @@ class Goldens:
             k.split('/')[1] for k in self._arrays.files
             if k.startswith(case + '/') and not k.endswith('/stats')]  # fmt: skip
 
-    def assert_close(self, case: str, name: str, got: Tensor, tolerance: float) -> None:
+    def assert_close(
+        self, case: str, name: str, got: Tensor, tolerance: float, least_scale: float = 0.0
+    ) -> None:
         """Compare the kept values, the mean and the deviation of all values.
 
         Args:
@@ -71,11 +78,12 @@ class Goldens:
             name: Array in it.
             got: The tensor to test, of the original array's shape.
             tolerance: Largest difference, as a fraction of the array's standard deviation.
+            least_scale: Taken in place of a smaller standard deviation.
         """
         want = self._arrays[f'{case}/{name}'].astype(np.float64)
         stride, mean, std = self._arrays[f'{case}/{name}/stats']
         values = got.detach().double().contiguous().numpy().reshape(-1)
-        scale = std if std > 0 else max(abs(mean), 1.0)
+        scale = max(std if std > 0 else max(abs(mean), 1.0), least_scale)
         sample = values[:: int(stride)][: want.size]
         assert sample.shape == want.shape, f'{case}/{name}: {got.shape} has too few values'
         error = np.abs(sample - want).max() / scale

@@ -1,0 +1,74 @@
+"""Condense the reference results of the official code into slak_ and shiftwise_goldens.npz.
+
+Usage: python tests/data/make_goldens.py REFERENCE_FOLDER
+
+The reference folder holds outputs of the official implementations (github.com/VITA-Group/SLaK at
+44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b), run in float64 with weights and inputs given
+by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
+and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
+names and shapes of its networks a hash.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+LIMIT = 300
+
+
+def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
+    """The kept values of every array, and stride, mean and deviation under ``…/stats``."""
+    condensed: dict[str, np.ndarray] = {}
+    for file in sorted(f for p in patterns for f in (reference / 'goldens').glob(p)):
+        source = np.load(file)
+        names = [n for n in source.files if f'{n}_stride' in source.files
+                 or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n == 'out']
+        for name in names:
+            values = source[name].reshape(-1)
+            step = max(1, -(-values.size // LIMIT))
+            stride = int(source.get(f'{name}_stride', 1))
+            key = f'{file.stem}/{name}'
+            condensed[key] = values[::step].astype(np.float32)
+            condensed[f'{key}/stats'] = np.array(
+                [stride * step, source.get(f'{name}_mean', values.mean()),
+                 source.get(f'{name}_std', values.std())], np.float64)  # fmt: skip
+    return condensed
+
+
+def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
+    """Hashes of index tables, ghost channels, and names and shapes of whole networks."""
+    condensed: dict[str, np.ndarray] = {}
+    tables = json.loads((reference / 'goldens' / 'tables.json').read_text())
+    condensed['tables'] = np.array([
+        f'{t["big_kernel"]} {t["small_kernel"]} {t["c_out"]} {t["N_rep"]} '
+        f'{t["sha256_pad_hv"][:16]} {t["sha256_idx_identit"][:16]}'
+        for t in tables['addshift']])  # fmt: skip
+    condensed['ghosts'] = np.array([
+        f'{t["version"]} {t["channels"]} {t["ghost_ratio"]} {t["n_ghost"]} '
+        f'{t["sha256_ghost"][:16]} {t["sha256_rep"][:16]}' for t in tables['ghost']])  # fmt: skip
+    for file in sorted((reference / 'manifests').glob('shiftwise_*.json')):
+        manifest = json.loads(file.read_text())
+        lines = sorted(f'{key} {shape}' for key, shape, _ in manifest['state_dict'])
+        condensed[f'manifest/{file.stem}'] = np.array(
+            hashlib.sha256('\n'.join(lines).encode()).hexdigest())
+    return condensed
+
+
+def main(reference: Path) -> None:
+    arrays = {
+        'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
+        'shiftwise': {
+            **condense(reference, 'feat_shiftwise*', 'logits_shiftwise*',
+                       'block_train_shiftwise*', 'addshift_*', 'equivalent_conv_*'),
+            **shiftwise_hashes(reference)},
+    }  # fmt: skip
+    for family, condensed in arrays.items():
+        path = Path(__file__).with_name(f'{family}_goldens.npz')
+        np.savez_compressed(path, **condensed)
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))
