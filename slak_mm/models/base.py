@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,10 @@ from slak_mm.checkpoints import convert_state_dict, load_pretrained
 
 from .layers import LayerNorm2d
 
-_DEFAULT_INIT = [dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)]
+# Cut at five standard deviations. The official code cuts at +-2, a hundred of them: the inverse
+# error function behind the draw then returns -inf once in 2 ** 24, and that weight becomes -2.
+_DEFAULT_INIT = [
+    dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, a=-0.1, b=0.1, bias=0.0)]
 
 
 class LargeKernelBackbone(BaseModule):
@@ -64,6 +67,25 @@ class LargeKernelBackbone(BaseModule):
                 f'depths={depths}, dims={dims}')
         return depths, dims
 
+    @staticmethod
+    def _widths(dims: Sequence[int], width_factor: float, least: int = 1) -> tuple[int, ...]:
+        """Channels of each stage, rounded down as in the official code."""
+        if width_factor <= 0:
+            raise ValueError(f'width_factor must be positive, got {width_factor}')
+        widths = tuple(int(dim * width_factor) for dim in dims)
+        if min(widths) < least:
+            raise ValueError(
+                f'arch and width_factor {width_factor} leave {min(widths)} channels to a stage, '
+                f'which needs at least {least}')
+        return widths
+
+    @staticmethod
+    def _drop_paths(drop_path_rate: float, num_blocks: int) -> Iterator[float]:
+        """Drop-path rate of each block, rising linearly from 0."""
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
+        return iter([drop_path_rate * i / max(1, num_blocks - 1) for i in range(num_blocks)])
+
     def _finish_init(
         self,
         channels: Sequence[int],
@@ -103,7 +125,11 @@ class LargeKernelBackbone(BaseModule):
         if x.device.type == 'cpu':
             # Large depthwise kernels, and LayerNorm over channels, are fastest in this layout.
             x = x.contiguous(memory_format=torch.channels_last)
-        self._check_size(x)
+        smallest = self._smallest_image()
+        if min(x.shape[2:]) < smallest:
+            raise ValueError(
+                f'the image of {x.shape[2]} x {x.shape[3]} pixels is too small: stage '
+                f'{self.out_indices[-1]} needs at least {smallest} x {smallest}')
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))
@@ -113,8 +139,9 @@ class LargeKernelBackbone(BaseModule):
                 break
         return tuple(outs)
 
-    def _check_size(self, x: Tensor) -> None:
-        """Raise ValueError for an image which some stage would reduce to nothing."""
+    def _smallest_image(self) -> int:
+        """Side of the smallest image that no stage reduces to nothing, in pixels."""
+        return 4 * 2 ** self.out_indices[-1]
 
     def init_weights(self) -> None:
         """Initialise, and load the checkpoint of ``init_cfg=dict(type='Pretrained', …)``.
@@ -129,6 +156,21 @@ class LargeKernelBackbone(BaseModule):
         if self.pretrained_cfg is not None:
             load_pretrained(
                 self, self.pretrained_cfg['checkpoint'], prefix=self.pretrained_cfg.get('prefix'))
+
+    def complete_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> list[str]:
+        """Fit a state dict by our names to this backbone where that leaves the function as it is.
+
+        Args:
+            state_dict: Tensors by our names; changed in place.
+            prefix: Prefix of this backbone's names.
+
+        Returns:
+            A sentence for each kind of change.
+
+        Raises:
+            CheckpointMismatch: A tensor cannot belong to this backbone.
+        """
+        return []
 
     def train(self, mode: bool = True) -> LargeKernelBackbone:
         """Set train or eval mode; frozen stages stay in eval mode."""
@@ -183,6 +225,7 @@ def _convert_names(
     """Bring a backbone's part of a state dict into our names, before it is loaded."""
     own = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
     converted, _notes = convert_state_dict(own, prefix=prefix, family=module.checkpoint_family)
+    module.complete_state_dict(converted, prefix)
     if converted.keys() != own.keys():
         for key in own:
             del state_dict[key]

@@ -38,6 +38,24 @@ class LayerNorm2d(nn.LayerNorm):
         return y if is_channels_last else y.contiguous()
 
 
+def patch_downsampling(before: int, channels: int, is_stem: bool) -> nn.Sequential:
+    """Downsampling by convolutions whose stride is their size, as in ConvNeXt.
+
+    Args:
+        before: Channels of the input.
+        channels: Channels of the output.
+        is_stem: A 4x4 convolution and a LayerNorm, in place of a LayerNorm and a 2x2 convolution.
+
+    Returns:
+        The layers; sizes are rounded down.
+    """
+    if is_stem:
+        return nn.Sequential(
+            nn.Conv2d(before, channels, kernel_size=4, stride=4), LayerNorm2d(channels))
+    return nn.Sequential(
+        LayerNorm2d(before), nn.Conv2d(before, channels, kernel_size=2, stride=2))
+
+
 def build_branch_norm(norm_cfg: dict, num_channels: int) -> _BatchNorm:
     """Build the norm layer of a convolution branch.
 
@@ -70,6 +88,14 @@ def _log_replaced_sync_bn() -> None:
     print_log(
         'No CUDA device: backbones use BN in place of SyncBN (same parameters, statistics of '
         'each process alone).', logger='current')  # fmt: skip
+
+
+def batch_norm_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a batch norm is in eval mode: scale and shift of each channel, both (C,)."""
+    mean, var = bn.running_mean, bn.running_var
+    assert mean is not None and var is not None
+    scale = bn.weight / torch.sqrt(var + bn.eps)
+    return scale, bn.bias - mean * scale
 
 
 class DepthwiseBranch(nn.Module):
@@ -114,11 +140,9 @@ class DepthwiseBranch(nn.Module):
         if self.conv.bias is not None:
             bias += self.conv.bias
         if self.bn is not None:
-            mean, var = self.bn.running_mean, self.bn.running_var
-            assert mean is not None and var is not None
-            scale = self.bn.weight / torch.sqrt(var + self.bn.eps)
+            scale, shift = batch_norm_affine(self.bn)
             kernel *= scale.view(-1, 1, 1)
-            bias = (bias - mean) * scale + self.bn.bias
+            bias = bias * scale + shift
         return kernel, bias
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slak_mm.ops import cross_dwconv2d
 
 from .base import LargeKernelBackbone
-from .layers import DepthwiseBranch, LayerNorm2d, RecomputableBlock
+from .layers import DepthwiseBranch, RecomputableBlock, patch_downsampling
 
 
 class LargeKernelConv(nn.Module):
@@ -138,7 +138,7 @@ class SLaKBlock(RecomputableBlock):
     def __init__(
         self,
         channels: int,
-        large_kernel: LargeKernelConv,
+        large_kernel: nn.Module,
         drop_path: float,
         layer_scale_init_value: float,
         with_cp: bool = False,
@@ -240,34 +240,19 @@ class SLaK(LargeKernelBackbone):
         super().__init__(init_cfg)
         self.arch = arch
         self.depths, dims = self._parse_arch(arch)
-        if width_factor <= 0:
-            raise ValueError(f'width_factor must be positive, got {width_factor}')
-        self.dims = tuple(int(dim * width_factor) for dim in dims)
-        if min(self.dims) < 1:
-            raise ValueError(f'width_factor {width_factor} leaves a stage without channels')
+        self.dims = self._widths(dims, width_factor)
         self.kernel_sizes = tuple(kernel_sizes)
         _check_kernels(self.kernel_sizes, small_kernel, decomposed, len(self.depths))
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
         self.small_kernel = small_kernel
         self.decomposed = decomposed
         self.branch_norm = branch_norm
         self.conv_bias = conv_bias
         self.deploy = deploy
 
-        num_blocks = sum(self.depths)
-        drop_paths = iter(
-            [drop_path_rate * i / max(1, num_blocks - 1) for i in range(num_blocks)])
+        drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
         for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
-            if i == 0:
-                downsample = nn.Sequential(
-                    nn.Conv2d(in_channels, channels, kernel_size=4, stride=4),
-                    LayerNorm2d(channels))  # fmt: skip
-            else:
-                downsample = nn.Sequential(
-                    LayerNorm2d(self.dims[i - 1]),
-                    nn.Conv2d(self.dims[i - 1], channels, kernel_size=2, stride=2))
-            self.downsample_layers.append(downsample)
+            before = in_channels if i == 0 else self.dims[i - 1]
+            self.downsample_layers.append(patch_downsampling(before, channels, is_stem=i == 0))
             blocks = [
                 SLaKBlock(
                     channels,
@@ -281,13 +266,6 @@ class SLaK(LargeKernelBackbone):
             ]  # fmt: skip
             self.stages.append(nn.Sequential(*blocks))
         self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
-
-    def _check_size(self, x: Tensor) -> None:
-        smallest = 4 * 2 ** self.out_indices[-1]
-        if min(x.shape[2:]) < smallest:
-            raise ValueError(
-                f'the image of {x.shape[2]} x {x.shape[3]} pixels is too small: stage '
-                f'{self.out_indices[-1]} needs at least {smallest} x {smallest}')
 
 
 def _check_kernels(

@@ -220,6 +220,7 @@ def test_weights_are_the_official_initialisation():
             assert (p == 1e-6).all()
         elif p.ndim > 1 and p.numel() > 10_000:
             assert float(p.std()) == pytest.approx(0.02, rel=0.05), name
+            assert float(p.abs().max()) <= 0.1, name
             assert abs(float(p.mean())) < 0.001, name
         elif p.ndim == 1:
             assert (p == (0 if name.endswith('bias') else 1)).all(), name
@@ -259,7 +260,7 @@ def test_construction_prints_nothing(capsys):
     (dict(small_kernel=7), r'small_kernel \(7\) must be smaller than every entry'),
     (dict(small_kernel=None), 'decomposed=True needs small_kernel'),
     (dict(width_factor=0), 'width_factor must be positive, got 0'),
-    (dict(width_factor=0.1), 'leaves a stage without channels'),
+    (dict(width_factor=0.1), 'leave 0 channels to a stage'),
     (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
     (dict(out_indices=(0, 4)), 'out_indices must name stages 0 to 3'),
     (dict(out_indices=()), 'out_indices must name stages 0 to 3'),

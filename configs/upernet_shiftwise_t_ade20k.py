@@ -1,0 +1,17 @@
+# UperNet + ShiftWise-T (version 2), ADE20K, 160k: the official fine-tuning recipe. The official
+# run keeps the zeros of the sparse ImageNet weights at zero; this config trains them densely.
+_base_ = './_base_/upernet_ade20k.py'
+
+model = dict(
+    backbone=dict(
+        type='ShiftWise',
+        arch='tiny',
+        version=2,
+        drop_path_rate=0.4,
+        layer_scale_init_value=1.0,
+        init_cfg=dict(type='Pretrained', checkpoint='shiftwise_t_in1k_300e')),
+    decode_head=dict(in_channels=[80, 160, 320, 640]),
+    auxiliary_head=dict(in_channels=320))
+
+# A decay of 1 is none: all layers have the same rate.
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=1.0, decay_type='layer_wise', num_layers=9))

@@ -1,0 +1,575 @@
+"""ShiftWise backbones.
+
+Li et al., "ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect", CVPR 2025,
+https://arxiv.org/abs/2401.12736. Official code: https://github.com/lidc54/shift-wiseConv.
+Version 1 has the plan of SLaK, version 2 that of UniRepLKNet (Ding et al., "UniRepLKNet: A
+Universal Perception Large-Kernel ConvNet", CVPR 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slak_mm.checkpoints import CheckpointMismatch, fit_paths
+from slak_mm.ops import cross_dwconv2d
+from slak_mm.ops.shift_tables import (
+    assemble_kernels,
+    ghost_channels,
+    num_filters,
+    shift_table_error,
+    shift_tables,
+)
+
+from .base import LargeKernelBackbone
+from .layers import (
+    LayerNorm2d,
+    RecomputableBlock,
+    batch_norm_affine,
+    build_branch_norm,
+    patch_downsampling,
+)
+from .slak import SLaKBlock
+
+_TABLES = ('shifts', 'picks', 'rep', 'ghost')
+
+
+class ShiftWiseConv(nn.Module):
+    """A depthwise convolution with large kernels that are made up of small filters.
+
+    The filters of all paths are summed and assembled to a tall, a wide and a small kernel (see
+    :func:`slak_mm.ops.shift_tables.assemble_kernels`). Each has its batch norm; their sum and
+    the input are added up. Ghost channels pass unchanged and come last: output channel j is
+    input channel ``rep[j]``, then the ghosts follow.
+
+    The tables ``shifts``, ``picks``, ``rep`` and ``ghost`` are buffers in the state dict; what
+    they say is what is computed.
+
+    In deployed form there are ``tall``, ``wide`` and ``bias``, and ``ghost_scale`` and
+    ``ghost_bias`` if a norm behind the layer was folded in.
+
+    Args:
+        channels: C.
+        num_ghosts: Number of ghost channels, less than C.
+        kernel_size: K.
+        small_kernel: s, odd, at most K.
+        num_paths: Number of sets of filters.
+        num_reps: Number G of random orders of the filters, see
+            :func:`slak_mm.ops.shift_tables.shift_tables`.
+        branch_norm: A batch norm behind each kernel.
+        norm_cfg: Config of the batch norms.
+        deploy: Build the deployed form.
+        folds_norm: Build the deployed form with a folded norm.
+    """
+
+    shifts: Tensor
+    picks: Tensor
+    rep: Tensor
+    ghost: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_ghosts: int,
+        kernel_size: int,
+        small_kernel: int,
+        num_paths: int,
+        num_reps: int,
+        branch_norm: bool,
+        norm_cfg: dict,
+        deploy: bool = False,
+        folds_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.deploy = deploy
+        self.kernel_size = kernel_size
+        self.small_kernel = small_kernel
+        n = channels - num_ghosts
+        nk = num_filters(kernel_size, small_kernel)
+        rep, ghost = ghost_channels(channels, num_ghosts)
+        device = torch.empty(0).device  # of the parameters, where a default device is set
+        self.register_buffer('rep', rep.to(device))
+        self.register_buffer('ghost', ghost.to(device))
+        self.ghost_scale: nn.Parameter | None = None
+        self.ghost_bias: nn.Parameter | None = None
+        if deploy:
+            centred = 2 * max(kernel_size // 2, nk * small_kernel - 1 - kernel_size // 2) + 1
+            self.tall = nn.Parameter(torch.zeros(n, centred, small_kernel))
+            self.wide = nn.Parameter(torch.zeros(n, small_kernel, centred))
+            self.bias = nn.Parameter(torch.zeros(n))
+            if folds_norm:
+                self.ghost_scale = nn.Parameter(torch.ones(num_ghosts))
+                self.ghost_bias = nn.Parameter(torch.zeros(num_ghosts))
+            return
+        shifts, picks = shift_tables(n, kernel_size, small_kernel, num_reps)
+        self.register_buffer('shifts', shifts.to(device))
+        self.register_buffer('picks', picks.to(device))
+        self.filters = nn.ModuleList(
+            nn.Conv2d(n, n * nk, small_kernel, padding=small_kernel - 1, groups=n, bias=False)
+            for _ in range(num_paths))
+        self.bn_wide, self.bn_tall, self.bn_small = (
+            build_branch_norm(norm_cfg, n) if branch_norm else None for _ in range(3))
+
+    def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The assembled kernels: tall (n, nk * s, s), wide (n, s, nk * s), small (n, s, s)."""
+        weights: list[Tensor] = [path.weight for path in self.filters]  # type: ignore[misc]
+        device = weights[0].device.type
+        # Weights keep their precision; the meta device has no autocast.
+        with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):
+            filters = sum(weights[1:], start=weights[0])
+            return assemble_kernels(filters, self.shifts, self.picks, self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape, channels in the order (rep, ghost)."""
+        ghosts = _select_channels(x, self.ghost)
+        x = _select_channels(x, self.rep)
+        if self.deploy:
+            # To convolve the ghosts as well, with an identity kernel, would save these copies and
+            # cost more than they do (at stage 1 of the tiny network 2.3 ms for 0.6 on one core).
+            y = cross_dwconv2d(x, self.tall, self.wide, bias=self.bias, reduce=True)
+            if self.ghost_scale is not None and self.ghost_bias is not None:
+                ghosts = torch.addcmul(
+                    self.ghost_bias.view(-1, 1, 1), ghosts, self.ghost_scale.view(-1, 1, 1))
+            return torch.cat([y, ghosts], dim=1)
+        tall, wide, small = self.kernels()
+        center = self.kernel_size // 2
+        if self.bn_wide is None or self.bn_tall is None or self.bn_small is None:
+            y = cross_dwconv2d(x, tall, wide, small, reduce=True, center=center)
+        else:
+            y_tall, y_wide, y_small = cross_dwconv2d(x, tall, wide, small, center=center)
+            y = self.bn_wide(y_wide) + self.bn_tall(y_tall) + self.bn_small(y_small)
+        return torch.cat([y + x, ghosts], dim=1)
+
+    @torch.no_grad()
+    def switch_to_deploy(self, norm: _BatchNorm | None = None) -> None:
+        """Fold paths, norms and the identity into two kernels and one bias.
+
+        Args:
+            norm: Batch norm behind the layer to be folded in as well. Default: None.
+        """
+        if self.deploy:
+            return
+        tall, wide, small = (kernel.clone() for kernel in self.kernels())
+        bias = torch.zeros_like(tall[:, 0, 0])
+        for kernel, bn in ((tall, self.bn_tall), (wide, self.bn_wide), (small, self.bn_small)):
+            if bn is not None:
+                scale, shift = batch_norm_affine(bn)
+                kernel *= scale.view(-1, 1, 1)
+                bias += shift
+        center, s = self.kernel_size // 2, self.small_kernel
+        small[:, s // 2, s // 2] += 1
+        # Symmetric about the output pixel, as the operator would otherwise make them each time.
+        behind = tall.shape[1] - 1 - center
+        reach = max(center, behind)
+        tall = F.pad(tall, (0, 0, reach - center, reach - behind))
+        wide = F.pad(wide, (reach - center, reach - behind))
+        wide[:, :, reach - s // 2:reach + s // 2 + 1] += small
+        if norm is not None:
+            scale, shift = batch_norm_affine(norm)
+            of_rep, of_ghosts = scale.split([len(tall), len(scale) - len(tall)])
+            tall *= of_rep.view(-1, 1, 1)
+            wide *= of_rep.view(-1, 1, 1)
+            bias = bias * of_rep + shift[:len(tall)]
+            self.ghost_scale = nn.Parameter(of_ghosts.clone())
+            self.ghost_bias = nn.Parameter(shift[len(tall):].clone())
+        del self.filters, self.bn_wide, self.bn_tall, self.bn_small, self.shifts, self.picks
+        self.tall, self.wide, self.bias = (nn.Parameter(t) for t in (tall, wide, bias))
+        self.deploy = True
+
+
+def _select_channels(x: Tensor, index: Tensor) -> Tensor:
+    """Copy channels of (N, C, H, W), in the order of ``index`` and in the memory format of x."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return x.index_select(1, index)
+    n, c, h, w = x.shape
+    # As a matrix: index_select is several times slower on four dimensions, and leaves the format.
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, c).index_select(1, index)
+    return pixels.view(n, h, w, len(index)).permute(0, 3, 1, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate that is computed from the means of all channels.
+
+    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; the inner width is C // 4.
+
+    Args:
+        channels: C, at least 4.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels // 4, kernel_size=1)
+        self.up = nn.Conv2d(channels // 4, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        gate = self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+class GRN(nn.Module):
+    """Global response normalisation of (N, H, W, C) maps.
+
+    ``(gamma * G / (mean over channels of G + 1e-6) + 1) * x + beta`` with the norm G of each
+    channel over the pixels. Woo et al., "ConvNeXt V2", CVPR 2023; as in UniRepLKNet.
+
+    Args:
+        channels: C.
+        bias: Whether there is ``beta``.
+    """
+
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, H, W, C) to the same shape."""
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        y = (self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + 1) * x
+        return y if self.beta is None else y + self.beta
+
+
+class FeedForward(nn.Module):
+    """Linear layer C to 4C, GELU, :class:`GRN`, linear layer 4C to C, batch norm.
+
+    In deployed form the second layer has a bias and stands for everything behind the
+    multiplication with GRN's ``gamma``.
+
+    Args:
+        channels: C.
+        norm_cfg: Config of the batch norm.
+        deploy: Build the deployed form.
+    """
+
+    def __init__(self, channels: int, norm_cfg: dict, deploy: bool = False) -> None:
+        super().__init__()
+        self.deploy = deploy
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.act = nn.GELU()
+        self.grn = GRN(4 * channels, bias=not deploy)
+        self.fc2 = nn.Linear(4 * channels, channels, bias=deploy)
+        self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        y = x.permute(0, 2, 3, 1)
+        y = self.fc2(self.grn(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
+        return y if self.norm is None else self.norm(y)
+
+    @torch.no_grad()
+    def switch_to_deploy(self, gamma: Tensor | None = None) -> None:
+        """Fold GRN's ``beta``, the norm and the layer scale ``gamma`` into the second layer."""
+        if self.norm is None or self.grn.beta is None:
+            return
+        scale, shift = batch_norm_affine(self.norm)
+        bias = scale * (self.fc2.weight @ self.grn.beta.view(-1)) + shift
+        weight = scale.view(-1, 1) * self.fc2.weight
+        if gamma is not None:
+            weight, bias = gamma.view(-1, 1) * weight, gamma * bias
+        self.fc2.weight, self.fc2.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.grn.beta = None
+        self.norm = None
+        self.deploy = True
+
+
+class ShiftWiseBlock(RecomputableBlock):
+    """Large-kernel convolution, batch norm, squeeze-excite and feed-forward layer, residual.
+
+    ``y = x + DropPath(gamma * FFN(SE(BN(L(x)))))``, the block of version 2.
+
+    Args:
+        channels: C.
+        large_kernel: The operator L.
+        norm_cfg: Config of the batch norms.
+        drop_path: Probability of dropping the residual branch of a sample.
+        layer_scale_init_value: Initial value of ``gamma``; there is none if it is 0 or less.
+        with_cp: Recompute the block in the backward pass to save memory.
+        deploy: Build the deployed form, without ``norm`` and ``gamma``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        large_kernel: ShiftWiseConv,
+        norm_cfg: dict,
+        drop_path: float,
+        layer_scale_init_value: float,
+        with_cp: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__(with_cp)
+        self.deploy = deploy
+        self.large_kernel = large_kernel
+        self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
+        self.se = SqueezeExcite(channels)
+        self.ffn = FeedForward(channels, norm_cfg, deploy)
+        self.gamma = (
+            nn.Parameter(layer_scale_init_value * torch.ones(channels))
+            if layer_scale_init_value > 0 and not deploy else None)  # fmt: skip
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = self.large_kernel(x)
+        if self.norm is not None:
+            y = self.norm(y)
+        y = self.ffn(self.se(y))
+        if self.gamma is not None:
+            y = self.gamma.view(-1, 1, 1) * y
+        return x + self.drop_path(y)
+
+    def switch_to_deploy(self) -> None:
+        """Fold the norms, the layer scale and the branches of the large kernel."""
+        if self.norm is None:
+            return
+        self.large_kernel.switch_to_deploy(self.norm)
+        self.ffn.switch_to_deploy(self.gamma)
+        self.norm = None
+        self.gamma = None
+        self.deploy = True
+
+
+@MODELS.register_module()
+class ShiftWise(LargeKernelBackbone):
+    """ShiftWise backbones, version 1 and 2.
+
+    The published network is ``ShiftWise('tiny')``. Widths and depths of version 2 are those of
+    UniRepLKNet: (80, 160, 320, 640) with (3, 3, 18, 3) blocks for tiny, (96, ..., 768),
+    (128, ..., 1024) and (192, ..., 1536) with (3, 3, 27, 3) for small, base and large. Version 1
+    has SLaK's.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per
+            stage. Default: 'tiny'.
+        version: 1 for SLaK's plan (LayerNorm blocks, patch-wise downsampling, sizes rounded
+            down), 2 for UniRepLKNet's (batch norm, squeeze-excite and GRN blocks, 3x3
+            convolutions for downsampling, sizes rounded up). Default: 2.
+        kernel_sizes: K of each stage in pixels of its map, not smaller than ``small_kernel``.
+            The kernel has ceil(K / s) * s taps, from -(K // 2) on: 49 means -24 to 26 with
+            s = 3. Default: (51, 49, 47, 13).
+        small_kernel: Size s of the filters, odd. Default: 3.
+        ghost_ratio: Fraction of channels that pass an operator unchanged, in [0, 1). Version 1
+            rounds their number down; version 2 rounds the number of the others down to an even
+            one. Default: 0.23.
+        num_paths: Sets of filters which are summed. They differ in their initial values and
+            masks only; deployment merges them. Default: 2.
+        num_reps: Random orders in which the filters make up a kernel; the resulting kernels are
+            summed. Default: 4.
+        width_factor: Multiplies ``dims``. Default: 1.0.
+        branch_norm: A batch norm behind each kernel. Default: True.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the
+            first. Default: 0.
+        layer_scale_init_value: Initial layer scale; 0 or less for none. Default: 1.0, as the
+            official downstream configs (1e-6 on ImageNet).
+        out_indices: Stages to return. Default: (0, 1, 2, 3).
+        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream
+            code. Default: True.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with
+            the downsampling before them. Output norms stay trainable. Default: -1.
+        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is
+            no CUDA device.
+        with_cp: Recompute each block in the backward pass to save memory. Default: False.
+        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces.
+            Default: False.
+        in_channels: Channels of the image. Default: 3.
+        init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
+            :data:`slak_mm.checkpoints.ZOO`, or any initialisation config of mmengine.
+            Default: truncated normal of standard deviation 0.02.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+    """
+
+    checkpoint_family = 'shiftwise'
+    arch_settings = {
+        'tiny': dict(depths=(3, 3, 18, 3), dims=(80, 160, 320, 640)),
+        'small': dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+        'base': dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+        'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    }
+    # Version 2 and 1 differ in one of them.
+    _tiny_of_version_1 = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        version: int = 2,
+        kernel_sizes: Sequence[int] = (51, 49, 47, 13),
+        small_kernel: int = 3,
+        ghost_ratio: float = 0.23,
+        num_paths: int = 2,
+        num_reps: int = 4,
+        width_factor: float = 1.0,
+        branch_norm: bool = True,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1.0,
+        out_indices: Sequence[int] | int = (0, 1, 2, 3),
+        out_norm: bool = True,
+        frozen_stages: int = -1,
+        norm_cfg: dict | None = None,
+        with_cp: bool = False,
+        deploy: bool = False,
+        in_channels: int = 3,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if version not in (1, 2):
+            raise ValueError(f'version must be 1 or 2, got {version!r}')
+        self.arch = arch
+        self.version = version
+        self.depths, dims = self._parse_arch(
+            self._tiny_of_version_1 if arch == 'tiny' and version == 1 else arch)
+        # Version 2 divides the width by four in its squeeze-excite layers.
+        self.dims = self._widths(dims, width_factor, least=1 if version == 1 else 4)
+        self.kernel_sizes = tuple(kernel_sizes)
+        _check_kernels(self.kernel_sizes, small_kernel, len(self.depths))
+        if not 0 <= ghost_ratio < 1:
+            raise ValueError(f'ghost_ratio must lie in [0, 1), got {ghost_ratio}')
+        for name, number in (('num_paths', num_paths), ('num_reps', num_reps)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f'{name} must be a positive integer, got {number!r}')
+        self.small_kernel = small_kernel
+        self.ghost_ratio = ghost_ratio
+        self.num_paths = num_paths
+        self.num_reps = num_reps
+        self.branch_norm = branch_norm
+        self.deploy = deploy
+        norm_cfg = norm_cfg or dict(type='SyncBN', requires_grad=True)
+
+        drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
+        for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
+            self.downsample_layers.append(
+                _downsampling(version, in_channels if i == 0 else self.dims[i - 1], channels,
+                              is_stem=i == 0))  # fmt: skip
+            num_ghosts = _num_ghosts(version, channels, ghost_ratio)
+            if num_ghosts == channels:
+                raise ValueError(
+                    f'ghost_ratio {ghost_ratio} leaves none of the {channels} channels of stage '
+                    f'{i} to be convolved')
+            blocks: list[nn.Module] = []
+            for _ in range(depth):
+                operator = ShiftWiseConv(
+                    channels, num_ghosts, self.kernel_sizes[i], small_kernel, num_paths,
+                    num_reps, branch_norm, norm_cfg, deploy, folds_norm=version == 2)
+                drop_path = next(drop_paths)
+                blocks.append(
+                    SLaKBlock(channels, operator, drop_path, layer_scale_init_value, with_cp)
+                    if version == 1 else
+                    ShiftWiseBlock(channels, operator, norm_cfg, drop_path,
+                                   layer_scale_init_value, with_cp, deploy))  # fmt: skip
+            self.stages.append(nn.Sequential(*blocks))
+        self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+
+    def _smallest_image(self) -> int:
+        return super()._smallest_image() if self.version == 1 else 1
+
+    def complete_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> list[str]:
+        """Fit the filter paths and the index tables of a state dict to this backbone.
+
+        A single path fills the first of several, and the others become zero; several paths are
+        summed into a single one. Both compute the same. Official checkpoints have no tables and
+        get the official ones; tables that are there are checked.
+
+        Args:
+            state_dict: Tensors by our names; changed in place.
+            prefix: Prefix of this backbone's names.
+
+        Returns:
+            A sentence for each kind of change.
+
+        Raises:
+            CheckpointMismatch: A table cannot belong to this backbone.
+        """
+        if self.deploy:
+            return []
+        fitted, remark = fit_paths(state_dict, self.num_paths, prefix)
+        state_dict.clear()
+        state_dict.update(fitted)
+        remarks = [remark] if remark else []
+        operators = {
+            f'{prefix}{name}.': module for name, module in self.named_modules()
+            if isinstance(module, ShiftWiseConv)}  # fmt: skip
+        operators = {
+            key: operator for key, operator in operators.items()
+            if f'{key}filters.0.weight' in state_dict}  # fmt: skip
+        if operators and not any(
+                key + table in state_dict for key in operators for table in _TABLES):
+            remarks.append(self._add_tables(state_dict, operators))
+        for key, operator in operators.items():
+            _check_tables(state_dict, key, operator)
+        return remarks
+
+    def _add_tables(
+        self, state_dict: dict[str, Any], operators: dict[str, ShiftWiseConv]
+    ) -> str:
+        for key, operator in operators.items():
+            n, num_ghosts = len(operator.rep), len(operator.ghost)
+            tables = (
+                *shift_tables(n, operator.kernel_size, self.small_kernel, self.num_reps),
+                *ghost_channels(n + num_ghosts, num_ghosts))
+            state_dict.update((key + name, table) for name, table in zip(_TABLES, tables))
+        return (f'the index tables of {len(operators)} blocks were generated: official '
+                'checkpoints have none')
+
+
+def _check_tables(state_dict: dict[str, Any], key: str, operator: ShiftWiseConv) -> None:
+    """Raise CheckpointMismatch for tables which would lead the computation astray."""
+    tables = [state_dict[key + name] for name in _TABLES if key + name in state_dict]
+    shapes = [getattr(operator, name).shape for name in _TABLES]
+    if [table.shape for table in tables] != shapes or any(table.is_meta for table in tables):
+        return  # what is missing or of another shape is reported elsewhere
+    shifts, picks, rep, ghost = tables
+    reason = shift_table_error(shifts, picks, operator.kernel_size, operator.small_kernel)
+    channels = torch.cat([rep, ghost]).long().sort().values.cpu()
+    if reason is None and not torch.equal(channels, torch.arange(len(channels), device='cpu')):
+        reason = 'rep and ghost do not name every channel once'
+    if reason is not None:
+        raise CheckpointMismatch(
+            f'The index tables {key}* do not belong to this backbone: {reason}.',
+            causes=['the checkpoint is of a model with other kernel_sizes or small_kernel'])
+
+
+def _downsampling(version: int, before: int, channels: int, is_stem: bool) -> nn.Sequential:
+    """The layers between two stages, or between the image and the first stage."""
+    if version == 1:
+        return patch_downsampling(before, channels, is_stem)
+    half = [
+        nn.Conv2d(before, channels // 2, kernel_size=3, stride=2, padding=1),
+        LayerNorm2d(channels // 2),
+        nn.GELU()] if is_stem else []  # fmt: skip
+    return nn.Sequential(
+        *half,
+        nn.Conv2d(channels // 2 if is_stem else before, channels, kernel_size=3, stride=2,
+                  padding=1),
+        LayerNorm2d(channels))  # fmt: skip
+
+
+def _num_ghosts(version: int, channels: int, ghost_ratio: float) -> int:
+    # The order of the floating-point operations is the official one: it decides the rounding.
+    if version == 1:
+        return int(channels * ghost_ratio)
+    return channels - int(channels * (1 - ghost_ratio)) // 2 * 2
+
+
+def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int, num_stages: int) -> None:
+    if len(kernel_sizes) != num_stages:
+        raise ValueError(
+            f'kernel_sizes needs one entry for each of the {num_stages} stages, got '
+            f'{tuple(kernel_sizes)}')
+    if not isinstance(small_kernel, int) or small_kernel < 1 or small_kernel % 2 == 0:
+        raise ValueError(
+            'small_kernel must be an odd positive integer (an even filter has no centre), got '
+            f'{small_kernel!r}')
+    for size in kernel_sizes:
+        if not isinstance(size, int) or size < small_kernel:
+            raise ValueError(
+                f'kernel_sizes must be integers not smaller than small_kernel ({small_kernel}), '
+                f'got {size!r}')
