@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -392,6 +393,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device != 'cpu' and not torch.cuda.is_available():
         print(f'error: --device {args.device} needs a CUDA device, and torch finds none.',
               file=sys.stderr)
+        return 1
+    if args.family == 'shiftwise' and importlib.util.find_spec('shiftwise_reference') is None:
+        print('error: --family shiftwise needs tests/shiftwise_reference.py, the shifted sum: run '
+              'it in a checkout of the project.', file=sys.stderr)
         return 1
     if args.json and not Path(args.json).resolve().parent.is_dir():
         print(f'error: there is no folder {Path(args.json).parent} to write --json into.',
