@@ -10,7 +10,7 @@ of ShiftWise, of which many are summed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +90,40 @@ class Goldens:
         assert error <= tolerance, f'{case}/{name}: relative error {error:.2e}'
         assert abs(values.mean() - mean) <= tolerance * scale, f'{case}/{name}: mean'
         assert abs(values.std() - std) <= tolerance * scale, f'{case}/{name}: deviation'
+
+
+def block_input(dtype: torch.dtype) -> Tensor:
+    """The input of the golden training steps of one block."""
+    return input_for((2, 16, 20, 24), 11).to(dtype)
+
+
+def training_step(
+    goldens: Goldens, case: str, block: torch.nn.Module, names: dict[str, str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Run a golden training step: forward, and backward from the golden output gradient.
+
+    Args:
+        goldens: Where the case is.
+        case: Original file.
+        block: The block with the golden weights.
+        names: Our names of the block's tensors by official ones.
+        dtype: Of weights and input.
+
+    Yields:
+        Name of a golden array and our tensor, for output, gradients and buffers.
+    """
+    block.to(dtype).train()
+    x = block_input(dtype).requires_grad_()
+    y = block(x)
+    y.backward(input_for(x.shape, 12).to(dtype))
+    params, buffers = dict(block.named_parameters()), dict(block.named_buffers())
+    for name in goldens.names(case):
+        kind, _, key = name.partition(':')
+        if name == 'out':
+            yield name, y
+        elif name == 'grad_in':
+            yield name, x.grad
+        elif kind == 'grad':
+            yield name, params[names[key]].grad
+        elif kind == 'buf':
+            yield name, buffers[names[key]]

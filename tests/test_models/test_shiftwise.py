@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbone_helpers import images, random_
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -25,22 +26,6 @@ SMALL = dict(
     arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 8, 7))  # fmt: skip
 BOTH = pytest.mark.parametrize('version', [1, 2])
 TABLES = ('shifts', 'picks', 'rep', 'ghost')
-
-
-def random_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights and running statistics which leave no branch without effect."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, t in model.state_dict().items():
-            if name.endswith('running_var'):
-                t.copy_(1 + torch.rand(t.shape, generator=g))
-            elif t.is_floating_point():
-                t.copy_(torch.randn(t.shape, generator=g) * (0.2 if t.ndim > 1 else 0.5))
-    return model
-
-
-def images(n=2, h=64, w=64, dtype=torch.float32):
-    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

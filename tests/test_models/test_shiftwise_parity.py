@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import SHIFTWISE_GOLDENS, Goldens, input_for, weight_for
+from reference import (
+    SHIFTWISE_GOLDENS,
+    Goldens,
+    block_input,
+    input_for,
+    training_step,
+    weight_for,
+)
 from shiftwise_reference import activation_space, draw_tables, shift_and_add
 
 from slak_mm import load_pretrained, switch_to_deploy
@@ -198,25 +205,9 @@ def test_block_in_training(version, dtype, with_cp):
     else:
         block = ShiftWiseBlock(16, operator, dict(type='BN'), 0.0, 1.0, with_cp)
     ours = load_block_weights(block, 'stages.0.0.', 'block/')
-    block.to(dtype).train()
-    shape = (2, 16, 20, 24)
-    x = input_for(shape, 11).to(dtype).requires_grad_()
-    y = block(x)
-    y.backward(input_for(shape, 12).to(dtype))
-    params, buffers = dict(block.named_parameters()), dict(block.named_buffers())
     checked = set()
-    for name in GOLDENS.names(case):
+    for name, got in training_step(GOLDENS, case, block, ours, dtype):
         kind, _, key = name.partition(':')
-        if name == 'out':
-            got = y
-        elif name == 'grad_in':
-            got = x.grad
-        elif kind == 'grad':
-            got = params[ours[key]].grad
-        elif kind == 'buf':
-            got = buffers[ours[key]]
-        else:
-            continue
         # Statistics are kept with the precision of float32. A bias before another batch norm has
         # no effect, so that its gradient is all rounding error.
         without_effect = version == 2 and (
@@ -229,6 +220,7 @@ def test_block_in_training(version, dtype, with_cp):
 
     load_block_weights(block, 'stages.0.0.', 'block/')
     block.eval()
+    x = block_input(dtype)
     with torch.no_grad():
         GOLDENS.assert_close(case, 'out_eval', block(x), TOLERANCE[dtype])
         (operator if version == 1 else block).switch_to_deploy()

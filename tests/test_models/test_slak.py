@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backbone_helpers import images, random_
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -11,22 +12,6 @@ from slak_mm.models import SLaK
 SMALL = dict(
     arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 9, 7),
     small_kernel=3, width_factor=1.0)  # fmt: skip
-
-
-def random_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights and running statistics which leave no branch without effect."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, t in model.state_dict().items():
-            if name.endswith('running_var'):
-                t.copy_(1 + torch.rand(t.shape, generator=g))
-            elif t.is_floating_point():
-                t.copy_(torch.randn(t.shape, generator=g) * (0.2 if t.ndim > 1 else 0.5))
-    return model
-
-
-def images(n=2, h=64, w=64, dtype=torch.float32):
-    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import SLAK_GOLDENS, Goldens, input_for, weight_for
+from reference import (
+    SLAK_GOLDENS,
+    Goldens,
+    block_input,
+    input_for,
+    training_step,
+    weight_for,
+)
 
 from slak_mm import load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import convert_state_dict, to_official
@@ -106,32 +113,14 @@ def test_block_in_training(case, dtype, with_cp):
     weights = {ours[k]: weight_for(k, block.state_dict()[ours[k]].shape, 'block/')
                for k in official_keys}  # fmt: skip
     block.load_state_dict(weights)
-    block.to(dtype).train()
-
-    shape = (2, 16, 20, 24)
-    x = input_for(shape, 11).to(dtype).requires_grad_()
-    y = block(x)
-    y.backward(input_for(shape, 12).to(dtype))
-    params = dict(block.named_parameters())
-    buffers = dict(block.named_buffers())
-    for name in GOLDENS.names(case):
-        kind, _, key = name.partition(':')
-        if name == 'out':
-            got = y
-        elif name == 'grad_in':
-            got = x.grad
-        elif kind == 'grad':
-            got = params[ours[key]].grad
-        elif kind == 'buf':
-            got = buffers[ours[key]]
-        else:
-            continue
+    for name, got in training_step(GOLDENS, case, block, ours, dtype):
         # Variances near 1 deviate little; the goldens themselves are rounded to float32.
         least_scale = 1.0 if name.endswith('running_var') else 0.0
         GOLDENS.assert_close(case, name, got, TOLERANCE[dtype], least_scale)
 
     block.load_state_dict(weights)
     block.eval()
+    x = block_input(dtype)
     with torch.no_grad():
         GOLDENS.assert_close(case, 'out_eval', block(x), TOLERANCE[dtype])
         operator.switch_to_deploy()

@@ -1,0 +1,23 @@
+"""What the tests of both backbones use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def random_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights and running statistics which leave no branch without effect."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in model.state_dict().items():
+            if name.endswith('running_var'):
+                t.copy_(1 + torch.rand(t.shape, generator=g))
+            elif t.is_floating_point():
+                t.copy_(torch.randn(t.shape, generator=g) * (0.2 if t.ndim > 1 else 0.5))
+    return model
+
+
+def images(n: int = 2, h: int = 64, w: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal images, the same in every call."""
+    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
