@@ -21,3 +21,14 @@ def random_(model: nn.Module, seed: int = 0) -> nn.Module:
 def images(n: int = 2, h: int = 64, w: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal images, the same in every call."""
     return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def forward_with_stages(model: nn.Module, x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Results of a backbone, and the outputs of its stages before the output norms."""
+    stages: list[Tensor] = []
+    hooks = [s.register_forward_hook(lambda m, i, o: stages.append(o)) for s in model.stages]
+    with torch.no_grad():
+        outs = model(x)
+    for hook in hooks:
+        hook.remove()
+    return outs, stages

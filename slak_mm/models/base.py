@@ -36,6 +36,9 @@ class LargeKernelBackbone(BaseModule):
     arch_settings: ClassVar[dict[str, dict[str, tuple[int, ...]]]]
     """``depths`` and ``dims`` of the named architectures."""
 
+    depths: tuple[int, ...]
+    """Blocks of each stage; set by the subclass."""
+
     def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
         pretrained = [cfg for cfg in cfgs if cfg.get('type') == 'Pretrained']
@@ -78,6 +81,14 @@ class LargeKernelBackbone(BaseModule):
                 f'arch and width_factor {width_factor} leave {min(widths)} channels to a stage, '
                 f'which needs at least {least}')
         return widths
+
+    def _for_each_stage(self, kernel_sizes: Sequence[int]) -> tuple[int, ...]:
+        """Kernel sizes as a tuple, one for each stage."""
+        if len(kernel_sizes) != len(self.depths):
+            raise ValueError(
+                f'kernel_sizes needs one entry for each of the {len(self.depths)} stages, got '
+                f'{tuple(kernel_sizes)}')
+        return tuple(kernel_sizes)
 
     @staticmethod
     def _drop_paths(drop_path_rate: float, num_blocks: int) -> Iterator[float]:
@@ -226,7 +237,6 @@ def _convert_names(
     own = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
     converted, _notes = convert_state_dict(own, prefix=prefix, family=module.checkpoint_family)
     module.complete_state_dict(converted, prefix)
-    if converted.keys() != own.keys():
-        for key in own:
-            del state_dict[key]
-        state_dict.update(converted)
+    for key in own:
+        del state_dict[key]
+    state_dict.update(converted)

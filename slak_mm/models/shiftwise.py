@@ -429,8 +429,8 @@ class ShiftWise(LargeKernelBackbone):
             self._tiny_of_version_1 if arch == 'tiny' and version == 1 else arch)
         # Version 2 divides the width by four in its squeeze-excite layers.
         self.dims = self._widths(dims, width_factor, least=1 if version == 1 else 4)
-        self.kernel_sizes = tuple(kernel_sizes)
-        _check_kernels(self.kernel_sizes, small_kernel, len(self.depths))
+        self.kernel_sizes = self._for_each_stage(kernel_sizes)
+        _check_kernels(self.kernel_sizes, small_kernel)
         if not 0 <= ghost_ratio < 1:
             raise ValueError(f'ghost_ratio must lie in [0, 1), got {ghost_ratio}')
         for name, number in (('num_paths', num_paths), ('num_reps', num_reps)):
@@ -559,11 +559,7 @@ def _num_ghosts(version: int, channels: int, ghost_ratio: float) -> int:
     return channels - int(channels * (1 - ghost_ratio)) // 2 * 2
 
 
-def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int, num_stages: int) -> None:
-    if len(kernel_sizes) != num_stages:
-        raise ValueError(
-            f'kernel_sizes needs one entry for each of the {num_stages} stages, got '
-            f'{tuple(kernel_sizes)}')
+def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int) -> None:
     if not isinstance(small_kernel, int) or small_kernel < 1 or small_kernel % 2 == 0:
         raise ValueError(
             'small_kernel must be an odd positive integer (an even filter has no centre), got '

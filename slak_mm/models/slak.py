@@ -241,8 +241,8 @@ class SLaK(LargeKernelBackbone):
         self.arch = arch
         self.depths, dims = self._parse_arch(arch)
         self.dims = self._widths(dims, width_factor)
-        self.kernel_sizes = tuple(kernel_sizes)
-        _check_kernels(self.kernel_sizes, small_kernel, decomposed, len(self.depths))
+        self.kernel_sizes = self._for_each_stage(kernel_sizes)
+        _check_kernels(self.kernel_sizes, small_kernel, decomposed)
         self.small_kernel = small_kernel
         self.decomposed = decomposed
         self.branch_norm = branch_norm
@@ -269,12 +269,8 @@ class SLaK(LargeKernelBackbone):
 
 
 def _check_kernels(
-    kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool, num_stages: int
+    kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool
 ) -> None:
-    if len(kernel_sizes) != num_stages:
-        raise ValueError(
-            f'kernel_sizes needs one entry for each of the {num_stages} stages, got '
-            f'{tuple(kernel_sizes)}')
     sizes = (*kernel_sizes, *(() if small_kernel is None else (small_kernel,)))
     for size in sizes:
         if not isinstance(size, int) or size < 1 or size % 2 == 0:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_helpers import forward_with_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -232,16 +233,6 @@ def build(variant: str) -> ShiftWise:
     model = ShiftWise(arch, version=int(version[1]))
     load_pretrained(model, official_weights(model))
     return model.eval()
-
-
-def forward_with_stages(model: ShiftWise, x: torch.Tensor):
-    stages: list[torch.Tensor] = []
-    hooks = [s.register_forward_hook(lambda m, i, o: stages.append(o)) for s in model.stages]
-    with torch.no_grad():
-        outs = model(x)
-    for hook in hooks:
-        hook.remove()
-    return outs, stages
 
 
 @pytest.mark.parametrize('variant', sorted(

@@ -264,3 +264,14 @@ def test_batch_norm_layers_are_plain_or_synchronised():
     assert len(kinds) == 1
     assert issubclass(
         kinds.pop(), nn.SyncBatchNorm if torch.cuda.is_available() else nn.BatchNorm2d)
+
+
+def test_pointwise_layers_as_convolutions_are_loaded():
+    """Some code bases have 1x1 convolutions; the names alone may be ours already."""
+    model = random_(SLaK(**SMALL))
+    other = {k: v[:, :, None, None] if '.pwconv' in k and v.ndim == 2 else v
+             for k, v in model.state_dict().items()}  # fmt: skip
+    loaded = SLaK(**SMALL)
+    loaded.load_state_dict(other)
+    for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name

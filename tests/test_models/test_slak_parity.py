@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_helpers import forward_with_stages
 from reference import (
     SLAK_GOLDENS,
     Goldens,
@@ -42,16 +43,6 @@ def build(variant: str) -> SLaK:
     model = SLaK(**VARIANTS[variant])
     load_pretrained(model, official_weights(model))
     return model.eval()
-
-
-def forward_with_stages(model: SLaK, x: torch.Tensor):
-    stages: list[torch.Tensor] = []
-    hooks = [s.register_forward_hook(lambda m, i, o: stages.append(o)) for s in model.stages]
-    with torch.no_grad():
-        outs = model(x)
-    for hook in hooks:
-        hook.remove()
-    return outs, stages
 
 
 @pytest.mark.parametrize('case', GOLDENS.cases('feat_'))
