@@ -38,6 +38,26 @@ def tiny():
 
 
 @pytest.fixture(scope='session')
+def build_tiny(config_path, tiny):
+    """Builds the tiny model in this process, without weights and for the CPU."""
+    from mmengine.config import Config, DictAction
+    from mmengine.registry import MODELS, init_default_scope
+
+    from slak_mm.engine import overrides
+
+    def build(**changes):
+        cfg = Config.fromfile(config_path)
+        overrides.remove_weights(cfg)
+        overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+        cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in
+                             (option.split('=', 1) for option in tiny)})
+        cfg.merge_from_dict(changes)
+        init_default_scope('mmseg')
+        return MODELS.build(cfg.model)
+    return build
+
+
+@pytest.fixture(scope='session')
 def demo_data(tmp_path_factory):
     """A small generated data set in ADE20K's layout."""
     from slak_mm.engine.demo_data import write_demo_data

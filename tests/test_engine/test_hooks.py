@@ -2,29 +2,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS
 
 from slak_mm.checkpoints import CheckpointMismatch, to_official
-from slak_mm.engine import overrides
 from slak_mm.engine.hooks import StrictCheckpointHook, load_whole_model, unwrap_model
 
 
 @pytest.fixture(scope='module')
-def build(config_path, tiny):
-    """Builds the tiny segmentor."""
+def build(build_tiny):
+    """Builds the tiny segmentor with random weights."""
     def build(seed, **changes):
-        from mmengine.config import DictAction
-        cfg = Config.fromfile(config_path)
-        overrides.remove_weights(cfg)
-        overrides.adapt_to_device(cfg, has_gpu=lambda: False)
-        options = dict(option.split('=', 1) for option in tiny)
-        cfg.merge_from_dict({key: DictAction._parse_iterable(value)
-                             for key, value in options.items()})
-        cfg.merge_from_dict(changes)
-        init_default_scope('mmseg')
         torch.manual_seed(seed)
-        model = MODELS.build(cfg.model)
+        model = build_tiny(**changes)
         model.init_weights()
         return model
     return build

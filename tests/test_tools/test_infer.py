@@ -5,23 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
-
-from slak_mm.engine import overrides
 
 
 @pytest.fixture(scope='module')
-def checkpoint(config_path, tiny, tmp_path_factory):
+def checkpoint(build_tiny, tmp_path_factory):
     """A tiny model that calls everything sky (class 2), as a file."""
-    cfg = Config.fromfile(config_path)
-    overrides.remove_weights(cfg)
-    overrides.adapt_to_device(cfg, has_gpu=lambda: False)
-    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in
-                         (option.split('=', 1) for option in tiny)})
-    init_default_scope('mmseg')
-    model = MODELS.build(cfg.model)
+    model = build_tiny()
     with torch.no_grad():
         model.decode_head.conv_seg.weight.zero_()
         model.decode_head.conv_seg.bias.zero_()

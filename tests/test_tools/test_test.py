@@ -4,23 +4,13 @@ import re
 
 import pytest
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
-
-from slak_mm.engine import overrides
 
 
 @pytest.fixture(scope='module')
-def checkpoint(config_path, tiny, tmp_path_factory):
+def checkpoint(build_tiny, tmp_path_factory):
     """Random weights of the tiny model, as a file."""
-    cfg = Config.fromfile(config_path)
-    overrides.remove_weights(cfg)
-    overrides.adapt_to_device(cfg, has_gpu=lambda: False)
-    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in
-                         (option.split('=', 1) for option in tiny)})
-    init_default_scope('mmseg')
     torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
+    model = build_tiny()
     model.init_weights()
     # Logits apart from each other, so that every pixel has a clear winner.
     torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=1.)
