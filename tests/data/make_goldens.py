@@ -1,4 +1,4 @@
-"""Condense the reference results of the official code into slak_ and shiftwise_goldens.npz.
+"""Condense the reference results of the official code into {slak,shiftwise,sparse}_goldens.npz.
 
 Usage: python tests/data/make_goldens.py REFERENCE_FOLDER
 
@@ -6,7 +6,7 @@ The reference folder holds outputs of the official implementations (github.com/V
 44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b), run in float64 with weights and inputs given
 by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
 and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
-names and shapes of its networks a hash.
+names and shapes of its networks a hash. The results of sparse training are small and kept whole.
 """
 
 import hashlib
@@ -57,6 +57,15 @@ def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
     return condensed
 
 
+def sparse_training(reference: Path) -> dict[str, np.ndarray]:
+    """All arrays of sparse training, and its densities, logs and settings as JSON."""
+    goldens = reference / 'goldens'
+    arrays = dict(np.load(goldens / 'sparse.npz'))
+    report = json.loads((goldens / 'sparse.json').read_text())
+    arrays['report'] = np.frombuffer(json.dumps(report).encode(), np.uint8)
+    return arrays
+
+
 def main(reference: Path) -> None:
     arrays = {
         'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
@@ -64,6 +73,7 @@ def main(reference: Path) -> None:
             **condense(reference, 'feat_shiftwise*', 'logits_shiftwise*',
                        'block_train_shiftwise*', 'addshift_*', 'equivalent_conv_*'),
             **shiftwise_hashes(reference)},
+        'sparse': sparse_training(reference),
     }  # fmt: skip
     for family, condensed in arrays.items():
         path = Path(__file__).with_name(f'{family}_goldens.npz')

@@ -1,0 +1,11 @@
+"""What goes wrong with sparsity, in a sentence."""
+
+__all__ = ['DenseWeights', 'SparsityError']
+
+
+class SparsityError(ValueError):
+    """An option, a state or a set of weights does not fit."""
+
+
+class DenseWeights(SparsityError):
+    """Masks were to be made from the zeros of weights that have none."""
