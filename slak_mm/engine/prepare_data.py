@@ -1,0 +1,518 @@
+"""Download, unpack and verify the data sets that the configs are written for.
+
+Nothing half-finished ever has the name of something complete: downloads go on where they were
+interrupted, archives are unpacked beside their destination, and only what was verified is moved
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mmengine.utils import mkdir_or_exist
+
+__all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint',
+           'prepare']
+
+Report = Callable[[str, int, int], None]
+
+_TIMEOUT = 30  # seconds without an answer
+_CHUNK = 1 << 20
+_ATTEMPTS = 5  # in a row without a byte
+_DOWNLOADS = '.downloads'
+
+
+class DataError(RuntimeError):
+    """A data set cannot be had or is not complete; says what, and what to do."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download.
+
+    Attributes:
+        urls (tuple[str, ...]): Addresses of the same file, the preferred one first.
+        checksum (str): ``md5:…`` or ``sha1:…`` as published, '' where there is none.
+    """
+
+    urls: tuple[str, ...]
+    checksum: str = ''
+
+    @property
+    def filename(self) -> str:
+        """Name of the file."""
+        return self.urls[0].rpartition('/')[2]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that a complete data set has.
+
+    Attributes:
+        folder (str): Below the folder of the data set.
+        pattern (str): Name of a file; ``{}`` stands for a name of the list, ``{:08d}`` or the
+            like for numbers from 1.
+        count (int): How many there are.
+        listed_in (str): A file below the folder of the data set with their names: a text with
+            one on each line, or COCO's JSON. '' for numbers.
+    """
+
+    folder: str
+    pattern: str
+    count: int
+    listed_in: str = ''
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is unpacked together.
+
+    Attributes:
+        target (str): Its place below the folder of the data set, '' for that folder itself.
+        inside (str): The folder within the archives that becomes it.
+        archives (tuple[Archive, ...]): All of them are unpacked into one folder.
+    """
+
+    target: str
+    inside: str
+    archives: tuple[Archive, ...]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set.
+
+    Attributes:
+        folder (str): Its folder below the root.
+        kind (str): Data set class of the configs that read it.
+        parts (tuple[Part, ...]): What is downloaded.
+        files (tuple[Files, ...]): What has to be there.
+    """
+
+    folder: str
+    kind: str
+    parts: tuple[Part, ...]
+    files: tuple[Files, ...]
+
+
+def _voc(year: str, lists: Mapping[str, int], *archives: tuple[str, str]) -> DataSet:
+    hosts = ('https://thor.robots.ox.ac.uk', 'http://host.robots.ox.ac.uk')
+    return DataSet(
+        folder=f'VOCdevkit/VOC{year}', kind='VOCDataset',
+        parts=(Part('', f'VOCdevkit/VOC{year}', tuple(
+            Archive(tuple(f'{host}/pascal/VOC/voc{year}/{name}' for host in hosts), checksum)
+            for name, checksum in archives)),),
+        files=tuple(Files(folder, pattern, count, f'ImageSets/Main/{name}.txt')
+                    for name, count in lists.items()
+                    for folder, pattern in (('JPEGImages', '{}.jpg'), ('Annotations', '{}.xml'))))
+
+
+def _coco(name: str, checksum: str) -> Archive:
+    folder = 'annotations' if name.startswith('annotations') else 'zips'
+    return Archive((f'http://images.cocodataset.org/{folder}/{name}',), checksum)
+
+
+#: The data sets by name. The checksums are those of torchvision (VOC), GluonCV (ADE20K) and, for
+#: COCO, which publishes none, those that many projects give alike (PaddleDetection, for one).
+DATA_SETS: dict[str, DataSet] = {
+    'ade20k': DataSet(
+        folder='ade/ADEChallengeData2016', kind='ADE20KDataset',
+        parts=(Part('', 'ADEChallengeData2016', (Archive(
+            ('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',),
+            'sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7'),)),),
+        files=tuple(Files(f'{kind}/{split}', f'ADE_{short}_{{:08d}}.{suffix}', count)
+                    for split, short, count in (('training', 'train', 20210),
+                                                ('validation', 'val', 2000))
+                    for kind, suffix in (('images', 'jpg'), ('annotations', 'png')))),
+    'voc2007': _voc('2007', dict(trainval=5011, test=4952),
+                    ('VOCtrainval_06-Nov-2007.tar', 'md5:c52e279531787c972589f7e41ab4ae64'),
+                    ('VOCtest_06-Nov-2007.tar', 'md5:b6e924de25625d8de591ea690078ad9f')),
+    'voc2012': _voc('2012', dict(trainval=11540),
+                    ('VOCtrainval_11-May-2012.tar', 'md5:6cd6e144f989b92b3379bac3b3de84fd')),
+    'coco': DataSet(
+        folder='coco', kind='CocoDataset',
+        parts=(Part('annotations', 'annotations', (_coco(
+                   'annotations_trainval2017.zip', 'md5:f4bbac642086de4f52a3fdda2de5fa2c'),)),
+               Part('val2017', 'val2017', (_coco(
+                   'val2017.zip', 'md5:442b8da7639aecaf257c1dceb8ba8c80'),)),
+               Part('train2017', 'train2017', (_coco(
+                   'train2017.zip', 'md5:cced6f7f71b7629ddf16f17bbcfab6b2'),))),
+        files=(Files('annotations', 'instances_train2017.json', 1),
+               Files('annotations', 'instances_val2017.json', 1),
+               Files('val2017', '{}', 5000, 'annotations/instances_val2017.json'),
+               Files('train2017', '{}', 118287, 'annotations/instances_train2017.json'))),
+}
+
+
+def hint(data_set: Mapping[str, Any]) -> str:
+    """The command that gets a data set.
+
+    Args:
+        data_set (Mapping): Config of a data set of mmsegmentation or mmdetection.
+
+    Returns:
+        str: A sentence that begins with a space; '' for a data set that is not one of
+        :data:`DATA_SETS`.
+    """
+    root = str(data_set.get('data_root') or '').rstrip('/')
+    paths = ' '.join([root, str(data_set.get('ann_file') or ''),
+                      *map(str, (data_set.get('data_prefix') or {}).values())])
+    for name, known in DATA_SETS.items():
+        if known.kind != data_set.get('type'):
+            continue
+        if name.startswith('voc') and f'VOC{name[3:]}' not in paths:
+            continue
+        # The configs' roots are the folder of the data set, or VOCdevkit above it.
+        above = next((root.removesuffix(folder).rstrip('/') or '.'
+                      for folder in (known.folder, known.folder.partition('/')[0])
+                      if f'/{root}'.endswith(f'/{folder}')), 'data')
+        return f' To download it: python tools/prepare_data.py {name} --root {above}'
+    return ''
+
+
+# ----------------------------------------------------------------------------------- checking
+
+
+def check(name: str, root: str | os.PathLike,
+          data_sets: Mapping[str, DataSet] = DATA_SETS) -> str | None:
+    """Look whether a data set is complete.
+
+    Args:
+        name (str): A key of ``data_sets``.
+        root (str): Folder that data sets are kept in, 'data' in the configs.
+        data_sets (Mapping): The known data sets. Defaults to :data:`DATA_SETS`.
+
+    Returns:
+        str | None: The first thing that is missing, as a sentence without its end; None if
+        everything is there.
+    """
+    data_set = data_sets[name]
+    folder = Path(root, data_set.folder)
+    if not folder.is_dir():
+        return f'there is no folder {folder}'
+    return _first_missing(data_set.files, lambda path: folder / path)
+
+
+def _first_missing(files: tuple[Files, ...], locate: Callable[[str], Path]) -> str | None:
+    for group in files:
+        folder = locate(group.folder)
+        if not folder.is_dir():
+            return f'there is no folder {folder}'
+        with os.scandir(folder) as entries:
+            present = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
+        if group.listed_in.endswith('.json') and len(present) == group.count:
+            continue  # to parse the list of COCO takes many seconds
+        names = _names(group, locate)
+        if isinstance(names, str):
+            return names
+        for name in names:
+            if name not in present:
+                state = 'empty' if (folder / name).exists() else 'missing'
+                return f'{folder / name} is {state}'
+            if name.endswith('.json') and not _is_whole_json(folder / name):
+                return f'{folder / name} ends in the middle'
+    return None
+
+
+def _names(group: Files, locate: Callable[[str], Path]) -> list[str] | str:
+    """Names of the files of a group, or what is wrong with the list of them."""
+    if not group.listed_in:
+        return [group.pattern.format(number) for number in range(1, group.count + 1)]
+    listing = locate(group.listed_in)
+    if not listing.is_file():
+        return f'{listing} is missing'
+    try:
+        text = listing.read_text()
+        listed = [image['file_name'] for image in json.loads(text)['images']] \
+            if listing.suffix == '.json' else text.split()
+    except (ValueError, KeyError, TypeError):
+        return f'{listing} cannot be read'
+    if len(listed) != group.count:
+        return f'{listing} lists {len(listed)} images instead of {group.count}'
+    return [group.pattern.format(name) for name in listed]
+
+
+def _is_whole_json(path: Path) -> bool:
+    with path.open('rb') as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip().endswith((b'}', b']'))
+
+
+# ---------------------------------------------------------------------------------- preparing
+
+
+def prepare(name: str, root: str | os.PathLike, *, keep_archives: bool = False,
+            report: Report = lambda what, done, total: None,
+            data_sets: Mapping[str, DataSet] = DATA_SETS) -> Path:
+    """Download, unpack and verify a data set; go on where an earlier call was interrupted.
+
+    Args:
+        name (str): A key of ``data_sets``.
+        root (str): Folder that data sets are kept in; created if need be.
+        keep_archives (bool): Keep the downloaded archives, in ``.downloads`` below the root.
+            Defaults to False.
+        report (Callable): Called again and again with what is done, how much of it and how much
+            in all (bytes or files; 0 where that is not known).
+        data_sets (Mapping): The known data sets. Defaults to :data:`DATA_SETS`.
+
+    Returns:
+        Path: Folder of the complete data set.
+
+    Raises:
+        DataError: It cannot be downloaded, an archive is damaged or wants to write outside its
+            folder, there is too little space, another process is at it, or a folder with other
+            content is in the way.
+    """
+    data_set = data_sets[name]
+    folder = Path(root, data_set.folder)
+    if check(name, root, data_sets) is None:
+        return folder
+    downloads = Path(root, _DOWNLOADS)
+    mkdir_or_exist(downloads)
+    with _only_process(downloads / f'{name}.lock'):
+        for part in data_set.parts:
+            _prepare_part(data_set, part, folder, downloads, report)
+        missing = check(name, root, data_sets)
+        if missing is not None:
+            raise DataError(f'{name} is not complete: {missing}.')
+        if not keep_archives:
+            for archive in (archive for part in data_set.parts for archive in part.archives):
+                (downloads / archive.filename).unlink(missing_ok=True)
+    (downloads / f'{name}.lock').unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        downloads.rmdir()  # unless it still has something
+    return folder
+
+
+def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path,
+                  report: Report) -> None:
+    target = folder / part.target
+    staging = target.parent / f'.{target.name}.unpacking'
+    inner = staging / part.inside
+    files = tuple(group for group in data_set.files
+                  if f'{group.folder}/'.startswith(f'{part.target}/' if part.target else ''))
+
+    def missing(place: Path) -> str | None:
+        """What of this part is missing at a place; its lists may be in another part."""
+        def locate(path: str) -> Path:
+            own = not part.target or f'{path}/'.startswith(f'{part.target}/')
+            return place / path[len(part.target):].lstrip('/') if own else folder / path
+        return _first_missing(files, locate)
+
+    if target.is_dir() and any(target.iterdir()):
+        lacking = missing(target)
+        if lacking is None:
+            return
+        raise DataError(
+            f'{target} exists, but is not complete: {lacking}. Move it away, and this command '
+            'gets a whole one.')
+    archives = [_download(archive, downloads, report) for archive in part.archives]
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # of an interrupted call
+        mkdir_or_exist(staging)
+        for path in archives:
+            _unpack(path, staging, report)
+        lacking = missing(inner)
+        if lacking is not None:
+            raise DataError(f'{" and ".join(map(str, archives))}: unpacked, {lacking}; the '
+                            'archive is not the one that was published. Delete it and try again.')
+        if target.is_dir():
+            target.rmdir()  # it is empty
+        os.replace(inner, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Hold a lock that the system takes back when the process ends in whatever way."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f'Another process is preparing this data set (it holds {path}).') from error
+        yield
+
+
+# -------------------------------------------------------------------------------- downloading
+
+
+def _download(archive: Archive, folder: Path, report: Report) -> Path:
+    """Get an archive into a folder, unless it is there."""
+    path = folder / archive.filename
+    if path.is_file():
+        return path
+    part = path.with_name(f'{path.name}.part')
+    problem: Exception | None = None
+    for url in archive.urls:
+        failures = 0
+        while failures < _ATTEMPTS:
+            before = part.stat().st_size if part.is_file() else 0
+            try:
+                _transfer(url, part, report)
+                break
+            except urllib.error.HTTPError as error:
+                problem = error
+                if error.code < 500:
+                    failures = _ATTEMPTS
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+            after = part.stat().st_size if part.is_file() else 0
+            failures = failures + 1 if after <= before else 0
+            if failures < _ATTEMPTS:
+                time.sleep(min(2 ** failures, 30) / 4)
+        else:
+            continue
+        break
+    else:
+        reason = getattr(problem, 'reason', None) or problem
+        kept = ', or try again later: what was downloaded is kept' if part.exists() else ''
+        raise DataError(
+            f'{" and ".join(archive.urls)} could not be downloaded ({reason}). Get it with a '
+            f'browser or on another machine and put it at {path}{kept}.')
+    _verify(part, archive, report)
+    os.replace(part, path)
+    part.with_suffix('.json').unlink(missing_ok=True)
+    return path
+
+
+def _transfer(url: str, part: Path, report: Report) -> None:
+    """Download to the end, from where the file ends on if the server has the same file still."""
+    notes = part.with_suffix('.json')  # which file the beginning is from
+    headers = {'User-Agent': 'slak_mm'}
+    offset = part.stat().st_size if part.is_file() else 0
+    if offset:
+        try:
+            validator = json.loads(notes.read_text())['validator']
+        except (OSError, ValueError, KeyError):
+            validator = ''
+        # Without a validator the beginning may be from another file: begin again.
+        headers.update({'Range': f'bytes={offset}-', 'If-Range': validator} if validator else {})
+    try:
+        answer = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        if error.headers.get('Content-Range') == f'bytes */{offset}':
+            return  # there is nothing behind the end
+        part.unlink()
+        raise ConnectionError('the server has another file now') from error
+    with answer:
+        if 'html' in answer.headers.get('Content-Type', ''):
+            raise urllib.error.HTTPError(url, 404, 'an HTML page was sent', answer.headers, None)
+        is_rest = answer.status == 206 and answer.headers.get(
+            'Content-Range', '').startswith(f'bytes {offset}-')
+        if answer.status == 206 and not is_rest:
+            part.unlink()
+            raise ConnectionError('the server sent another part than it was asked for')
+        offset = offset if is_rest else 0
+        length = answer.headers.get('Content-Length')
+        total = offset + int(length) if length else 0
+        if total:
+            # Unpacked, images take as much space again.
+            _need_space(part.parent, 2 * total - offset, f'{part.stem} and what is in it')
+        etag = answer.headers.get('ETag') or ''
+        strong = etag if etag.startswith('"') else answer.headers.get('Last-Modified') or ''
+        notes.write_text(json.dumps(dict(url=url, validator=strong)))
+        with part.open('ab' if is_rest else 'wb') as out:
+            done = offset
+            while chunk := answer.read(_CHUNK):
+                out.write(chunk)
+                done += len(chunk)
+                report(part.stem, done, total)
+    if total and done != total:
+        raise ConnectionError(f'the connection ended after {done} of {total} bytes')
+
+
+def _verify(part: Path, archive: Archive, report: Report) -> None:
+    if not archive.checksum:
+        return
+    kind, _, expected = archive.checksum.partition(':')
+    digest = hashlib.new(kind)
+    total, done = part.stat().st_size, 0
+    with part.open('rb') as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            report(f'{kind} of {archive.filename}', done, total)
+    if digest.hexdigest() != expected:
+        part.unlink()
+        raise DataError(
+            f'The download of {archive.urls[0]} has the {kind} {digest.hexdigest()}, the '
+            f'published file has {expected}: it was damaged on the way or is another file. It '
+            'was deleted; try again.')
+
+
+def _need_space(folder: Path, size: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DataError(
+            f'{what} need {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left: make '
+            'room, or choose another --root.')
+
+
+# ---------------------------------------------------------------------------------- unpacking
+
+
+def _unpack(path: Path, folder: Path, report: Report) -> None:
+    """Unpack an archive of plain files and folders, all of which stay in the folder."""
+    what = f'unpacking {path.name}'
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                infos = archive.infolist()
+                _refuse_escapes(path, [info.filename for info in infos])
+                _need_space(folder, sum(info.file_size for info in infos), f'The files of {path}')
+                for number, info in enumerate(infos, 1):
+                    archive.extract(info, folder)
+                    report(what, number, len(infos))
+            return
+        # Read twice: an archive is refused as a whole, before anything of it is written.
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            strange = [m.name for m in members if not (m.isfile() or m.isdir())]
+            if strange:
+                raise DataError(f'{path} was refused: {strange[0]} in it is neither a file nor a '
+                                'folder.')
+            _refuse_escapes(path, [m.name for m in members])
+            _need_space(folder, sum(m.size for m in members), f'The files of {path}')
+            # Newer versions of Python check again.
+            options: dict[str, Any] = dict(filter='data') if hasattr(tarfile, 'data_filter') \
+                else {}
+            for number, member in enumerate(members, 1):
+                tar.extract(member, folder, set_attrs=False, **options)
+                report(what, number, len(members))
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        path.unlink()
+        raise DataError(
+            f'{path} is damaged or no archive ({error}). It was deleted; try again.') from error
+
+
+def _refuse_escapes(path: Path, names: list[str]) -> None:
+    for name in names:
+        parts = PurePosixPath(name.replace('\\', '/'))
+        if parts.is_absolute() or '..' in parts.parts or ':' in name:
+            raise DataError(f'{path} was refused: {name} in it would be written outside the '
+                            'folder that it is unpacked in.')
