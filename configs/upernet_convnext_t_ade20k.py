@@ -16,3 +16,6 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='convnext_t_in1k_300e')),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384))
+
+# Its ImageNet weights are dense.
+custom_hooks = []

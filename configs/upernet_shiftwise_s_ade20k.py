@@ -15,3 +15,8 @@ model = dict(
 
 # A decay of 1 is none. The layer numbers of a third stage with 27 blocks need 12.
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=1.0, decay_type='layer_wise', num_layers=12))
+
+# As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
+custom_hooks = [
+    dict(type='SparsityHook', mode='static', distribution='from_weights',
+         from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]

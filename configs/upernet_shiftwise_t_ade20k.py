@@ -1,5 +1,4 @@
-# UperNet + ShiftWise-T (version 2), ADE20K, 160k: the official fine-tuning recipe. The official
-# run keeps the zeros of the sparse ImageNet weights at zero; this config trains them densely.
+# UperNet + ShiftWise-T (version 2), ADE20K, 160k: the official fine-tuning recipe.
 _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(
@@ -15,3 +14,8 @@ model = dict(
 
 # A decay of 1 is none: all layers have the same rate.
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=1.0, decay_type='layer_wise', num_layers=9))
+
+# As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
+custom_hooks = [
+    dict(type='SparsityHook', mode='static', distribution='from_weights',
+         from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]

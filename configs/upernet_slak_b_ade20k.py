@@ -1,4 +1,4 @@
-# UperNet + SLaK-B, ADE20K, 160k: the official fine-tuning recipe, trained densely (see SLaK-T).
+# UperNet + SLaK-B, ADE20K, 160k: the official fine-tuning recipe.
 _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(

@@ -1,5 +1,4 @@
-# UperNet + SLaK-T, ADE20K, 160k: the official fine-tuning recipe. The official run keeps the
-# zeros of the sparse ImageNet weights at zero (`sparse=True`); this config trains them densely.
+# UperNet + SLaK-T, ADE20K, 160k: the official fine-tuning recipe.
 _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(

@@ -23,3 +23,7 @@ param_scheduler = [
 
 train_cfg = dict(max_iters=80000, val_interval=8000)
 default_hooks = dict(checkpoint=dict(interval=8000))
+
+# The official short run, unlike the long one, fine-tunes all weights of the sparse network, the
+# zeros too; --sparse static keeps them.
+custom_hooks = []

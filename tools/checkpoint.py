@@ -2,7 +2,8 @@
 """Look into checkpoints, convert their names, and list the published ones.
 
 Examples:
-    python tools/checkpoint.py inspect slak_t_in1k_300e.pth
+    python tools/checkpoint.py inspect slak_t_in1k_300e.pth --picture sparsity.png
+    python tools/checkpoint.py finalize work_dirs/upernet_slak_t_ade20k/iter_160000.pth slak_t.pth
     python tools/checkpoint.py convert ours.pth official.pth --to official
     python tools/checkpoint.py zoo
 """
@@ -10,8 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
+from PIL import Image
+
+from slak_mm.analysis.sparsity import draw_sparsity, layer_sparsity
 from slak_mm.checkpoints import (
     FAMILIES,
     ZOO,
@@ -27,6 +33,9 @@ from slak_mm.checkpoints import (
     write_checkpoint,
     zoo_table,
 )
+from slak_mm.engine.hooks import SPARSITY_KEY
+from slak_mm.engine.sparsity_hook import finalize_checkpoint, saved_masks
+from slak_mm.sparsity import SparsityError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'inspect', help='what a checkpoint holds: format, variant, shapes and zeros per layer')
     inspect.add_argument('checkpoint', help='path, address or zoo name')
     inspect.add_argument('--ema', action='store_true', help='look at the moving average')
+    inspect.add_argument('--picture', metavar='FILE.png', help='draw the non-zero weights of '
+                         'each layer, and of each tap of the large kernels')
     inspect.set_defaults(run=run_inspect)
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
     convert.add_argument('checkpoint', help='path, address or zoo name')
@@ -48,6 +59,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     convert.add_argument('--ema', action='store_true', help='take the moving average')
     convert.add_argument('--force', action='store_true', help='replace an existing file')
     convert.set_defaults(run=run_convert)
+    final = commands.add_parser(
+        'finalize', help='write the weights alone, with the zeros of sparse training checked')
+    final.add_argument('checkpoint', help='path of a training checkpoint')
+    final.add_argument('out', help='file to write; .safetensors writes that format')
+    final.add_argument('--force', action='store_true', help='replace an existing file')
+    final.set_defaults(run=run_finalize)
     zoo = commands.add_parser('zoo', help='published checkpoints, and which are in the cache')
     zoo.set_defaults(run=run_zoo)
     return parser.parse_args(argv)
@@ -64,10 +81,12 @@ def run_inspect(args: argparse.Namespace) -> None:
           + (f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict')
           + (', moving average' if taken.is_ema else ''))
     print(f'second copy {taken.other_copy or "none"}')
+    masks = saved_masks(checkpoint)
+    if masks:
+        state = checkpoint[SPARSITY_KEY]
+        print(f'sparsity    {len(masks)} masks (mode {state["settings"]["mode"]}, changed '
+              f'{state["updates"]} times in {state["step"]} steps)')
     roots = find_roots(taken.state_dict)
-    if not roots:
-        raise CheckpointError(
-            f'{args.checkpoint} holds no SLaK, ShiftWise or ConvNeXt backbone.')
     for root in roots:
         part = {k[len(root):]: v for k, v in taken.state_dict.items() if k.startswith(root)}
         ours, notes = convert_state_dict(part)
@@ -77,14 +96,44 @@ def run_inspect(args: argparse.Namespace) -> None:
         if notes.unrecognised:
             print(f'unknown     {len(notes.unrecognised)} names: '
                   f'{", ".join(notes.unrecognised[:4])}')
-        rows, zeros, total = [], 0, 0
-        for key, value in part.items():
-            if value.dim() >= 2 and value.is_floating_point():
-                count = value.numel() - int(value.count_nonzero())
-                zeros, total = zeros + count, total + value.numel()
-                rows.append([key, 'x'.join(map(str, value.shape)), f'{count / value.numel():.2%}'])
-        rows.append(['all of these', f'{total}', f'{zeros / max(total, 1):.2%}'])
-        print_table([['weight', 'shape', 'zeros'], *rows])
+        print_sparsity(part, {k[len(root):]: v for k, v in masks.items() if k.startswith(root)})
+    if not roots:
+        print('\nbackbone    none of SLaK, ShiftWise or ConvNeXt; all weights of the file:')
+        print_sparsity(taken.state_dict, masks)
+    if args.picture:
+        parts = {k[len(root):]: v for root in roots[:1] or [''] for k, v in
+                 taken.state_dict.items() if k.startswith(root)}
+        picture = draw_sparsity(parts, Path(args.checkpoint).name)
+        try:
+            Image.fromarray(picture).save(args.picture)
+        except ValueError as error:
+            raise CheckpointError(f'{args.picture} has no suffix of a picture format; use one '
+                                  'such as .png.') from error
+        print(f'\npicture     {args.picture}')
+
+
+def print_sparsity(state_dict: Mapping[str, torch.Tensor],
+                   masks: Mapping[str, torch.Tensor]) -> None:
+    """Print the zeros of each weight, and what its mask keeps where there is one."""
+    layers = layer_sparsity(state_dict)
+    zeros, total = sum(x.zeros for x in layers), sum(x.total for x in layers)
+    rows = [['weight', 'shape', 'zeros', 'pruned by its mask'],
+            *([layer.name, 'x'.join(map(str, layer.shape)), f'{layer.sparsity:.2%}',
+               f'{1 - float(masks[layer.name].float().mean()):.2%}'
+               if layer.name in masks else '-'] for layer in layers),
+            ['all of these', f'{total}', f'{zeros / max(total, 1):.2%}', '']]
+    print_table(rows if masks else [row[:3] for row in rows])
+
+
+def run_finalize(args: argparse.Namespace) -> None:
+    """Write the weights of a training checkpoint, without the state of the run."""
+    checkpoint = read_checkpoint(args.checkpoint)
+    final = finalize_checkpoint(checkpoint)
+    path = write_checkpoint(final, args.out, args.force)
+    layers = layer_sparsity(final['state_dict'])
+    zeros, total = sum(x.zeros for x in layers), sum(x.total for x in layers)
+    print(f'Wrote {len(final["state_dict"])} tensors to {path}; {zeros / max(total, 1):.2%} of '
+          f'{total} weights are zero.')
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -117,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         args.run(args)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, SparsityError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0

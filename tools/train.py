@@ -16,6 +16,13 @@ def parse_args() -> argparse.Namespace:
         help='go on from a checkpoint of an earlier run (default: the newest of the work dir)')
     parser.add_argument('--from-scratch', action='store_true',
                         help='start from random weights, whatever weights the config names')
+    parser.add_argument(
+        '--sparse', choices=overrides.SPARSE_CHOICES, metavar='HOW',
+        help='sparse training: static keeps the masks, set, rigl and momentum change them, slak_t, '
+        'slak_s, slak_b and shiftwise are the published trainings, off is dense (default: as the '
+        'config says)')
+    parser.add_argument('--sparsity', type=cli.share, metavar='S',
+                        help='share of weights to set to zero, instead of those that are zero')
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch of all processes')
@@ -53,6 +60,7 @@ def main() -> None:
     if resumed is None:
         if args.from_scratch:
             removed = overrides.remove_weights(cfg)
+            overrides.masks_from_scratch(cfg)
         else:
             cli.check_weights(cfg, args.config)
     overrides.check_data(cfg, ('train_dataloader', 'val_dataloader'))

@@ -27,6 +27,12 @@ optim_wrapper = dict(
     constructor='LargeKernelLayerDecayConstructor',
     paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=6))
 
+# The zeros of the sparse ImageNet weights stay zero, as in the official runs. --from-scratch, which
+# has no such weights, draws masks of its own; --sparse changes or removes the hook.
+custom_hooks = [
+    dict(type='SparsityHook', mode='static', distribution='from_weights',
+         from_scratch=dict(distribution='snip', sparsity=0.4))]
+
 # The official recipe (mmseg 0.x) multiplies the warm-up onto a poly schedule that counts from 0;
 # here, as in the framework's own ConvNeXt configs, the poly schedule begins after the warm-up.
 param_scheduler = [

@@ -4,8 +4,9 @@ from .hooks import StrictCheckpointHook
 from .layer_decay import LargeKernelLayerDecayConstructor
 from .overrides import ConfigOverrideError
 from .reproducible import IterationSeedHook, KeyedDefaultSampler, KeyedInfiniteSampler, SeedBySample
+from .sparsity_hook import SparsityHook
 
 __all__ = [
     'ConfigOverrideError', 'IterationSeedHook', 'KeyedDefaultSampler', 'KeyedInfiniteSampler',
-    'LargeKernelLayerDecayConstructor', 'SeedBySample', 'StrictCheckpointHook'
+    'LargeKernelLayerDecayConstructor', 'SeedBySample', 'SparsityHook', 'StrictCheckpointHook'
 ]

@@ -24,6 +24,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from slak_mm.checkpoints import CheckpointError, CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import resolve
+from slak_mm.sparsity import SparsityError
 
 from . import overrides
 from .overrides import ConfigOverrideError
@@ -31,8 +32,8 @@ from .reproducible import add_hook, make_reproducible
 
 __all__ = [
     'KeyValuePairs', 'add_config_arguments', 'add_override_arguments', 'apply_overrides',
-    'build_runner', 'check_weights', 'crop_size', 'init_distributed', 'load_config',
-    'non_negative_int', 'positive_int', 'prepare_resume', 'reason', 'run_tool',
+    'build_runner', 'check_weights', 'crop_size', 'img_scale', 'init_distributed', 'load_config',
+    'non_negative_int', 'positive_int', 'prepare_resume', 'reason', 'run_tool', 'share',
     'use_test_time_augmentation'
 ]
 
@@ -74,11 +75,11 @@ def run_tool(main: Callable[[], int | None]) -> None:
 def _explain(error: Exception) -> str | None:
     """A sentence about an error that a user can cause; None for any other."""
     text = str(error)
-    if isinstance(error, (ConfigOverrideError, CheckpointError)):
+    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError)):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return ('The GPU has too little memory for this run: lower --batch-size or --crop-size, '
-                f'or use --amp ({text.splitlines()[0]}).')
+        return ('The GPU has too little memory for this run: lower --batch-size, --crop-size '
+                f'or --img-scale, or use --amp ({text.splitlines()[0]}).')
     if 'Expected more than 1 value per channel' in text:
         return ('Batch norm cannot train on one image per process: raise --batch-size, or train '
                 'with SyncBN on several GPUs.')
@@ -144,6 +145,25 @@ def crop_size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
+def img_scale(text: str) -> tuple[int, int]:
+    """Argument type: ``400`` or ``667x400``; longer (0 where not given) and shorter side."""
+    try:
+        sides = crop_size(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f'must be like 400 (shorter side) or 667x400 (longer x shorter side), got {text}'
+        ) from None
+    return (max(sides) if 'x' in text.lower().replace(',', 'x') else 0), min(sides)
+
+
+def share(text: str) -> float:
+    """Argument type: a number between 0 and 1, both excluded."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'must lie between 0 and 1, got {text}')
+    return value
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every tool takes: the config, its options, the work dir, the launcher."""
     parser.add_argument('config', help='config file')
@@ -181,6 +201,9 @@ def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> N
     group.add_argument('--crop-size', type=crop_size, metavar='N or HxW',
                        help='training crop (semantic segmentation); image scales, sliding '
                        'window and its stride follow in proportion')
+    group.add_argument('--img-scale', type=img_scale, metavar='S or LxS',
+                       help='shorter, or longer and shorter side of test images (detection); '
+                       'training scales and crops follow in proportion')
 
 
 # ------------------------------------------------------------------------------------- config
@@ -243,7 +266,10 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
                          ('max_iters', overrides.set_max_iters),
                          ('batch_size', overrides.set_batch_size),
                          ('num_workers', overrides.set_num_workers),
-                         ('crop_size', overrides.set_crop_size)):
+                         ('crop_size', overrides.set_crop_size),
+                         ('img_scale', overrides.set_img_scale),
+                         ('sparse', overrides.set_sparse),
+                         ('sparsity', overrides.set_sparsity)):
         value = getattr(args, name, None)
         if value is not None:
             change(cfg, value)
@@ -467,7 +493,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         if 'test' in loops and runner.test_loop is None:
             raise ConfigOverrideError('This config has no test loop.')
-    except (ConfigOverrideError, CheckpointError):
+    except (ConfigOverrideError, CheckpointError, SparsityError):
         raise
     except Exception as error:  # registries wrap whatever a constructor raises
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error

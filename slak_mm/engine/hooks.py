@@ -10,7 +10,10 @@ from torch import nn
 
 from slak_mm.checkpoints import CheckpointMismatch, LoadReport, find_backbones, prepare_checkpoint
 
-__all__ = ['StrictCheckpointHook', 'load_whole_model', 'unwrap_model']
+__all__ = ['SPARSITY_KEY', 'StrictCheckpointHook', 'load_whole_model', 'unwrap_model']
+
+#: Entry of a checkpoint with the state of ``SparsityHook``.
+SPARSITY_KEY = 'sparsity'
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -75,7 +78,8 @@ class StrictCheckpointHook(Hook):
             Defaults to False.
 
     Raises:
-        slak_mm.checkpoints.CheckpointMismatch: While loading, before a weight is overwritten.
+        slak_mm.checkpoints.CheckpointMismatch: While loading, before a weight is overwritten; also
+            where a run with sparse training is to be resumed without it.
     """
 
     # Before hooks that take the weights from the checkpoint, such as EMAHook.
@@ -87,6 +91,12 @@ class StrictCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Replace the checkpoint's ``state_dict`` by the converted and verified one."""
+        if SPARSITY_KEY in checkpoint and getattr(runner, '_resume', False) and not any(
+                type(hook).__name__ == 'SparsityHook' for hook in runner.hooks):
+            raise CheckpointMismatch(
+                'The run to resume trained with sparsity, and this one would not (its config has '
+                'no SparsityHook): resume it with the --sparse that it had. To train on densely '
+                'from its weights, start a new run with --cfg-options load_from=CHECKPOINT.')
         model = unwrap_model(runner.model)
         if find_backbones(model):
             prepare_checkpoint(model, checkpoint, strict=self.strict,

@@ -6,9 +6,13 @@ that the change concerns, and logs what is not obvious. A change that cannot be 
 """
 
 import inspect
+import json
 import logging
 import math
+import mmap
+import os
 import os.path as osp
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,15 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from slak_mm.sparsity import MODES, PRESETS
+
+from . import prepare_data
+
 __all__ = [
-    'ConfigOverrideError', 'adapt_to_device', 'check_data', 'dataset_class', 'datasets_of',
-    'model_of', 'named_weights', 'remove_weights', 'set_batch_size', 'set_crop_size',
-    'set_data_root', 'set_max_iters', 'set_num_workers'
+    'SPARSE_CHOICES', 'ConfigOverrideError', 'adapt_to_device', 'check_data', 'dataset_class',
+    'datasets_of', 'masks_from_scratch', 'model_of', 'named_weights', 'remove_weights',
+    'set_batch_size', 'set_crop_size', 'set_data_root', 'set_img_scale', 'set_max_iters',
+    'set_num_workers', 'set_sparse', 'set_sparsity'
 ]
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -109,9 +118,10 @@ def set_data_root(cfg: Config, root: str) -> None:
     if not osp.isdir(root):
         layout = ', '.join(sorted({entry for _, dataset in datasets_of(cfg)
                                    for entry in _entries(dataset)}))
+        known = next(dataset for _, dataset in datasets_of(cfg) if dataset.get('data_root'))
         raise ConfigOverrideError(
             f'The data root "{root}" does not exist; this config expects a folder that has '
-            f'{layout}.')
+            f'{layout}.{prepare_data.hint(known)}')
     old = old_roots.pop()
 
     def replace(node: Any) -> Any:
@@ -153,21 +163,32 @@ def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
 
     Raises:
         ConfigOverrideError: Names the first folder or file that is missing, the first folder
-            without images, or the first image without its annotation.
+            without images, or the first image without its annotation; for VOC and COCO, also the
+            first image that is listed and missing, and a list of images that ends in the middle.
+            For a known data set the command that gets it is added.
     """
     for where, dataset in datasets_of(cfg, loaders):
-        root = dataset.get('data_root') or ''
-        entries = _entries(dataset)
-        remedy = ('give the folder that has '
-                  f'{" and ".join(entries)} with --data-root' if root else f'set {where}')
-        if root and not osp.isdir(root):
+        try:
+            _check_dataset(where, dataset, cfg.get('default_scope'))
+        except ConfigOverrideError as error:
+            raise ConfigOverrideError(f'{error}{prepare_data.hint(dataset)}') from error
+
+
+def _check_dataset(where: str, dataset: dict, scope: str | None) -> None:
+    """Check one data set; see :func:`check_data`."""
+    root = dataset.get('data_root') or ''
+    entries = _entries(dataset)
+    remedy = ('give the folder that has '
+              f'{" and ".join(entries)} with --data-root' if root else f'set {where}')
+    if root and not osp.isdir(root):
+        raise ConfigOverrideError(
+            f'The data root "{root}" does not exist ({where}): {remedy}.')
+    for entry in entries:
+        if not osp.exists(osp.join(root, entry)):
             raise ConfigOverrideError(
-                f'The data root "{root}" does not exist ({where}): {remedy}.')
-        for entry in entries:
-            if not osp.exists(osp.join(root, entry)):
-                raise ConfigOverrideError(
-                    f'"{osp.join(root, entry)}" does not exist ({where}): {remedy}.')
-        _check_pairs(where, root, dataset, cfg.get('default_scope'))
+                f'"{osp.join(root, entry)}" does not exist ({where}): {remedy}.')
+    _check_pairs(where, root, dataset, scope)
+    _check_listed(where, root, dataset, scope)
 
 
 def _check_pairs(where: str, root: str, dataset: dict, scope: str | None) -> None:
@@ -191,6 +212,57 @@ def _check_pairs(where: str, root: str, dataset: dict, scope: str | None) -> Non
         raise ConfigOverrideError(
             f'{len(lacking)} of {len(names)} images of "{folder}" have no annotation, the first '
             f'is "{labels / (lacking[0] + label_suffix)}" ({where}).')
+
+
+def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> None:
+    """Check a detection data set with a list of images in VOC's or COCO's format."""
+    kind = dataset_class(dataset, scope) if dataset.get('ann_file') else None
+    bases = {cls.__name__: cls for cls in inspect.getmro(kind)} if kind is not None else {}
+    base = bases.get('XMLDataset') or bases.get('CocoDataset')
+    # A class that reads its list in a way of its own knows itself what it needs.
+    if base is None or any(getattr(kind, name) is not getattr(base, name)
+                           for name in ('load_data_list', 'parse_data_info')):
+        return
+    listing = Path(root, dataset['ann_file'])
+    prefix = dataset.get('data_prefix') or {}
+    if base.__name__ == 'CocoDataset':
+        folder = Path(root, prefix.get('img', ''))
+        images = _coco_images(listing, where)
+        needed = [('missing', folder, images)]
+    else:
+        folder = Path(root, prefix.get('sub_data_root', ''))
+        images = [line for line in listing.read_text().split('\n') if line]
+        needed = [
+            ('missing', folder / dataset.get('img_subdir', 'JPEGImages'),
+             [f'{name}.jpg' for name in images]),
+            ('without annotation', folder / dataset.get('ann_subdir', 'Annotations'),
+             [f'{name}.xml' for name in images])]
+    if not images:
+        raise ConfigOverrideError(f'"{listing}" lists no images ({where}).')
+    for lack, folder, names in needed:
+        # One listing of a folder is much faster than as many questions, above all over a network.
+        present: dict[Path, set[str]] = {}
+        for parent in {(folder / name).parent for name in names}:
+            present[parent] = set(os.listdir(parent)) if parent.is_dir() else set()
+        lacking = [path for path in (folder / name for name in names)
+                   if path.name not in present[path.parent]]
+        if lacking:
+            raise ConfigOverrideError(
+                f'{len(lacking)} of {len(names)} images that "{listing}" lists are {lack}, the '
+                f'first is "{lacking[0]}" ({where}).')
+
+
+def _coco_images(listing: Path, where: str) -> list[str]:
+    """File names in a COCO annotation file, without the many seconds that parsing COCO takes."""
+    if listing.stat().st_size == 0:
+        raise ConfigOverrideError(f'"{listing}" is empty ({where}).')
+    with listing.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        if not text[-64:].rstrip().endswith(b'}'):
+            raise ConfigOverrideError(
+                f'"{listing}" ends in the middle, as after an interrupted download or unpacking '
+                f'({where}).')
+        return [json.loads(name) for name in
+                re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
 
 
 def dataset_class(dataset: dict, scope: str | None) -> type | None:
@@ -391,6 +463,17 @@ def _pipelines(cfg: Config) -> Iterator[ConfigDict]:
                 yield transform
 
 
+#: Transforms that resize images to what their ``scale`` or ``scales`` say.
+_RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'FixScaleResize')
+#: What else has a size in pixels in detection, and under which names.
+_AREAS = {
+    'RandomCrop': ('crop_size',), 'Pad': ('size',), 'FixShapeResize': ('width', 'height'),
+    'Mosaic': ('img_scale',), 'CachedMosaic': ('img_scale',), 'MixUp': ('img_scale',),
+    'CachedMixUp': ('img_scale',), 'BatchFixedSizePad': ('size',), 'BatchResize': ('scale',),
+    'BatchSyncRandomResize': ('random_size_range',)
+}
+
+
 def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     """Train and test a semantic segmentation config at another resolution.
 
@@ -408,7 +491,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     if cfg.get('default_scope') == 'mmdet':
         raise ConfigOverrideError(
             '--crop-size is for semantic segmentation; detection trains on whole images, whose '
-            'size is set by the scale of its Resize transforms (--cfg-options).')
+            'size --img-scale sets.')
     crops = {_pair(transform['crop_size'])
              for _, dataset in datasets_of(cfg, ('train_dataloader',))
              for transform in _walk(dataset) if transform.get('type') == 'RandomCrop'}
@@ -428,7 +511,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
         kind = transform.get('type')
         if kind == 'RandomCrop' and 'crop_size' in transform:
             transform.crop_size = size
-        elif kind in ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge'):
+        elif kind in _RESIZES:
             for key in ('scale', 'scales', 'max_size'):
                 if transform.get(key) is not None:
                     transform[key] = scale(transform[key])
@@ -448,6 +531,67 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
         test_cfg['crop_size'] = size
     if cfg.get('crop_size') is not None:
         cfg.crop_size = size
+
+
+def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
+    """Train and test a detection config on images of another size.
+
+    The scale of the test images becomes the given one, and everything in proportion with it: the
+    scales of training and of test-time augmentation, crops, paddings, and what the data
+    preprocessor pads or resizes batches to.
+
+    Args:
+        cfg (Config): Changed in place.
+        size (tuple[int, int]): Most that the longer side and the shorter side may have, in
+            pixels; a longer side of 0 is in proportion to the shorter one.
+
+    Raises:
+        ConfigOverrideError: The config is not one of detection, or does not resize test images to
+            one scale.
+    """
+    if cfg.get('default_scope') == 'mmseg':
+        raise ConfigOverrideError(
+            '--img-scale is for detection; a segmentation config follows --crop-size.')
+    scales = {tuple(sorted(_pair(transform['scale']), reverse=True))
+              for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
+              for transform in _walk(dataset.get('pipeline'))
+              if transform.get('type') in _RESIZES and transform.get('scale') is not None}
+    if len(scales) != 1:
+        found = f'to {len(scales)} different scales' if scales else 'to no scale'
+        raise ConfigOverrideError(
+            '--img-scale needs a config that resizes all test images to one scale; this one '
+            f'resizes them {found}.')
+    old_long, old_short = scales.pop()
+    short_factor = size[1] / old_short
+    long_factor = size[0] / old_long if size[0] else short_factor
+
+    def sides(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple)):
+            return type(value)(sides(item) for item in value)
+        if not isinstance(value, (list, tuple)):
+            return _scaled(value, short_factor, 1)
+        # Configs write (width, height) as well as (short, long).
+        factors = (long_factor, short_factor)
+        return type(value)(_scaled(side, factor, 1) for side, factor in zip(
+            value, factors if value[0] >= value[1] else factors[::-1]))
+
+    def area(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(area(item) for item in value)
+        return _scaled(value, short_factor, 1)
+
+    preprocessors = [cfg.get('data_preprocessor'), model_of(cfg).get('data_preprocessor')]
+    batch_augments = [node.get('batch_augments') for node in preprocessors if node]
+    for transform in [*_pipelines(cfg), *_walk(batch_augments)]:
+        kind = transform.get('type')
+        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES \
+            else (_AREAS.get(str(kind), ()), area)
+        # The size of a relative crop is a share of the image.
+        if str(transform.get('crop_type', '')).startswith('relative'):
+            continue
+        for key in keys:
+            if transform.get(key) is not None:
+                transform[key] = change(transform[key])
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -507,6 +651,85 @@ def remove_weights(cfg: Config) -> list[tuple[str, str]]:
                                 if not (isinstance(item, dict)
                                         and item.get('type') == 'Pretrained')] or None
     return removed
+
+
+# ----------------------------------------------------------------------------------- sparsity
+
+#: What ``--sparse`` takes: no sparsity, a mode of ``SparsityHook``, or one of its presets.
+SPARSE_CHOICES = ('off', *MODES, *PRESETS)
+
+
+def _sparsity_hooks(cfg: Config) -> list[ConfigDict]:
+    return [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') == 'SparsityHook']
+
+
+def set_sparse(cfg: Config, choice: str) -> None:
+    """Add, change or remove the ``SparsityHook`` of a config.
+
+    Masks come from the zeros of the weights that the config names, and with ``--from-scratch``
+    from what the hook of the config says under ``from_scratch``, else from ERK at a sparsity of
+    0.4, or for a preset from its own distribution.
+
+    Args:
+        cfg (Config): Changed in place.
+        choice (str): One of :data:`SPARSE_CHOICES`.
+    """
+    present = _sparsity_hooks(cfg)
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook not in present]
+    if choice in PRESETS:
+        published = PRESETS[choice]
+        hooks.append(ConfigDict(
+            type='SparsityHook', preset=choice, distribution='from_weights',
+            from_scratch={key: published[key] for key in ('distribution', 'sparsity')}))
+    elif choice != 'off':
+        hook = present[0] if present else ConfigDict(
+            type='SparsityHook', distribution='from_weights',
+            from_scratch=dict(distribution='erk', sparsity=0.4))
+        hooks.append(ConfigDict(hook, mode=choice))
+    cfg.custom_hooks = hooks
+
+
+def set_sparsity(cfg: Config, sparsity: float) -> None:
+    """Let the ``SparsityHook`` of a config draw masks of a sparsity, whatever the weights are.
+
+    Args:
+        cfg (Config): Changed in place.
+        sparsity (float): Share of weights to set to zero, 0 < sparsity < 1.
+
+    Raises:
+        ConfigOverrideError: The config has no such hook.
+    """
+    hooks = _sparsity_hooks(cfg)
+    if not hooks:
+        raise ConfigOverrideError(
+            '--sparsity needs a config with a SparsityHook; add one with --sparse '
+            f'{"|".join(SPARSE_CHOICES[1:])}.')
+    for hook in hooks:
+        own = hook.get('distribution', 'from_weights')
+        drawn = dict(distribution='erk' if own == 'from_weights' else own)
+        hook.from_scratch = dict(hook.get('from_scratch') or drawn, sparsity=sparsity)
+    masks_from_scratch(cfg)
+
+
+def masks_from_scratch(cfg: Config) -> None:
+    """Let the ``SparsityHook`` of a config draw masks, for weights without zeros.
+
+    Args:
+        cfg (Config): Changed in place: what the hook has under ``from_scratch`` replaces its
+            arguments of the same names.
+
+    Raises:
+        ConfigOverrideError: The hook has nothing under ``from_scratch`` and takes its masks from
+            the weights, which would be random.
+    """
+    for hook in _sparsity_hooks(cfg):
+        if hook.get('from_scratch'):
+            hook.update(hook.pop('from_scratch'))
+        elif hook.get('distribution', 'from_weights') == 'from_weights' and not hook.get('preset'):
+            raise ConfigOverrideError(
+                'The SparsityHook of this config takes its masks from the zeros of pretrained '
+                'weights, which a run from scratch has not: add --sparse off to train densely, '
+                'or --sparsity 0.4 to draw masks.')
 
 
 # ------------------------------------------------------------------------------------- device

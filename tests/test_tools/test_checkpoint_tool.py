@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from slak_mm.models import SLaK
 
@@ -84,3 +85,68 @@ def test_as_a_command(tmp_path):
                           capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1 and done.stdout == ''
     assert 'error: There is no file slak_t' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint as a sparse run saves it, of a model of its own with a head."""
+    from slak_mm.sparsity import SparseTraining, select_parameters
+    torch.manual_seed(0)
+    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0,
+                 norm_cfg=dict(type='BN'))
+    training = SparseTraining(select_parameters(model), mode='set', distribution='uniform',
+                              sparsity=0.25, total_steps=10)
+    training.initialize()
+    state = {f'backbone.{key}': value for key, value in model.state_dict().items()}
+    state['head.weight'] = torch.ones(4, 32)
+    sparsity = training.state_dict()
+    for key in ('masks', 'explored', 'replaced'):
+        sparsity[key] = {f'backbone.{name}': value for name, value in sparsity[key].items()}
+    torch.save(dict(meta=dict(iter=3), state_dict=state, optimizer=dict(state={}),
+                    message_hub=dict(), sparsity=sparsity), tmp_path / 'iter_3.pth')
+    return state
+
+
+def test_inspect_shows_masks_and_draws(tmp_path, run, trained):
+    name = 'stages.0.0.pwconv1.weight'
+    trained[f'backbone.{name}'].view(-1)[:32] = 0
+    checkpoint = torch.load(tmp_path / 'iter_3.pth', weights_only=True)
+    checkpoint['state_dict'] = trained
+    torch.save(checkpoint, tmp_path / 'iter_3.pth')
+    text = run('inspect', 'iter_3.pth', '--picture', 'sparsity.png')
+    assert 'mode set, changed 0 times in 0 steps' in text
+    [line] = [t for t in text.splitlines() if t.startswith(name)]
+    zeros = 1 - int(trained[f'backbone.{name}'].count_nonzero()) / 256
+    assert line.split()[1:] == ['32x8', f'{zeros:.2%}', '25.00%'] and zeros > 0.25
+    with Image.open(tmp_path / 'sparsity.png') as picture:
+        assert picture.width > 800 and picture.height > 500
+    assert run('inspect', 'iter_3.pth', '--picture', 'sparsity', code=1) == (
+        'error: sparsity has no suffix of a picture format; use one such as .png.\n')
+
+
+def test_inspect_of_another_network(tmp_path, run):
+    weight = torch.ones(4, 4)
+    weight[0] = 0
+    torch.save({'state_dict': {'fc.weight': weight}}, tmp_path / 'fc.pth')
+    text = run('inspect', 'fc.pth')
+    assert 'none of SLaK' in text
+    [line] = [t for t in text.splitlines() if t.startswith('fc.weight')]
+    assert line.split() == ['fc.weight', '4x4', '25.00%']
+
+
+def test_finalize(tmp_path, run, trained):
+    text = run('finalize', 'iter_3.pth', 'final.pth')
+    written = torch.load(tmp_path / 'final.pth', weights_only=True)
+    assert set(written) == {'state_dict', 'meta'}
+    assert written['state_dict'].keys() == trained.keys()
+    zeros = sum(int((value == 0).sum()) for value in trained.values() if value.dim() >= 2)
+    total = sum(value.numel() for value in trained.values() if value.dim() >= 2)
+    assert f'{zeros / total:.2%} of {total} weights are zero' in text
+    assert 'exists already; --force' in run('finalize', 'iter_3.pth', 'final.pth', code=1)
+    # Someone filled the zeros.
+    checkpoint = torch.load(tmp_path / 'iter_3.pth', weights_only=True)
+    checkpoint['state_dict']['backbone.stages.0.0.pwconv1.weight'] += 1
+    torch.save(checkpoint, tmp_path / 'iter_3.pth')
+    assert '64 pruned weights of backbone.stages.0.0.pwconv1.weight are not zero' in run(
+        'finalize', 'iter_3.pth', 'other.pth', code=1)
+    assert not (tmp_path / 'other.pth').exists()

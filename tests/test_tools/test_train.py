@@ -180,8 +180,9 @@ def test_pretrained_weights_arrive(call_tool, config_path, small, tiny, tmp_path
         type='SLaK', arch=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), width_factor=1.0,
         kernel_sizes=(7, 7, 7, 7), small_kernel=3, norm_cfg=dict(type='BN'), out_norm=False))
     torch.save(dict(model=to_official(backbone.state_dict())), tmp_path / 'in1k.pth')
-    result = call_tool('train', config_path, *small, '--max-iters', '1', '--work-dir',
-                       tmp_path / 'w', '--cfg-options', *tiny, 'optim_wrapper.optimizer.lr=0.',
+    result = call_tool('train', config_path, *small, '--max-iters', '1', '--sparse', 'off',
+                       '--work-dir', tmp_path / 'w', '--cfg-options', *tiny,
+                       'optim_wrapper.optimizer.lr=0.',
                        f'model.backbone.init_cfg.checkpoint={tmp_path / "in1k.pth"}')
     assert result.code == 0, result.text
     saved = load(tmp_path / 'w' / 'iter_1.pth')['state_dict']

@@ -1,0 +1,62 @@
+"""Draw the curves of training runs: ``python tools/curves.py WORK_DIR... --out FILE.png``.
+
+Loss, density and exploration of sparse training, learning rate and validation metrics, as far as
+the runs have them, from the ``scalars.json`` files that mmengine writes.
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from slak_mm.analysis.curves import draw_curves, read_scalars
+from slak_mm.engine import cli
+from slak_mm.engine.overrides import ConfigOverrideError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR',
+                        help='work directory of a run; NAME=WORK_DIR names it in the legend')
+    parser.add_argument('--out', default='curves.png', metavar='FILE',
+                        help='picture to write (default: %(default)s)')
+    parser.add_argument('--keys', nargs='+', metavar='KEY',
+                        help='scalars to draw, such as loss lr "sparsity/*" (default: loss, '
+                        'density, exploration, churn, lr and validation metrics)')
+    parser.add_argument('--title', help='written above the curves')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
+    return parser.parse_args()
+
+
+def named(argument: str) -> tuple[str, Path]:
+    """Name and folder of ``NAME=FOLDER`` or ``FOLDER``."""
+    name, separator, folder = argument.partition('=')
+    if separator and not Path(argument).exists():
+        return name, Path(folder)
+    path = Path(argument)
+    return path.resolve().name, path
+
+
+def main() -> None:
+    args = parse_args()
+    runs = {}
+    try:
+        for argument in args.work_dirs:
+            name, folder = named(argument)
+            runs[name if name not in runs else str(folder)] = read_scalars(folder)
+        picture = draw_curves(runs, args.keys, args.title)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigOverrideError(str(error)) from error
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Image.fromarray(picture).save(out)
+    except ValueError as error:
+        raise ConfigOverrideError(
+            f'{out} has no suffix of a picture format; use one such as .png.') from error
+    height, width = picture.shape[:2]
+    print(f'{len(runs)} runs: {out} ({width}x{height})')
+
+
+if __name__ == '__main__':
+    cli.run_tool(main)
