@@ -17,12 +17,32 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 # SLaK with one block per stage and 7x7 crosses: iterations take some hundredths of a second.
-TINY = (
+TINY_BACKBONE = (
     'model.backbone.arch._delete_=True', 'model.backbone.arch.depths=[1,1,1,1]',
-    'model.backbone.arch.dims=[8,16,24,32]', 'model.backbone.width_factor=1.0',
-    'model.backbone.kernel_sizes=(7,7,7,7)', 'model.backbone.small_kernel=3',
+    'model.backbone.arch.dims=[8,16,24,32]', 'model.backbone.kernel_sizes=(7,7,7,7)')
+TINY_SLAK = ('model.backbone.width_factor=1.0', 'model.backbone.small_kernel=3')
+TINY = (
+    *TINY_BACKBONE, *TINY_SLAK,
     'model.decode_head.in_channels=[8,16,24,32]', 'model.decode_head.channels=16',
     'model.auxiliary_head.in_channels=24', 'model.auxiliary_head.channels=16')
+
+
+# The same backbone with narrow necks and heads, and few boxes to look at.
+TINY_DETECTOR = (
+    *TINY_BACKBONE, 'model.neck.in_channels=[8,16,24,32]', 'model.neck.out_channels=16',
+    'model.rpn_head.in_channels=16', 'model.rpn_head.feat_channels=16',
+    'model.roi_head.bbox_roi_extractor.out_channels=16',
+    'model.train_cfg.rpn_proposal.max_per_img=64', 'model.test_cfg.rpn.max_per_img=64',
+    'model.test_cfg.rcnn.max_per_img=20')
+TINY_FASTER_RCNN = (
+    *TINY_DETECTOR, 'model.roi_head.bbox_head.in_channels=16',
+    'model.roi_head.bbox_head.fc_out_channels=32', 'model.train_cfg.rcnn.sampler.num=32')
+TINY_CASCADE = (
+    *TINY_DETECTOR, 'model.roi_head.mask_roi_extractor.out_channels=16',
+    'model.roi_head.mask_head.in_channels=16', 'model.roi_head.mask_head.conv_out_channels=16',
+    *(f'model.roi_head.bbox_head.{stage}.{key}' for stage in range(3)
+      for key in ('in_channels=16', 'conv_out_channels=16', 'fc_out_channels=32')),
+    *(f'model.train_cfg.rcnn.{stage}.sampler.num=32' for stage in range(3)))
 
 
 @pytest.fixture(scope='session')
@@ -35,6 +55,15 @@ def config_path():
 def tiny():
     """``--cfg-options`` that make the main config's model tiny."""
     return list(TINY)
+
+
+@pytest.fixture(scope='session')
+def tiny_detector():
+    """Gives ``--cfg-options`` that make the model of a detection config tiny, by its name."""
+    def options(name):
+        detector = list(TINY_FASTER_RCNN if name.startswith('faster') else TINY_CASCADE)
+        return detector if 'shiftwise' in name or 'convnext' in name else [*detector, *TINY_SLAK]
+    return options
 
 
 @pytest.fixture(scope='session')
@@ -62,6 +91,22 @@ def demo_data(tmp_path_factory):
     """A small generated data set in ADE20K's layout."""
     from slak_mm.engine.demo_data import write_demo_data
     return str(write_demo_data(tmp_path_factory.mktemp('demo'), 8, 2, size=96, seed=3))
+
+
+@pytest.fixture(scope='session')
+def demo_voc(tmp_path_factory):
+    """A small generated data set in VOC's layout, of both years."""
+    from slak_mm.engine.demo_data import write_demo_voc
+    return str(write_demo_voc(tmp_path_factory.mktemp('VOCdevkit'), 6, 2, size=96, seed=3,
+                              years=(2007, 2012)))
+
+
+@pytest.fixture(scope='session')
+def demo_coco(tmp_path_factory):
+    """A small generated data set in COCO's layout."""
+    pytest.importorskip('mmdet')
+    from slak_mm.engine.demo_data import write_demo_coco
+    return str(write_demo_coco(tmp_path_factory.mktemp('coco'), 6, 2, size=96, seed=3))
 
 
 @pytest.fixture(scope='session')

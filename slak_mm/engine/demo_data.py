@@ -1,18 +1,28 @@
-"""A small generated data set in the layout of ADE20K.
+"""Small generated data sets in the layouts of ADE20K, VOC and COCO.
 
-Outdoor scenes of eight ADE20K classes, drawn with numpy and Pillow: a few dozen of them can be
-learned from scratch within minutes, and yet no class is a colour. Sky and water, grass and trees,
-roads and house fronts share their colours and differ in texture, shape and place; light, colour
-cast and noise change from scene to scene.
+For segmentation, outdoor scenes of eight ADE20K classes, drawn with numpy and Pillow: a few dozen
+of them can be learned from scratch within minutes, and yet no class is a colour. Sky and water,
+grass and trees, roads and house fronts share their colours and differ in texture, shape and place;
+light, colour cast and noise change from scene to scene.
+
+For detection, objects of four classes that VOC and COCO have in common, of any colour, before sky
+and grass.
 """
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ['DEMO_CLASSES', 'draw_scene', 'write_demo_data']
+__all__ = [
+    'DEMO_CLASSES', 'DEMO_OBJECTS', 'DemoObject', 'draw_objects', 'draw_scene', 'write_demo_coco',
+    'write_demo_data', 'write_demo_voc'
+]
 
 #: The classes that occur, by their value in ADE20K's annotations (0 is unlabelled).
 DEMO_CLASSES = {
@@ -216,12 +226,17 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, n
             (x, 0.3 * size, x, rng.uniform(0.7, 0.95) * size), fill=255, width=3))
         canvas.paint(pole, None, canvas.colour((60, 60, 60), 20))
 
+    return _photograph(canvas), canvas.labels
+
+
+def _photograph(canvas: _Canvas) -> np.ndarray:
+    """The painted image in some light, with a colour cast and grain."""
+    size, rng = canvas.size, canvas.rng
     light = rng.uniform(0.65, 1.2)
     side = 1 + rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, size, dtype=np.float32)[None, :, None]
     cast = rng.uniform(0.92, 1.08, 3).astype(np.float32)
     grain = rng.normal(0, rng.uniform(4, 9), canvas.image.shape)
-    image = canvas.image * light * side * cast + grain
-    return np.clip(image, 0, 255).astype(np.uint8), canvas.labels
+    return np.clip(canvas.image * light * side * cast + grain, 0, 255).astype(np.uint8)
 
 
 def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, size: int = 160,
@@ -249,4 +264,228 @@ def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, si
             name = f'demo_{split}_{index:04d}'
             Image.fromarray(image).save(images / f'{name}.jpg', quality=95)
             Image.fromarray(labels).save(annotations / f'{name}.png')
+    return root
+
+
+# ---------------------------------------------------------------------------------- detection
+
+Point = tuple[float, float]
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> list[Point]:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _disc(x: float, y: float, radius_x: float, radius_y: float) -> list[Point]:
+    angles = [2 * math.pi * step / 16 for step in range(16)]
+    return [(x + radius_x * math.cos(angle), y + radius_y * math.sin(angle)) for angle in angles]
+
+
+class _Shape(NamedTuple):
+    """A kind of object: width by height, outline, and what is painted over it in another colour.
+
+    Coordinates are shares of width and height.
+    """
+
+    coco_name: str
+    aspect: float
+    outline: list[list[Point]]
+    details: list[list[Point]]
+
+
+_SHAPES = {
+    'boat': _Shape(
+        'boat', 1.2,
+        [[(0., .7), (1., .7), (.82, 1.), (.18, 1.)], _box(.45, 0., .52, .72),
+         [(.5, .02), (.95, .62), (.5, .62)], [(.46, .1), (.46, .62), (.1, .62)]],
+        [_box(.05, .74, .95, .8)]),
+    'bottle': _Shape(
+        'bottle', 0.42,
+        [[(.33, 0.), (.67, 0.), (.67, .22), (1., .42), (1., 1.), (0., 1.), (0., .42), (.33, .22)]],
+        [_box(0., .58, 1., .82)]),
+    'bus': _Shape(
+        'bus', 1.9,
+        [_box(0., 0., 1., .84), _disc(.22, .84, .085, .16), _disc(.78, .84, .085, .16)],
+        [_box(.05 + .235 * index, .14, .22 + .235 * index, .44) for index in range(4)]),
+    'tvmonitor': _Shape(
+        'tv', 1.3,
+        [_box(0., 0., 1., .8), _box(.42, .78, .58, .95), _box(.22, .93, .78, 1.)],
+        [_box(.06, .07, .94, .72)]),
+}
+
+#: The kinds of objects of the detection sets, by VOC's names; COCO calls a tvmonitor tv.
+DEMO_OBJECTS = tuple(_SHAPES)
+
+
+class DemoObject(NamedTuple):
+    """An object in an image.
+
+    Attributes:
+        name (str): One of :data:`DEMO_OBJECTS`.
+        polygons (list[np.ndarray]): Its outline: (n, 2) points x, y in pixels. It covers their
+            union.
+        box (tuple[float, float, float, float]): Left, top, right and bottom in pixels.
+    """
+
+    name: str
+    polygons: list[np.ndarray]
+    box: tuple[float, float, float, float]
+
+
+def draw_objects(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, list[DemoObject]]:
+    """Draw one to three objects, whole and apart from each other.
+
+    Args:
+        rng (np.random.Generator): The only source of randomness.
+        size (int): Side of the square image in pixels. Defaults to 160.
+
+    Returns:
+        tuple[np.ndarray, list[DemoObject]]: RGB image (size, size, 3), uint8, and what it shows.
+    """
+    canvas = _Canvas(size, rng)
+    horizon = rng.uniform(0.4, 0.7) * size
+    _sky(canvas, horizon)
+    _ground(canvas, horizon)
+    objects: list[DemoObject] = []
+    wanted = rng.integers(1, 4)
+    for _ in range(12):
+        name = DEMO_OBJECTS[rng.integers(len(DEMO_OBJECTS))]
+        shape = _SHAPES[name]
+        scale = rng.uniform(0.3, 0.5) * size
+        width, height = scale * math.sqrt(shape.aspect), scale / math.sqrt(shape.aspect)
+        left, top = rng.uniform(0, size - width), rng.uniform(0, size - height)
+        box = (left, top, left + width, top + height)
+        if len(objects) < wanted and not any(_overlap(box, other.box) for other in objects):
+            objects.append(DemoObject(name, _paint_object(canvas, shape, box), box))
+    return _photograph(canvas), objects
+
+
+def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return (box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3])
+
+
+def _cover(size: int, polygons: list[np.ndarray]) -> np.ndarray:
+    """Mask (size, size) of what polygons cover."""
+    picture = Image.new('1', (size, size))
+    for polygon in polygons:
+        ImageDraw.Draw(picture).polygon([tuple(point) for point in polygon], fill=1)
+    return np.asarray(picture)
+
+
+def _paint_object(canvas: _Canvas, shape: _Shape, box: tuple[float, float, float, float]
+                  ) -> list[np.ndarray]:
+    """Paint an object into its box; its outline in pixels."""
+    def place(polygons: list[list[Point]]) -> list[np.ndarray]:
+        corner, extent = np.asarray(box[:2]), np.asarray([box[2] - box[0], box[3] - box[1]])
+        return [corner + np.asarray(polygon) * extent for polygon in polygons]
+
+    colour = canvas.rng.uniform(30, 200, 3)
+    # The details are lighter or darker than the rest, by enough to be seen in any light.
+    second = np.where(colour.mean() > 115, colour - 85, colour + 85)
+    outline = place(shape.outline)
+    for polygons, texture in ((outline, colour), (place(shape.details), second)):
+        canvas.paint(_cover(canvas.size, polygons), None,
+                     texture + 6 * canvas.noise(canvas.size // 4, canvas.size // 4))
+    return outline
+
+
+def write_demo_voc(root: str | Path, num_train: int = 24, num_test: int = 8, size: int = 160,
+                   seed: int = 0, years: Sequence[int] = (2007,)) -> Path:
+    """Write a detection set as VOC has it.
+
+    Args:
+        root (str | Path): Folder to write to, created if missing, which stands for ``VOCdevkit``;
+            it gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists
+            ``trainval`` and ``test``.
+        num_train (int): Number of images to train on, in each year. Defaults to 24.
+        num_test (int): Number of images to test on; only 2007 has them. Defaults to 8.
+        size (int): Side of the images in pixels. Defaults to 160.
+        seed (int): Images are a function of the seed. Defaults to 0.
+        years (Sequence[int]): Which years to write. Defaults to 2007 alone.
+
+    Returns:
+        Path: The root.
+    """
+    root = Path(root)
+    for year in years:
+        folder = root / f'VOC{year}'
+        for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        splits = [('trainval', num_train, 0)] + [('test', num_test, 1)] * (year == 2007)
+        number = 0
+        for split, count, stream in splits:
+            names = []
+            for index in range(count):
+                image, objects = draw_objects(
+                    np.random.default_rng((seed, stream, index, year)), size)
+                number += 1
+                names.append(f'{number:06d}')
+                Image.fromarray(image).save(folder / f'JPEGImages/{names[-1]}.jpg', quality=95)
+                _voc_annotation(names[-1], size, objects).write(
+                    folder / f'Annotations/{names[-1]}.xml')
+            (folder / f'ImageSets/Main/{split}.txt').write_text(
+                ''.join(f'{name}\n' for name in names))
+    return root
+
+
+def _voc_annotation(name: str, size: int, objects: list[DemoObject]) -> ElementTree.ElementTree:
+    top = ElementTree.Element('annotation')
+
+    def add(parent: ElementTree.Element, **entries: object) -> None:
+        for tag, text in entries.items():
+            ElementTree.SubElement(parent, tag).text = str(text)
+
+    add(top, filename=f'{name}.jpg')
+    add(ElementTree.SubElement(top, 'size'), width=size, height=size, depth=3)
+    for item in objects:
+        entry = ElementTree.SubElement(top, 'object')
+        add(entry, name=item.name, truncated=0, difficult=0)
+        # VOC counts pixels from 1, and the last one belongs to the box.
+        left, upper, right, lower = item.box
+        add(ElementTree.SubElement(entry, 'bndbox'), xmin=math.floor(left) + 1,
+            ymin=math.floor(upper) + 1, xmax=math.ceil(right), ymax=math.ceil(lower))
+    return ElementTree.ElementTree(top)
+
+
+def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, size: int = 160,
+                    seed: int = 0) -> Path:
+    """Write an instance segmentation set as COCO 2017 has it; needs mmdet for COCO's categories.
+
+    Args:
+        root (str | Path): Folder to write to, created if missing; it gets
+            ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``.
+        num_train (int): Number of images to train on. Defaults to 24.
+        num_val (int): Number of images to test on. Defaults to 8.
+        size (int): Side of the images in pixels. Defaults to 160.
+        seed (int): Images are a function of the seed. Defaults to 0.
+
+    Returns:
+        Path: The root.
+    """
+    from mmdet.datasets import CocoDataset
+    # All 80, since their order gives the labels. The numbers are not COCO's, which have gaps.
+    numbers = {name: number for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)}
+    root = Path(root)
+    (root / 'annotations').mkdir(parents=True, exist_ok=True)
+    for split, count, stream in (('train2017', num_train, 0), ('val2017', num_val, 1)):
+        (root / split).mkdir(exist_ok=True)
+        images: list[dict] = []
+        annotations: list[dict] = []
+        for index in range(count):
+            image, objects = draw_objects(np.random.default_rng((seed, stream, index)), size)
+            name = f'{index + 1:012d}.jpg'
+            Image.fromarray(image).save(root / split / name, quality=95)
+            images.append(dict(id=index + 1, file_name=name, height=size, width=size))
+            for item in objects:
+                left, upper, right, lower = item.box
+                annotations.append(dict(
+                    id=len(annotations) + 1, image_id=index + 1, iscrowd=0,
+                    category_id=numbers[_SHAPES[item.name].coco_name],
+                    bbox=[round(value, 2) for value in (left, upper, right - left, lower - upper)],
+                    area=int(_cover(size, item.polygons).sum()),
+                    segmentation=[np.round(polygon, 2).ravel().tolist()
+                                  for polygon in item.polygons]))
+        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(dict(
+            images=images, annotations=annotations,
+            categories=[dict(id=number, name=name) for name, number in numbers.items()])))
     return root

@@ -47,11 +47,25 @@ def seed_everything(*key: int) -> None:
 class KeyedIndex(int):
     """Index of a sample that knows the seed of its run and its place in the run's order.
 
+    Wrapping data sets compute the index within the data set that they wrap: mmengine's
+    ``ConcatDataset`` by a difference, its ``RepeatDataset`` by a remainder. Both keep the key.
+
     Attributes:
         key (tuple[int, int] | None): Seed and place.
     """
 
     key: tuple[int, int] | None = None
+
+    def __sub__(self, other: int) -> 'KeyedIndex':
+        return self._with_key(int(self) - other)
+
+    def __mod__(self, other: int) -> 'KeyedIndex':
+        return self._with_key(int(self) % other)
+
+    def _with_key(self, index: int) -> 'KeyedIndex':
+        keyed = type(self)(index)
+        keyed.key = self.key
+        return keyed
 
     @classmethod
     def of(cls, index: int, seed: int, place: int) -> 'KeyedIndex':
@@ -103,7 +117,8 @@ class SeedBySample:
     """First transform of a pipeline: seeds the generators from the sample's place in the run.
 
     It needs a data set that hands the sampler's index on as ``results['sample_idx']``, as
-    mmengine's ``BaseDataset`` does; with a plain index it does nothing.
+    mmengine's ``BaseDataset`` does, alone or within ``ConcatDataset`` or ``RepeatDataset``; with
+    a plain index it does nothing.
     """
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -139,8 +154,9 @@ def make_reproducible(cfg: Config) -> None:
     Args:
         cfg (Config): Changed in place: samplers of mmengine become their keyed versions, training
             pipelines begin with :class:`SeedBySample`, and :class:`IterationSeedHook` is added.
-            Other samplers, and data sets wrapped in others (which change the index), are left as
-            they are: their augmentations then depend on the workers as usual.
+            Other samplers are left as they are, and so are wrapping data sets that look the index
+            up in a table (``ClassBalancedDataset``): their augmentations then depend on the
+            workers as usual.
     """
     loader = cfg.get('train_dataloader')
     if not loader:

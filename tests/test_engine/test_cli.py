@@ -22,6 +22,18 @@ def test_crop_size_refuses(text):
         cli.crop_size(text)
 
 
+@pytest.mark.parametrize('text,size', [('400', (0, 400)), ('667x400', (667, 400)),
+                                       ('400,667', (667, 400)), ('64X64', (64, 64))])
+def test_img_scale(text, size):
+    assert cli.img_scale(text) == size
+
+
+@pytest.mark.parametrize('text', ['', '0', '400x0', 'x', '1x2x3', '12.5'])
+def test_img_scale_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match='667x400'):
+        cli.img_scale(text)
+
+
 @pytest.mark.parametrize('error,message', [
     (ConfigOverrideError('so and so'), 'so and so'),
     (torch.cuda.OutOfMemoryError('CUDA out of memory. Tried'), 'lower --batch-size'),

@@ -1,12 +1,24 @@
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from PIL import Image
 
-from slak_mm.engine.demo_data import DEMO_CLASSES, draw_scene, write_demo_data
+from slak_mm.engine.demo_data import (
+    DEMO_CLASSES,
+    DEMO_OBJECTS,
+    draw_objects,
+    draw_scene,
+    write_demo_coco,
+    write_demo_data,
+    write_demo_voc,
+)
+from slak_mm.engine.overrides import set_data_root
 
 
 @pytest.fixture(scope='module')
@@ -74,3 +86,106 @@ def test_any_size(size):
     image, labels = draw_scene(np.random.default_rng(0), size)
     assert image.shape == (size, size, 3) and labels.shape == (size, size)
     assert image.dtype == labels.dtype == np.uint8
+
+
+# ---------------------------------------------------------------------------------- detection
+
+
+def dataset_and_metric(name, root, loader='test_dataloader'):
+    """What a detection config reads a data set with, and measures it by."""
+    pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")
+    from mmdet.registry import DATASETS, METRICS
+    cfg = Config.fromfile(Path(__file__).resolve().parents[2] / 'configs' / f'{name}.py')
+    set_data_root(cfg, str(root))
+    init_default_scope('mmdet')
+    dataset = DATASETS.build(cfg[loader].dataset)
+    metric = METRICS.build(cfg.test_evaluator)
+    metric.dataset_meta = dataset.metainfo
+    return dataset, metric
+
+
+def score(name, root, keep, shift_masks=0):
+    """The metrics of detections that are the annotated objects with ``keep(label)``."""
+    from mmdet.models.utils import samplelist_boxtype2tensor
+    dataset, metric = dataset_and_metric(name, root)
+    for index in range(len(dataset)):
+        sample = dataset[index]['data_samples']
+        samplelist_boxtype2tensor([sample])
+        truth = sample.gt_instances
+        found = truth[torch.tensor([keep(int(label)) for label in truth.labels], dtype=torch.bool)]
+        found.scores = torch.ones(len(found))
+        if 'masks' in found:
+            masks = torch.from_numpy(found.masks.to_ndarray()).bool()
+            del found.masks
+            found.masks = masks.roll(shift_masks, -1)
+        sample.pred_instances = found
+        metric.process({}, [sample.to_dict()])
+    return metric.compute_metrics(metric.results)
+
+
+def test_voc_layout_and_metric(tmp_path):
+    name, root = 'faster_rcnn_slak_t_voc07', write_demo_voc(
+        tmp_path, num_train=6, num_test=20, size=96, years=(2007, 2012))
+    dataset, _ = dataset_and_metric(name, root)
+    assert len(dataset) == 20
+    counts = Counter(instance['bbox_label'] for index in range(20)
+                     for instance in dataset.get_data_info(index)['instances'])
+    assert {dataset.metainfo['classes'][label] for label in counts} == set(DEMO_OBJECTS)
+    assert score(name, root, lambda label: True)['mAP'] == 1
+
+    # Some of a class at precision 1: of the recalls 0, 0.1, ... 1 the metric of 2007 finds those
+    # up to theirs. (The area below the curve, the metric of 2012, would be the recall itself.)
+    number = {label: next(k for k in range(1, count + 1) if 2 * k >= count
+                          and (10 * k % count or k in (count, count / 2)))
+              for label, count in counts.items()}
+    assert any(number[label] < count for label, count in counts.items())
+    left = dict(number)
+
+    def first_ones(label):
+        left[label] -= 1
+        return left[label] >= 0
+    assert score(name, root, first_ones)['mAP'] == pytest.approx(np.mean(
+        [(10 * number[label] // count + 1) / 11 for label, count in counts.items()]))
+
+    both, _ = dataset_and_metric('faster_rcnn_slak_t_voc0712', root, 'train_dataloader')
+    assert len(both) == 12
+    assert 'VOC2012' in both.get_data_info(11)['img_path']
+
+
+def test_coco_layout_and_metric(tmp_path):
+    pytest.importorskip('mmdet')
+    name, root = 'cascade_mask_rcnn_slak_t_coco', write_demo_coco(
+        tmp_path, num_train=4, num_val=12, size=96)
+    result = score(name, root, lambda label: True)
+    assert result['bbox_mAP'] == result['segm_mAP'] == 1
+    # The masks count: elsewhere they are worth nothing, the boxes as much as before.
+    result = score(name, root, lambda label: True, shift_masks=48)
+    assert result['bbox_mAP'] == 1 and result['segm_mAP_50'] < 0.05
+    dataset, _ = dataset_and_metric(name, root, 'train_dataloader')
+    assert len(dataset) == 4
+    assert 'tv' in dataset.metainfo['classes'] and len(dataset.cat_ids) == 80
+
+
+def test_objects_are_whole_apart_and_a_function_of_the_seed(tmp_path):
+    seen = set()
+    for seed in range(30):
+        image, objects = draw_objects(np.random.default_rng(seed), 120)
+        assert image.shape == (120, 120, 3) and image.dtype == np.uint8
+        assert 1 <= len(objects) <= 3
+        cover = np.zeros((120, 120), int)
+        for item in objects:
+            seen.add(item.name)
+            left, top, right, bottom = item.box
+            assert 0 <= left < right <= 120 and 0 <= top < bottom <= 120
+            points = np.concatenate(item.polygons)
+            np.testing.assert_allclose(points.min(0), (left, top), atol=1)
+            np.testing.assert_allclose(points.max(0), (right, bottom), atol=1)
+            cover[round(top):round(bottom), round(left):round(right)] += 1
+        assert (cover > 1).sum() <= 240  # boxes touch at most at their rims
+    assert seen == set(DEMO_OBJECTS)
+    first = write_demo_voc(tmp_path / 'a', 2, 1, size=64, seed=5)
+    again = write_demo_voc(tmp_path / 'b', 2, 1, size=64, seed=5)
+    files = [path for path in first.rglob('*') if path.is_file()]
+    assert len(files) == 8
+    for path in files:
+        assert path.read_bytes() == (again / path.relative_to(first)).read_bytes()

@@ -1,5 +1,6 @@
 import copy
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ from slak_mm.engine.overrides import ConfigOverrideError
 @pytest.fixture
 def cfg(config_path):
     return Config.fromfile(config_path)
+
+
+@pytest.fixture
+def config_folder(config_path):
+    return Path(config_path).parent
 
 
 @pytest.fixture
@@ -106,6 +112,58 @@ def test_check_data_names_the_first_thing_missing(cfg, tmp_path):
     (root / 'annotations/training/b.png').touch()
     overrides.check_data(cfg, train)
     with pytest.raises(ConfigOverrideError, match='images/validation'):
+        overrides.check_data(cfg)
+
+
+def test_check_data_of_voc(config_folder, demo_voc, tmp_path):
+    pytest.importorskip('mmdet')
+    root = shutil.copytree(demo_voc, tmp_path / 'voc')
+    cfg = Config.fromfile(config_folder / 'faster_rcnn_slak_t_voc0712.py')
+    overrides.set_data_root(cfg, str(root))
+    overrides.check_data(cfg)
+    (root / 'VOC2007/JPEGImages/000008.jpg').unlink()
+    # 000008 is a test image.
+    overrides.check_data(cfg, ('train_dataloader',))
+    with pytest.raises(ConfigOverrideError, match='1 of 2 images .*test.txt" lists are missing, '
+                                                  'the first is .*000008.jpg'):
+        overrides.check_data(cfg)
+    for number in (2, 5):
+        (root / f'VOC2012/Annotations/{number:06d}.xml').unlink()
+    with pytest.raises(ConfigOverrideError, match=r'2 of 6 images .*without annotation, the first '
+                                                  r'is .*VOC2012/Annotations/000002.xml" '
+                                                  r'\(train_dataloader.dataset.datasets\[1\]\)'):
+        overrides.check_data(cfg)
+    shutil.rmtree(root / 'VOC2012')
+    with pytest.raises(ConfigOverrideError, match='VOC2012/" does not exist'):
+        overrides.check_data(cfg)
+    (root / 'VOC2007/ImageSets/Main/trainval.txt').write_text('\n')
+    with pytest.raises(ConfigOverrideError, match='trainval.txt" lists no images'):
+        overrides.check_data(cfg)
+
+
+def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
+    root = shutil.copytree(demo_coco, tmp_path / 'coco')
+    cfg = Config.fromfile(config_folder / 'cascade_mask_rcnn_slak_t_coco.py')
+    overrides.set_data_root(cfg, str(root))
+    overrides.check_data(cfg)
+    listing = root / 'annotations/instances_val2017.json'
+    content = listing.read_text()
+    # Spaces and escapes as another writer of json puts them.
+    other = content.replace('"file_name": "', '"file_name"  :\n "..\\/val2017\\/')
+    listing.write_text(other + '\n')
+    overrides.check_data(cfg)
+    (root / 'val2017/000000000002.jpg').unlink()
+    with pytest.raises(ConfigOverrideError, match='1 of 2 images .*val2017.json" lists are '
+                                                  'missing, the first is .*000000000002.jpg'):
+        overrides.check_data(cfg)
+    listing.write_text(content[:-200])
+    with pytest.raises(ConfigOverrideError, match='val2017.json" ends in the middle'):
+        overrides.check_data(cfg)
+    listing.write_text('')
+    with pytest.raises(ConfigOverrideError, match='val2017.json" is empty'):
+        overrides.check_data(cfg)
+    shutil.rmtree(root / 'train2017')
+    with pytest.raises(ConfigOverrideError, match='train2017/" does not exist'):
         overrides.check_data(cfg)
 
 
@@ -245,7 +303,7 @@ def test_crop_size_of_a_multi_scale_config(config_path):
 
 
 def test_crop_size_is_refused_where_it_has_no_meaning(cfg, det_cfg):
-    with pytest.raises(ConfigOverrideError, match='detection trains on whole images'):
+    with pytest.raises(ConfigOverrideError, match='detection trains on whole images.*--img-scale'):
         overrides.set_crop_size(det_cfg, (128, 128))
     before = copy.deepcopy(cfg.to_dict())
     del before['train_dataloader']['dataset']['pipeline'][3]
@@ -253,6 +311,76 @@ def test_crop_size_is_refused_where_it_has_no_meaning(cfg, det_cfg):
     with pytest.raises(ConfigOverrideError, match='has no RandomCrop'):
         overrides.set_crop_size(cfg, (128, 128))
     assert cfg.to_dict() == before
+
+
+def transforms_of(cfg, loader, kind):
+    return [node for _, dataset in overrides.datasets_of(cfg, (loader,))
+            for node in overrides._walk(dataset.pipeline) if node.get('type') == kind]
+
+
+@pytest.mark.parametrize('size,long', [((0, 200), 333), ((400, 200), 400)])
+def test_img_scale_reaches_everything(config_folder, size, long):
+    pytest.importorskip('mmdet')
+    cfg = Config.fromfile(config_folder / 'cascade_mask_rcnn_slak_t_coco.py')
+    cfg.model.data_preprocessor.batch_augments = [
+        dict(type='BatchSyncRandomResize', random_size_range=(480, 800), size_divisor=32),
+        dict(type='BatchFixedSizePad', size=(1024, 1024))]
+    cfg.tta_pipeline = [dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale=(1333, 800), keep_ratio=True),
+         dict(type='Resize', scale=(2000, 1200), keep_ratio=True)]])]
+    overrides.set_img_scale(cfg, size)
+    # A quarter of the shorter sides, which the configs write first.
+    expected = [(round(short / 4), long) for short in range(480, 801, 32)]
+    alone, first, second = transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize')
+    assert alone.scales == second.scales == expected
+    assert first.scales == [(100, long), (125, long), (150, long)]
+    crop, = transforms_of(cfg, 'train_dataloader', 'RandomCrop')
+    assert tuple(crop.crop_size) == (96, 150)
+    for loader in ('val_dataloader', 'test_dataloader'):
+        assert [tuple(node.scale) for node in transforms_of(cfg, loader, 'Resize')] == [
+            (long, 200)]
+    assert [tuple(node.scale) for node in cfg.tta_pipeline[0].transforms[0]] == [
+        (long, 200), (round(2000 * long / 1333), 300)]
+    assert cfg.test_pipeline[1].scale == (long, 200)
+    resize, pad = cfg.model.data_preprocessor.batch_augments
+    assert (resize.random_size_range, resize.size_divisor) == ((120, 200), 32)
+    assert pad.size == (256, 256)
+
+
+def test_img_scale_reaches_wrapped_datasets(config_folder):
+    pytest.importorskip('mmdet')
+    cfg = Config.fromfile(config_folder / 'faster_rcnn_slak_t_voc0712.py')
+    overrides.set_img_scale(cfg, (0, 200))
+    for node in transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize'):
+        assert node.scales == [(short // 4, 333) for short in range(480, 801, 32)]
+    assert len(transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize')) == 2
+
+
+def test_img_scale_of_other_transforms(det_cfg):
+    train = det_cfg.train_dataloader.dataset
+    train.pipeline[2] = dict(type='Resize', scale=(800, 1333), keep_ratio=True)
+    train.pipeline[3:3] = [dict(type='RandomCrop', crop_type='relative_range', crop_size=(.3, .3)),
+                           dict(type='Mosaic', img_scale=(640, 640)),
+                           dict(type='Resize', scale_factor=0.5), dict(type='Pad', size=None)]
+    overrides.set_img_scale(det_cfg, (667, 400))
+    resize, crop, mosaic, factor, pad = train.pipeline[2:7]
+    assert resize['scale'] == (400, 667)
+    assert crop['crop_size'] == (.3, .3) and mosaic['img_scale'] == (320, 320)
+    assert factor['scale_factor'] == 0.5 and pad['size'] is None
+
+
+def test_img_scale_is_refused_where_it_has_no_meaning(cfg, det_cfg):
+    with pytest.raises(ConfigOverrideError, match='follows --crop-size'):
+        overrides.set_img_scale(cfg, (0, 128))
+    det_cfg.test_dataloader.dataset.pipeline[1].scale = (1000, 600)
+    with pytest.raises(ConfigOverrideError, match='resizes them to 2 different scales'):
+        overrides.set_img_scale(det_cfg, (0, 128))
+    for loader in ('val_dataloader', 'test_dataloader'):
+        det_cfg[loader].dataset.pipeline.pop(1)
+    before = copy.deepcopy(det_cfg.to_dict())
+    with pytest.raises(ConfigOverrideError, match='resizes them to no scale'):
+        overrides.set_img_scale(det_cfg, (0, 128))
+    assert det_cfg.to_dict() == before
 
 
 # -------------------------------------------------------------------------------------- weights

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dataset import (
+    BaseDataset,
+    ConcatDataset,
+    DefaultSampler,
+    InfiniteSampler,
+    RepeatDataset,
+)
 from mmengine.registry import DATA_SAMPLERS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 
@@ -67,6 +73,22 @@ def test_index_is_an_integer_that_survives_the_way_to_a_worker():
     assert index == 3 and [10, 11, 12, 13][index] == 13 and index.key == (11, 42)
 
 
+@pytest.mark.parametrize('wrapper', [
+    lambda inner: ConcatDataset([inner(), inner()]), lambda inner: RepeatDataset(inner(), 2)])
+def test_index_keeps_its_key_within_wrapping_datasets(wrapper):
+    class Inner(BaseDataset):
+        def load_data_list(self):
+            return [dict(number=number) for number in range(3)]
+
+    dataset = wrapper(Inner)
+    assert len(dataset) == 6
+    for place in range(6):
+        results = dataset[KeyedIndex.of(place, 11, 40 + place)]
+        assert results['number'] == place % 3
+        assert results['sample_idx'] == place % 3 and results['sample_idx'].key == (11, 40 + place)
+    assert not hasattr(dataset[4]['sample_idx'], 'key')
+
+
 def test_transform_makes_randomness_a_function_of_the_place():
     seed = SeedBySample()
     results = dict(sample_idx=KeyedIndex.of(3, 11, 42), img='x')
@@ -106,7 +128,7 @@ def test_make_reproducible_changes_what_it_should(config_path):
         type='KeyedInfiniteSampler', shuffle=True)
     kinds = [transform.type for transform in cfg.train_dataloader.dataset.pipeline]
     assert kinds.count('SeedBySample') == 1 and kinds[0] == 'SeedBySample'
-    assert cfg.custom_hooks == [dict(type='IterationSeedHook')]
+    assert [hook.type for hook in cfg.custom_hooks] == ['SparsityHook', 'IterationSeedHook']
     assert cfg.test_dataloader.sampler.type == 'DefaultSampler'
 
 
