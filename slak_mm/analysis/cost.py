@@ -1,0 +1,440 @@
+"""Parameters and FLOPs of backbones, segmentors and detectors, beside the published ones.
+
+FLOPs are multiply-adds of convolutions and linear layers, as the papers count them. They are
+counted by PyTorch's ``FlopCounterMode`` on the meta device, which computes shapes and no values;
+the large-kernel operator is counted by the formula :func:`cross_dwconv_flops`.
+
+Detectors with region heads are counted with 1000 proposals and, for masks, 100 boxes, as
+``get_flops`` of mmdet 2 did: this gives the published figures of ConvNeXt.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from slak_mm.checkpoints import ZOO, prepare_checkpoint, read_checkpoint
+from slak_mm.engine import cli, overrides
+from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm.models.shiftwise import ShiftWiseConv
+from slak_mm.models.slak import LargeKernelConv
+from slak_mm.ops import use_backend
+from slak_mm.ops.shift_tables import assemble_kernels, shift_tables
+
+__all__ = [
+    'CONVENTIONS', 'DEFAULT_SIZES', 'PUBLISHED', 'SPARSITY', 'Cost', 'Published', 'count',
+    'cross_dwconv_flops'
+]
+
+#: Height and width of the image by task, as published.
+DEFAULT_SIZES = dict(classification=(224, 224), segmentation=(512, 2048), detection=(800, 1280))
+#: Fraction of masked weights in the published networks: of all convolutions and linear layers of
+#: SLaK, of ShiftWise's small filters.
+SPARSITY = dict(SLaK=0.4, ShiftWise=0.3)
+_PROPOSALS = dict(bbox=1000, mask=100)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published figures of a network.
+
+    Attributes:
+        parameters_m (float): Millions.
+        flops_g (float): Multiply-adds, 10^9.
+        counted (str): How they were counted, a key of :data:`CONVENTIONS`.
+        source (str): Where they are from.
+    """
+
+    parameters_m: float
+    flops_g: float
+    counted: str
+    source: str
+
+
+#: What the published figures count, found by comparing them with all ways to count.
+CONVENTIONS = dict(
+    all='all weights',
+    nonzero='non-zero weights. Here every layer is equally sparse; the published masks are not '
+    '(SNIP), which costs as many parameters and fewer FLOPs: the densities that SNIP gives for '
+    'random weights and images come to 5.02, 9.73 and 16.96 G for SLaK-T, -S and -B',
+    no_large_kernels='the counter of mmcv did not know the large kernels, a CUDA operator of the '
+    'official code: their FLOPs are missing, and their masked weights count as parameters. PeLK '
+    '(CVPR 2024, table 2) counts non-zero weights and all FLOPs of SLaK-T, -S and -B: 64, 89 and '
+    '131 M, 957, 1057 and 1210 G',
+    filters='all weights, with the paths of each layer merged to one, and the small filters '
+    'applied to the map as in the official code. The kernels assembled from them, with which is '
+    'convolved here, have about twice as many multiply-adds',
+    filters_det='as for segmentation with ShiftWise (merged paths, small filters), and fewer '
+    'parameters for a reason that is not published; the difference is that of the '
+    'squeeze-excite layers (1.59 M in -T, 2.96 M in -S) to 0.1 %')
+
+_CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
+_SHIFTWISE_PAPER = 'ShiftWise, tables of ADE20K and COCO'
+
+#: Published figures by the stem of a config, beside those of the zoo.
+PUBLISHED: dict[str, Published] = {
+    'upernet_convnext_t_ade20k': Published(60, 939, 'all', _CONVNEXT_PAPER),
+    'upernet_shiftwise_t_ade20k': Published(61.73, 948, 'filters', _SHIFTWISE_PAPER),
+    'upernet_shiftwise_s_ade20k': Published(87.5, 1039, 'filters', _SHIFTWISE_PAPER),
+    'cascade_mask_rcnn_convnext_t_coco': Published(86, 741, 'all', _CONVNEXT_PAPER),
+    'cascade_mask_rcnn_shiftwise_t_coco': Published(86.89, 751, 'filters_det', _SHIFTWISE_PAPER),
+    'cascade_mask_rcnn_shiftwise_s_coco': Published(110.48, 839, 'filters_det', _SHIFTWISE_PAPER),
+}
+for _info in ZOO.values():
+    if 'flops_g' in _info.figures:
+        _sparse = _info.name.startswith(('slak', 'upernet_slak'))
+        _counted = 'all' if not _sparse else (
+            'nonzero' if _info.task == 'classification' else 'no_large_kernels')
+        PUBLISHED[Path(_info.config).stem or _info.name] = Published(
+            _info.figures['params_m'], _info.figures['flops_g'], _counted, _info.source)
+
+
+@dataclass
+class Cost:
+    """What one network costs.
+
+    Attributes:
+        name (str): Config or zoo name.
+        size (tuple[int, int]): Height and width of the image.
+        parameters (int): All parameters.
+        flops (int): Multiply-adds of one image.
+        masked_parameters (int): Parameters that are masked.
+        masked_large_parameters (int): Those of them in large kernels.
+        masked_flops (int): Multiply-adds with masked weights.
+        large_flops (int): Multiply-adds of the large depthwise kernels.
+        masked_large_flops (int): Those of them with masked weights.
+        path_parameters (int): Parameters of ShiftWise's paths beyond the first of each layer.
+        filter_flops (int): Multiply-adds of the large kernels if ShiftWise's small filters were
+            applied to the map instead; 0 for networks without them.
+        parts (dict[str, int]): Multiply-adds of backbone, neck and heads.
+        masks (str): Where the masks are from.
+        published (Published | None): Published figures, if there are any for this size.
+    """
+
+    name: str
+    size: tuple[int, int]
+    parameters: int = 0
+    flops: int = 0
+    masked_parameters: int = 0
+    masked_large_parameters: int = 0
+    masked_flops: int = 0
+    large_flops: int = 0
+    masked_large_flops: int = 0
+    path_parameters: int = 0
+    filter_flops: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    masks: str = ''
+    published: Published | None = None
+
+    def as_published(self) -> tuple[int, int]:
+        """Parameters and FLOPs counted in the way of :attr:`published`."""
+        counted = self.published.counted if self.published else 'all'
+        if counted.startswith('filters'):
+            return (self.parameters - self.path_parameters,
+                    self.flops - self.large_flops + self.filter_flops)
+        if counted == 'all':
+            return self.parameters, self.flops
+        parameters = self.parameters - self.masked_parameters
+        flops = self.flops - self.masked_flops
+        if counted == 'no_large_kernels':
+            parameters += self.masked_large_parameters
+            flops -= self.large_flops - self.masked_large_flops
+        return parameters, flops
+
+
+# ---------------------------------------------------------------------------------- counting
+
+
+def cross_dwconv_flops(x: Any, kernels: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of the large-kernel operator, two for each multiply-add, from shapes.
+
+    Args:
+        x: Shape of the input, (N, C, H, W).
+        kernels: Shapes of the kernels, (C, kh, kw).
+        *args: Not used.
+        **kwargs: Not used.
+    """
+    n, _, height, width = x
+    return 2 * n * height * width * sum(c * kh * kw for c, kh, kw in kernels)
+
+
+def _operator_formula() -> dict[Any, Callable[..., int]]:
+    """The formula for the counter; without effect where the operator is plain convolutions."""
+    operator = getattr(getattr(torch.ops, 'slak_mm', None), 'cross_dwconv2d', None)
+    return {} if operator is None else {operator: cross_dwconv_flops}
+
+
+def _count(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Multiply-adds of a call, and what it returned."""
+    # The reference is plain convolutions where the operator is not one for PyTorch.
+    counter = FlopCounterMode(display=False, custom_mapping=_operator_formula())
+    with counter, torch.no_grad(), use_backend('reference'):
+        result = run()
+    return counter.get_total_flops() // 2, result
+
+
+def _run_parts(model: Any, image: Tensor) -> Iterator[tuple[str, int]]:
+    """Name and multiply-adds of each part of a model."""
+    backbone, _ = _count(lambda: model.backbone(image))
+    yield 'backbone', backbone
+    flops, features = _count(lambda: model.extract_feat(image))
+    if flops > backbone:
+        yield 'neck', flops - backbone
+    for name in ('decode_head', 'head', 'rpn_head', 'bbox_head'):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            yield name, _count(lambda head=head: head(features))[0]  # type: ignore[misc]
+    for kind, num_rois in _PROPOSALS.items():
+        head = getattr(getattr(model, 'roi_head', None), f'{kind}_head', None)
+        if head is None:
+            continue
+        extractor = getattr(model.roi_head, f'{kind}_roi_extractor', None) \
+            or model.roi_head.bbox_roi_extractor  # shared with the boxes
+        heads, extractors = (list(each) if isinstance(each, nn.ModuleList) else [each]
+                             for each in (head, extractor))
+        total = 0
+        for stage, head in enumerate(heads):
+            source: Any = extractors[min(stage, len(extractors) - 1)]
+            # Pooling has no multiply-adds that the counter knows, and cannot run without values.
+            rois = torch.empty(num_rois, source.out_channels, *source.roi_layers[0].output_size,
+                               device='meta')
+            total += _count(lambda head=head, rois=rois: head(rois))[0]  # type: ignore[misc]
+        yield f'{kind}_head', total
+
+
+def _uses(backbone: nn.Module, image: Tensor) -> dict[str, int]:
+    """How often each weight is used for an image: the pixels of its layer's result, by name."""
+    found: dict[str, int] = {}
+
+    def hook(names: list[str]) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            channels = output.shape[-1 if isinstance(module, nn.Linear) else 1]
+            for name in names:
+                found[name] = found.get(name, 0) + output.numel() // channels
+        return note
+
+    handles = []
+    inside: set[nn.Module] = set()
+    for name, module in backbone.named_modules():
+        names = [f'{name}.weight']
+        if isinstance(module, (LargeKernelConv, ShiftWiseConv)):
+            inside.update(module.modules())
+            names = [f'{name}.{own}' for own, parameter in module.named_parameters()
+                     if parameter.dim() > 2]
+        elif not isinstance(module, (_ConvNd, nn.Linear)) or module in inside:
+            continue
+        handles.append(module.register_forward_hook(hook(names)))
+    try:
+        _count(lambda: backbone(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost:
+    """Fill in a cost.
+
+    Args:
+        cost (Cost): With name and size; changed in place.
+        model (nn.Module): On the meta device, in eval mode, with a ``backbone``.
+        masked (Mapping): Number of zeros of weights of the backbone; for ShiftWise's filters
+            tensors that are zero where the filters are masked.
+    """
+    image = torch.empty(1, 3, *cost.size, device='meta')
+    cost.parts = dict(_run_parts(model, image))
+    cost.flops = sum(cost.parts.values())
+    cost.parameters = sum(p.numel() for p in model.parameters())
+    uses = _uses(model.backbone, image)
+    weights = dict(model.backbone.named_parameters())
+    zeros = {name: _num_zeros(masked[name]) for name in uses if name in masked}
+    cost.masked_parameters = sum(zeros.values())
+    for name, layer in model.backbone.named_modules():
+        if isinstance(layer, LargeKernelConv):
+            names = [own for own in uses if own.startswith(f'{name}.')]
+            cost.large_flops += sum(weights[own].numel() * uses[own] for own in names)
+            cost.masked_large_parameters += sum(zeros.get(own, 0) for own in names)
+            cost.masked_large_flops += sum(zeros.pop(own, 0) * uses[own] for own in names)
+        elif isinstance(layer, ShiftWiseConv) and not layer.deploy:
+            names = [own for own in uses if own.startswith(f'{name}.')]
+            pixels = uses[names[0]]
+            cost.large_flops += pixels * _kernel_elements(layer)
+            cost.filter_flops += pixels * weights[names[0]].numel()
+            cost.path_parameters += sum(weights[own].numel() for own in names[1:])
+            if all(own in masked for own in names):
+                filters = [torch.as_tensor(masked[own]) for own in names]
+                cost.masked_large_flops += pixels * _num_zero_taps(layer, filters)
+            cost.masked_large_parameters += sum(zeros.pop(own, 0) for own in names)
+    cost.masked_flops = cost.masked_large_flops + sum(
+        count * uses[name] for name, count in zeros.items())
+    return cost
+
+
+def _kernel_elements(layer: ShiftWiseConv) -> int:
+    """Elements of the assembled kernels, which the operator makes symmetric by zero taps."""
+    tall, _, small = layer.kernels()
+    channels, length, short = tall.shape
+    reach = max(layer.kernel_size // 2, length - 1 - layer.kernel_size // 2)
+    return 2 * channels * (2 * reach + 1) * short + small.numel()
+
+
+def _num_zeros(masked: int | Tensor) -> int:
+    return masked if isinstance(masked, int) else masked.numel() - int(masked.count_nonzero())
+
+
+def _num_zero_taps(layer: ShiftWiseConv, filters: list[Tensor]) -> int:
+    """Elements of the assembled kernels that no filter reaches which is not masked."""
+    # Counted, not added: filters of opposite signs do not make a zero.
+    kept = torch.stack([(path != 0).float() for path in filters]).sum(0)
+    channels, num_reps = layer.picks.shape
+    tables = shift_tables(channels, layer.kernel_size, layer.small_kernel, num_reps)
+    return sum(_num_zeros(kernel)
+               for kernel in assemble_kernels(kept, *tables, layer.kernel_size))
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+class _Classifier(nn.Module):
+    """A backbone with the head that ImageNet classification puts behind it."""
+
+    def __init__(self, backbone: Mapping[str, Any], num_classes: int = 1000) -> None:
+        super().__init__()
+        self.backbone = MODELS.build(dict(backbone, out_indices=(3,), out_norm=False))
+        width = self.backbone.dims[-1]
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+
+    def extract_feat(self, image: Tensor) -> Tensor:
+        return self.backbone(image)[0].mean((2, 3))
+
+
+def count(name: str, size: tuple[int, int] | None = None, *,
+          checkpoint: str | os.PathLike | None = None, sparsity: float | None = None,
+          distribution: str = 'uniform') -> Cost:
+    """Count one network.
+
+    Args:
+        name (str): Path of a config of mmsegmentation or mmdetection, or the zoo name of an
+            ImageNet checkpoint, which stands for its network.
+        size (tuple[int, int], optional): Height and width of the image. Default: that of
+            :data:`DEFAULT_SIZES`.
+        checkpoint (str, optional): Take the masks from its zeros.
+        sparsity (float, optional): Fraction of masked weights. Default: what the config's
+            ``SparsityHook`` says, else that of the published weights, :data:`SPARSITY`; 0 for
+            ConvNeXt and foreign backbones.
+        distribution (str): 'uniform', the same in every layer, or 'erk' (Evci et al., ICML
+            2020). Default: 'uniform'.
+
+    Returns:
+        Cost: The count. ``published`` is set where there are figures for this size.
+
+    Raises:
+        ConfigOverrideError: There is no such config or zoo name, the model is of a kind that
+            cannot be counted, or the sparsity does not fit it.
+        CheckpointError: The checkpoint is missing or does not fit.
+    """
+    cfg = None
+    # Checkpoints are fitted to a model that has values.
+    device = torch.device('meta' if checkpoint is None else 'cpu')
+    if name in ZOO:
+        info = ZOO[name]
+        if info.task != 'classification':
+            raise ConfigOverrideError(
+                f'{name} is the checkpoint of a whole model: give its config instead'
+                + (f', configs/{info.config}.' if info.config else '.'))
+        task, key = 'classification', name
+        with device:
+            model: Any = _Classifier(dict(info.backbone, norm_cfg=dict(type='BN')))
+    else:
+        cfg = cli.load_config(name)
+        scope = cfg.get('default_scope')
+        task, key = 'detection' if scope == 'mmdet' else 'segmentation', Path(name).stem
+        overrides.remove_weights(cfg)
+        overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+        with DefaultScope.overwrite_default_scope(scope), device:
+            model = MODELS.build(overrides.model_of(cfg))
+    if not hasattr(model, 'backbone') or not hasattr(model, 'extract_feat'):
+        raise ConfigOverrideError(
+            f'{name} describes a {type(model).__name__}, which has no backbone to be counted.')
+    model.eval()
+    cost = Cost(name, size or DEFAULT_SIZES[task])
+    if cost.size == DEFAULT_SIZES[task]:
+        # Variants of a config, such as another schedule, have the figures of the config.
+        cost.published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0])
+                               if stem in PUBLISHED), None)
+    if checkpoint is not None:
+        masked = _zeros_of(model, checkpoint)
+        cost.masks = f'zeros of {checkpoint}'
+    else:
+        if sparsity is None:
+            sparsity = _usual_sparsity(model.backbone, cfg)
+        masked = _drawn_masks(model.backbone, sparsity, distribution)
+        cost.masks = f'sparsity {sparsity:g}, {distribution}' if sparsity else 'none'
+    try:
+        return _measure(cost, model.to('meta'), masked)
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigOverrideError(
+            f'{name} cannot be counted on an image of {cost.size[0]}x{cost.size[1]}: its '
+            f'{type(model).__name__} does not compute its heads from the features alone, or '
+            f'needs values ({cli.reason(error)}).') from error
+
+
+def _zeros_of(model: nn.Module, source: str | os.PathLike) -> dict[str, int | Tensor]:
+    """Zeros of the backbone's weights in a checkpoint, by the backbone's names."""
+    checkpoint = read_checkpoint(source)
+    report = prepare_checkpoint(model, checkpoint, source=os.fspath(source))
+    state_dict = checkpoint['state_dict']
+    masked: dict[str, int | Tensor] = {}
+    for name, (zeros, _) in report.zeros.items():
+        own = name.removeprefix('backbone.')
+        masked[own] = state_dict[name] if '.filters.' in own else zeros
+    return masked
+
+
+def _usual_sparsity(backbone: nn.Module, cfg: Config | None) -> float:
+    """The sparsity that a config's hook names, or that of the published weights."""
+    for hook in (cfg.get('custom_hooks') or [] if cfg is not None else []):
+        if hook.get('type') == 'SparsityHook':
+            named = hook.get('sparsity', (hook.get('from_scratch') or {}).get('sparsity'))
+            if named is not None:
+                return float(named)
+    if not getattr(backbone, 'decomposed', True):
+        return 0.0
+    return SPARSITY.get(type(backbone).__name__, 0.0)
+
+
+def _drawn_masks(backbone: nn.Module, sparsity: float, distribution: str
+                 ) -> dict[str, int | Tensor]:
+    """As many zeros as masks of that sparsity have; whole filters for ShiftWise."""
+    if not 0 <= sparsity < 1:
+        raise ConfigOverrideError(f'--sparsity must be from 0 to below 1, got {sparsity:g}.')
+    if sparsity == 0:
+        return {}
+    from slak_mm import sparsity as sparse
+    is_shiftwise = type(backbone).__name__ == 'ShiftWise'
+    chosen = sparse.select_parameters(
+        backbone, 'shiftwise_filters' if is_shiftwise else 'backbone')
+    shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
+    densities = dict.fromkeys(shapes, 1 - sparsity) if distribution == 'uniform' \
+        else sparse.erk_densities(shapes, sparsity)
+    if not is_shiftwise:
+        return {name: round((1 - density) * chosen[name].numel())
+                for name, density in densities.items()}
+    generator = torch.Generator().manual_seed(0)
+    masked: dict[str, int | Tensor] = {}
+    for names in sparse.path_groups(chosen).values():
+        # All paths of a layer share the mask, which keeps or removes whole filters.
+        first = shapes[names[0]]
+        keep = torch.rand(first[0], 1, 1, 1, generator=generator) < densities[names[0]]
+        masked.update(dict.fromkeys(names, keep.expand(first)))
+    return masked
