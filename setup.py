@@ -63,13 +63,14 @@ setup(
     name='slak-mm',
     version=read_version(),
     description=(
-        'Large-kernel backbones (SLaK) for the OpenMMLab stack: semantic segmentation and detection'
+        'Large-kernel backbones (SLaK, ShiftWise) for OpenMMLab: segmentation and detection'
     ),
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     license_files=['LICENSE'],
-    keywords=['SLaK', 'large kernels', 'semantic segmentation', 'object detection', 'OpenMMLab'],
+    keywords=['SLaK', 'ShiftWise', 'large kernels', 'sparse training', 'semantic segmentation',
+              'object detection', 'OpenMMLab'],
     classifiers=[
         'Development Status :: 4 - Beta',
         'Operating System :: OS Independent',
@@ -81,7 +82,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['slak_mm', 'slak_mm.*']),
-    package_data={'slak_mm': ['py.typed']},
+    package_data={'slak_mm': ['py.typed'], 'slak_mm.ops.csrc': ['*.cpp']},
     include_package_data=True,
     zip_safe=False,
     cmdclass={'build_py': BuildPy},
@@ -117,5 +118,7 @@ setup(
             'ruff>=0.9',
             'mypy>=1.11',
         ],
+        # tools/export.py --format onnx
+        'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],
     },
 )

@@ -102,7 +102,8 @@ def test_extras(metadata):
         name = re.match(r'[\w-]+', requirement)[0]
         extra = re.search(r'extra == .(\w+).', requirement)[1]
         by_extra.setdefault(extra, set()).add(name)
-    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev'}
+    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {
+        'onedl', 'openmmlab', 'dev', 'export'}
     onedl = {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     original = {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
     torch = {'torch', 'torchvision'}

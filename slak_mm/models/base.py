@@ -204,6 +204,8 @@ class LargeKernelBackbone(BaseModule):
         for block in self.modules():
             if block is not self and hasattr(block, 'switch_to_deploy'):
                 block.switch_to_deploy()
+        # Else these weights would be reordered in every pass, as the maps have this layout.
+        self.downsample_layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.deploy = True
 
 

@@ -15,6 +15,25 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from slak_mm.ops._autocast import is_autocast_enabled
+
+PIXELS_AT_ONCE = 1024
+"""Pixels whose hidden layer fits into a CPU's cache; fewer make matrix products slower."""
+
+
+def runs_eagerly_on_cpu(x: Tensor) -> bool:
+    """Whether a channels-last map on the CPU is computed on now, without autograd.
+
+    Then what is best for the caches may take the place of plain operators. Not so where a graph
+    is recorded (``torch.jit.trace``, ``torch.compile``, ``torch.export``) or under autocast.
+    """
+    # From torch 2.3 on; before, nothing here was tried under torch.compile.
+    is_compiling = getattr(torch.compiler, 'is_compiling', bool)
+    return (
+        x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.jit.is_tracing()
+        and not is_compiling() and not is_autocast_enabled('cpu')
+        and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last))
+
 
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of each pixel of an (N, C, H, W) tensor.

@@ -31,11 +31,13 @@ from slak_mm.ops.shift_tables import (
 
 from .base import LargeKernelBackbone
 from .layers import (
+    PIXELS_AT_ONCE,
     LayerNorm2d,
     RecomputableBlock,
     batch_norm_affine,
     build_branch_norm,
     patch_downsampling,
+    runs_eagerly_on_cpu,
 )
 from .slak import SLaKBlock
 
@@ -233,9 +235,12 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, H, W, C) to the same shape."""
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        y = (self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + 1) * x
+        y = self.factor(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)) * x
         return y if self.beta is None else y + self.beta
+
+    def factor(self, norm: Tensor) -> Tensor:
+        """What the channels are multiplied with, given their norms, both (N, 1, 1, C)."""
+        return self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + 1
 
 
 class FeedForward(nn.Module):
@@ -261,9 +266,31 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
+        if self.deploy and runs_eagerly_on_cpu(x):
+            return self._image_by_image(x)
         y = x.permute(0, 2, 3, 1)
         y = self.fc2(self.grn(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
         return y if self.norm is None else self.norm(y)
+
+    def _image_by_image(self, x: Tensor) -> Tensor:
+        """The deployed form with fewer passes over the hidden layer.
+
+        The factors of GRN are multiplied with the weights behind them and not with each pixel,
+        and the norms they depend on are taken of pixels that are still in the cache.
+        """
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        out = torch.empty_like(pixels)
+        hidden = pixels.new_empty(pixels.shape[1], self.fc1.out_features)
+        for image, into in zip(pixels, out):
+            squares = torch.zeros_like(hidden[0])
+            for part, of_part in zip(
+                    image.split(PIXELS_AT_ONCE), hidden.split(PIXELS_AT_ONCE)):  # fmt: skip
+                y = self.act(self.fc1(part))
+                of_part.copy_(y)
+                squares += y.square().sum(0)
+            factor = self.grn.factor(squares.sqrt().view(1, 1, 1, -1)).view(-1)
+            torch.addmm(self.fc2.bias, hidden, (self.fc2.weight * factor).t(), out=into)
+        return out.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def switch_to_deploy(self, gamma: Tensor | None = None) -> None:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from slak_mm.ops import cross_dwconv2d
 
 from .base import LargeKernelBackbone
-from .layers import DepthwiseBranch, RecomputableBlock, patch_downsampling
+from .layers import (
+    PIXELS_AT_ONCE,
+    DepthwiseBranch,
+    RecomputableBlock,
+    patch_downsampling,
+    runs_eagerly_on_cpu,
+)
 
 
 class LargeKernelConv(nn.Module):
@@ -155,12 +161,30 @@ class SLaKBlock(RecomputableBlock):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.large_kernel(x)
-        y = y.permute(0, 2, 3, 1)
+        y = self.large_kernel(x).permute(0, 2, 3, 1)
+        if (not self.training and x.shape[2] * x.shape[3] >= 2 * PIXELS_AT_ONCE
+                and runs_eagerly_on_cpu(x) and y.is_contiguous()):  # fmt: skip
+            # The hidden layer of all pixels is many times larger than the caches of a CPU.
+            pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+            out = torch.empty_like(pixels)
+            tensors = (pixels, y.flatten(0, 2), out)
+            for part, of_kernel, into in zip(*(t.split(PIXELS_AT_ONCE) for t in tensors)):
+                into.copy_(self._add_mlp(part, of_kernel, -1))
+            return out.view(y.shape).permute(0, 3, 1, 2)
+        return self._add_mlp(x, y, 1)
+
+    def _add_mlp(self, x: Tensor, y: Tensor, channel_dim: int) -> Tensor:
+        """Add the perceptron's result for y, whose channels come last, to x."""
         y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
-        if self.gamma is not None:
-            y = self.gamma * y
-        return x + self.drop_path(y.permute(0, 3, 1, 2))
+        gamma: Tensor | None = self.gamma
+        if channel_dim == 1:
+            y = y.permute(0, 3, 1, 2)
+            gamma = None if gamma is None else gamma.view(-1, 1, 1)
+        if gamma is None:
+            return x + self.drop_path(y)
+        if self.training and not isinstance(self.drop_path, nn.Identity):
+            return x + self.drop_path(gamma * y)
+        return torch.addcmul(x, y, gamma)
 
 
 @MODELS.register_module()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autocast import is_autocast_enabled
-from .backends import BACKENDS, choose_backend
+from . import _operator
+from ._autocast import autocast_dtype, is_autocast_enabled
 
 
 @overload
@@ -73,17 +74,24 @@ def cross_dwconv2d(
         k_v, k_h, k_s = _merge_small(k_v, k_h, k_s)
 
     kernels = [k for k in (k_v, k_h, k_s) if k is not None]
-    results = iter(BACKENDS[choose_backend(x, kernels)].run(x, kernels))
-    if not reduce:
-        return (
-            next(results),
-            None if k_h is None else next(results),
-            None if k_s is None else next(results),
-        )
-    total = next(results)
-    for y in results:
-        total = total + y
-    return total if bias is None else total + bias.view(-1, 1, 1)
+    device = x.device.type
+    if is_autocast_enabled(device) and x.dtype is not torch.float64:
+        # As F.conv2d would: all operands in the dtype of autocast.
+        dtype = autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            results = _operator.apply(
+                x.to(dtype), [k.to(dtype) for k in kernels],
+                None if bias is None else bias.to(dtype), reduce)  # fmt: skip
+    else:
+        results = _operator.apply(x, kernels, bias, reduce)
+    if reduce:
+        return results[0]
+    found = iter(results)
+    return (
+        next(found),
+        None if k_h is None else next(found),
+        None if k_s is None else next(found),
+    )
 
 
 def _check(

@@ -1,9 +1,26 @@
 """Backends of the cross convolution and the choice between them.
 
-A backend is a module with two functions: ``unavailable_reason(x, kernels)`` returns a sentence
-which says why it cannot run on these tensors, or None, and ``run(x, kernels)`` returns one result
-per kernel. The first backend of :data:`BACKENDS` that can run is taken, unless the environment
-variable ``SLAK_MM_BACKEND`` or :func:`use_backend` names one.
+A backend is a module with these functions. They compute on plain tensors and record nothing for
+autograd; whoever calls them does that.
+
+``unavailable_reason(x, kernels) -> str | None``
+    A phrase which says why the backend cannot run on these tensors, or None if it can.
+``is_preferred(x, kernels) -> bool``
+    Optional: whether the automatic choice may take it here. Without this function it may.
+``forward(x, kernels, bias, reduce) -> tuple[Tensor, ...]``
+    One result (N, C, H, W) per kernel (C, kh, kw), or with ``reduce`` a tuple of one: their sum
+    and the bias (C,), if there is one. kh and kw are odd, and there are one to three kernels.
+``backward(x, kernels, grads, needs_x, needs_kernels) -> (Tensor | None, tuple | None)``
+    The gradient with respect to ``x``, summed over the branches, and one gradient per kernel,
+    each if it is needed. ``grads`` has one entry per kernel, or a single one for their sum.
+
+Tensors are not empty, have one dtype and any strides; results have the dtype and the
+:func:`~slak_mm.ops.backends.layout.memory_format` of ``x``. Sums are accumulated in float32 at
+least.
+
+On the CPU the first backend of :data:`BACKENDS` that can run and is preferred is taken; on a GPU
+the fastest in a measurement at the first call (:mod:`slak_mm.ops.backends.measured`). The
+environment variable ``SLAK_MM_BACKEND`` or :func:`use_backend` names another.
 """
 
 from __future__ import annotations
@@ -12,12 +29,19 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Literal
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cpu_native, gemm, measured, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {'cpu': cpu, 'reference': reference}
+BACKENDS: dict[str, ModuleType] = {
+    'cpu_native': cpu_native,
+    'triton': triton,
+    'gemm': gemm,
+    'cpu': cpu,
+    'reference': reference,
+}
 """Backends by name, in the order of preference."""
 
 ENVIRONMENT_VARIABLE = 'SLAK_MM_BACKEND'
@@ -36,6 +60,9 @@ def _check_name(name: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend within a ``with`` block.
 
+    A graph that ``torch.compile`` or ``torch.export`` records within ``use_backend('reference')``
+    has plain convolutions in place of the operator of this package, and runs without it.
+
     Args:
         name: A key of :data:`BACKENDS`.
 
@@ -50,12 +77,27 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose_backend(x: Tensor, kernels: Sequence[Tensor]) -> str:
+def forced_backend() -> str | None:
+    """Name of the backend that :func:`use_backend` or else ``SLAK_MM_BACKEND`` asks for.
+
+    Raises:
+        ValueError: ``SLAK_MM_BACKEND`` names an unknown backend.
+    """
+    if _forced is not None:
+        return _forced
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return None if name is None else _check_name(name, ENVIRONMENT_VARIABLE)
+
+
+def choose_backend(
+    x: Tensor, kernels: Sequence[Tensor], operation: Literal['forward', 'backward'] = 'forward'
+) -> str:
     """Name the backend that runs on these tensors.
 
     Args:
         x: Input, (N, C, H, W).
         kernels: Kernels, (C, kh, kw).
+        operation: 'forward' or 'backward'; the choice may differ on a GPU. Default: 'forward'.
 
     Returns:
         A key of :data:`BACKENDS`.
@@ -64,14 +106,20 @@ def choose_backend(x: Tensor, kernels: Sequence[Tensor]) -> str:
         ValueError: ``SLAK_MM_BACKEND`` names an unknown backend.
         RuntimeError: The forced backend cannot run; the message says why.
     """
-    name = _forced
-    if name is None and ENVIRONMENT_VARIABLE in os.environ:
-        name = _check_name(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE)
+    name = forced_backend()
     if name is not None:
         reason = BACKENDS[name].unavailable_reason(x, kernels)
         if reason is not None:
             raise RuntimeError(f'backend {name!r} was asked for but cannot run: {reason}')
         return name
-    return next(
+    candidates = (
         name for name, backend in BACKENDS.items()
-        if backend.unavailable_reason(x, kernels) is None)  # fmt: skip
+        if backend.unavailable_reason(x, kernels) is None
+        and getattr(backend, 'is_preferred', _always)(x, kernels))  # fmt: skip
+    if x.device.type != 'cuda':
+        return next(candidates)
+    return measured.fastest({n: BACKENDS[n] for n in candidates}, x, kernels, operation)
+
+
+def _always(x: Tensor, kernels: Sequence[Tensor]) -> bool:
+    return True

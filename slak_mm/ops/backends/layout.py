@@ -1,0 +1,17 @@
+"""Memory format of the results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Memory format of the results for an input (N, C, H, W): that of the input.
+
+    Channels-last for an input that is contiguous so, else contiguous. Where a shape makes both
+    true it does not matter, and channels-last is said.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

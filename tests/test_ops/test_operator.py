@@ -1,0 +1,138 @@
+"""The operator as torch.compile, torch.export, tracers, FLOP counters and autograd see it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slak_mm.ops import _operator, cross_dwconv2d, use_backend
+
+needs_library = pytest.mark.skipif(
+    not _operator.HAS_LIBRARY, reason='operators are registered from torch 2.4 on')
+
+
+def make(channels_last=False, requires_grad=True, n=2):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, 9, 8, generator=g)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    kernels = [torch.randn(3, *size, generator=g) for size in ((7, 3), (3, 7), (3, 3))]
+    return [t.requires_grad_(requires_grad) for t in (x, *kernels)]
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_library
+@pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('reduce', [False, True])
+def test_registration(channels_last, reduce):
+    """Schema, fake tensors, autograd and AOT dispatch, as PyTorch checks them."""
+    x, *kernels = make(channels_last)
+    bias = torch.ones(3, requires_grad=True) if reduce else None
+    result = torch.library.opcheck(
+        torch.ops.slak_mm.cross_dwconv2d.default, (x, kernels, bias, reduce))
+    assert set(result.values()) == {'SUCCESS'}
+    x, *kernels = make(channels_last, requires_grad=False)
+    grads = [x] if reduce else [x, x + 1, x + 2]
+    result = torch.library.opcheck(
+        torch.ops.slak_mm.cross_dwconv2d_backward.default, (x, kernels, grads, True, True))
+    assert set(result.values()) == {'SUCCESS'}
+
+
+@needs_library
+def test_a_mode_sees_one_operator_each_way():
+    inputs = make()
+    with Recorder() as recorder:
+        y = cross_dwconv2d(*inputs, reduce=True)
+        y.sum().backward()
+    assert recorder.names.count('slak_mm.cross_dwconv2d.default') == 1
+    assert recorder.names.count('slak_mm.cross_dwconv2d_backward.default') == 1
+    assert not any('convolution' in name for name in recorder.names)
+
+
+@needs_library
+def test_gradients_through_the_registered_operator():
+    """The same bits as without it, and a second derivative."""
+    def gradients():
+        inputs = make()
+        ys = cross_dwconv2d(*inputs)
+        return torch.autograd.grad(sum(y.square().sum() for y in ys), inputs)
+
+    with Recorder():
+        got = gradients()
+    for a, b in zip(got, gradients(), strict=True):
+        assert torch.equal(a, b)
+    inputs = [t.detach().double().requires_grad_() for t in make(n=1)]
+
+    def operator(x, *kernels):
+        return torch.ops.slak_mm.cross_dwconv2d(x, list(kernels), None, True)[0]
+
+    assert torch.autograd.gradcheck(operator, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(operator, inputs, fast_mode=True)
+
+
+def test_empty_tensors():
+    for shape in ((0, 3, 9, 8), (2, 3, 0, 8)):
+        inputs = [torch.empty(shape, requires_grad=True), *make()[1:]]
+        ys = cross_dwconv2d(*inputs)
+        grads = torch.autograd.grad(sum(y.sum() for y in ys), inputs)
+        assert all(y.shape == shape for y in ys)
+        assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_compiling'), reason='needs torch 2.3')
+def test_tracing_gives_plain_convolutions():
+    """mmengine's FLOP counter and TorchScript know nothing else."""
+    x, k_v, k_h, k_s = make(requires_grad=False)
+    traced = torch.jit.trace(lambda x: cross_dwconv2d(x, k_v, k_h, k_s, reduce=True), (x,))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert 'aten::_convolution' in kinds and not any('slak' in kind for kind in kinds)
+    torch.testing.assert_close(traced(x), cross_dwconv2d(x, k_v, k_h, k_s, reduce=True))
+
+
+@needs_library
+def test_forced_reference_exports_plain_convolutions():
+    class Cross(torch.nn.Module):
+        def forward(self, *inputs):
+            return cross_dwconv2d(*inputs, reduce=True)
+
+    inputs = tuple(make(requires_grad=False))
+
+    def names():
+        program = torch.export.export(Cross(), inputs)
+        return {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
+
+    assert 'slak_mm.cross_dwconv2d.default' in names()
+    with use_backend('reference'):
+        assert not any('slak' in name for name in names())
+
+
+def test_older_torch_has_autograd_without_registration(monkeypatch):
+    monkeypatch.setattr(_operator, 'HAS_LIBRARY', False)
+    inputs = make()
+    with Recorder() as recorder:
+        got = torch.autograd.grad(cross_dwconv2d(*inputs, reduce=True).square().sum(), inputs)
+    assert not any('slak' in name for name in recorder.names)
+    monkeypatch.undo()
+    want = torch.autograd.grad(cross_dwconv2d(*inputs, reduce=True).square().sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_import_is_light():
+    """Triton and the export packages are imported when they are needed."""
+    code = ('import sys, slak_mm; '
+            "sys.exit(bool({'triton', 'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode == 0
