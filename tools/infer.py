@@ -13,7 +13,7 @@ from typing import Any
 import mmcv
 import numpy as np
 import torch
-from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import VISUALIZERS
 from torch import nn
 
 from slak_mm.analysis import class_shares, overlay, with_legend
@@ -45,6 +45,7 @@ def parse_args() -> argparse.Namespace:
                         help='of the colours over the image, 0 to 1 (default: %(default)s)')
     parser.add_argument('--score-thr', type=opacity, default=0.3,
                         help='detection: draw boxes from this score on (default: %(default)s)')
+    cli.add_size_arguments(parser)
     parser.add_argument('--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE',
                         help='override any key of the config')
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
@@ -82,9 +83,7 @@ def find_images(sources: list[str]) -> list[tuple[Path, Path]]:
 def build_model(cfg: overrides.Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """The model with its weights, and names and colours of its classes."""
     checkpoint = read_checkpoint(args.checkpoint)
-    overrides.remove_weights(cfg)
     overrides.adapt_to_device(cfg)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
@@ -92,11 +91,7 @@ def build_model(cfg: overrides.Config, args: argparse.Namespace) -> tuple[nn.Mod
         raise overrides.ConfigOverrideError(
             f'The device "{args.device}" cannot be used here: '
             f'{str(error).splitlines()[0]}') from error
-    try:
-        model = MODELS.build(overrides.model_of(cfg))
-    except Exception as error:  # registries wrap whatever a constructor raises
-        raise overrides.ConfigOverrideError(
-            f'The model cannot be built: {cli.reason(error)}') from error
+    model = cli.build_model(cfg, overrides.model_of(cfg))
     load_whole_model(model, checkpoint, args.checkpoint)
     meta = checkpoint.get('meta') or {}
     classes = meta.get('dataset_meta') or {}

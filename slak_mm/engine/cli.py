@@ -19,8 +19,10 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import get_rank, init_dist, is_distributed
 from mmengine.logging import print_log
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
 
 from slak_mm.checkpoints import CheckpointError, CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import resolve
@@ -31,10 +33,10 @@ from .overrides import ConfigOverrideError
 from .reproducible import add_hook, make_reproducible
 
 __all__ = [
-    'KeyValuePairs', 'add_config_arguments', 'add_override_arguments', 'apply_overrides',
-    'build_runner', 'check_weights', 'crop_size', 'img_scale', 'init_distributed', 'load_config',
-    'non_negative_int', 'positive_int', 'prepare_resume', 'reason', 'run_tool', 'share',
-    'use_test_time_augmentation'
+    'KeyValuePairs', 'add_config_arguments', 'add_override_arguments', 'add_size_arguments',
+    'apply_overrides', 'build_model', 'build_runner', 'check_weights', 'crop_size', 'img_scale',
+    'init_distributed', 'load_config', 'non_negative_int', 'positive_int', 'prepare_resume',
+    'reason', 'run_tool', 'share', 'use_test_time_augmentation'
 ]
 
 # ------------------------------------------------------------------------------------ running
@@ -198,12 +200,17 @@ def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> N
                            help='training images per process')
     group.add_argument('--num-workers', type=non_negative_int, metavar='N',
                        help='data loading processes per process')
-    group.add_argument('--crop-size', type=crop_size, metavar='N or HxW',
-                       help='training crop (semantic segmentation); image scales, sliding '
-                       'window and its stride follow in proportion')
-    group.add_argument('--img-scale', type=img_scale, metavar='S or LxS',
-                       help='shorter, or longer and shorter side of test images (detection); '
-                       'training scales and crops follow in proportion')
+    add_size_arguments(group)
+
+
+def add_size_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the overrides that concern the size of images."""
+    parser.add_argument('--crop-size', type=crop_size, metavar='N or HxW',
+                        help='training crop (semantic segmentation); image scales, sliding '
+                        'window and its stride follow in proportion')
+    parser.add_argument('--img-scale', type=img_scale, metavar='S or LxS',
+                        help='shorter, or longer and shorter side of test images (detection); '
+                        'training scales and crops follow in proportion')
 
 
 # ------------------------------------------------------------------------------------- config
@@ -279,10 +286,6 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         except Exception as error:  # it meets whatever the config has at that key
             raise ConfigOverrideError(
                 f'--cfg-options does not fit {args.config}: {reason(error)}') from error
-    if args.cfg_options:
-        # What is set by name has the last word: an interval given there is meant as it is, and not
-        # in proportion to --max-iters.
-        cfg.merge_from_dict(args.cfg_options)
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
@@ -460,6 +463,28 @@ def _slurm_environment(port: int | None) -> None:
     os.environ['RANK'] = os.environ['SLURM_PROCID']
     os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
     os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', '0')
+
+
+def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
+    """Build a model, or a part of one, outside of a runner.
+
+    Args:
+        cfg (Config): A complete config, adapted to the device; weights that it names are left
+            out, in place.
+        node (ConfigDict): Its model, or a part of that.
+
+    Returns:
+        nn.Module: With random weights.
+
+    Raises:
+        ConfigOverrideError: The config names something that does not exist or does not fit.
+    """
+    overrides.remove_weights(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    try:
+        return MODELS.build(node)
+    except Exception as error:  # registries wrap whatever a constructor raises
+        raise ConfigOverrideError(f'The model cannot be built: {reason(error)}') from error
 
 
 def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:

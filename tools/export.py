@@ -1,0 +1,77 @@
+"""Export for deployment: ``python tools/export.py CONFIG CHECKPOINT --format onnx``.
+
+Branches and norms of the backbone are folded first. The file takes images that are normalised as
+the config's data preprocessor does it, and gives the class scores of a segmentor at the size of
+the image, or with ``--part backbone`` the maps of the backbone. It is compared with the network
+before it is kept, and it needs this package no more.
+"""
+
+import argparse
+from pathlib import Path
+
+from torch import nn
+
+from slak_mm import load_pretrained, switch_to_deploy
+from slak_mm.checkpoints import read_checkpoint
+from slak_mm.engine import cli, overrides
+from slak_mm.engine.hooks import load_whole_model
+from slak_mm.models.export import SUFFIXES, ExportError, SegmentationScores, export
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='file, address or zoo name')
+    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx',
+                        help='(default: %(default)s)')
+    parser.add_argument('--part', choices=['model', 'backbone'],
+                        help='default: the model of a segmentation config, else the backbone')
+    parser.add_argument('--size', type=cli.crop_size, default=(512, 512), metavar='HxW',
+                        help='of the images (default: 512x512)')
+    parser.add_argument('--dynamic', choices=['none', 'batch', 'size'], default='batch',
+                        help='what may vary later: nothing, the number of images, or height and '
+                        'width as well, in multiples of 32 (default: %(default)s)')
+    parser.add_argument('--out', help='file to write (default: named like the config, in the '
+                        'current folder)')
+    parser.add_argument('--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE',
+                        help='override any key of the config')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = cli.load_config(args.config)
+    cli.apply_overrides(cfg, args)
+    is_segmentor = cfg.get('default_scope', 'mmseg') == 'mmseg'
+    part = args.part or ('model' if is_segmentor else 'backbone')
+    if part == 'model' and not is_segmentor:
+        raise overrides.ConfigOverrideError(
+            'Detectors choose boxes by rules that no graph holds: export --part backbone.')
+    network = build(cfg, args.checkpoint, part)
+    name = Path(args.config).stem + ('' if part == 'model' else '_backbone')
+    out = Path(args.out or name + SUFFIXES[args.format])
+    try:
+        difference = export(network, out, args.format, args.size, args.dynamic)
+    except ExportError as error:
+        raise overrides.ConfigOverrideError(str(error)) from error
+    megabytes = out.stat().st_size / 2**20
+    print(f'{out}: {megabytes:.1f} MiB, differs from the network by {difference:.1e} of the '
+          'largest value')
+
+
+def build(cfg: overrides.Config, source: str, part: str) -> nn.Module:
+    """The network with its weights, folded, in eval mode and on the CPU."""
+    overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+    node = overrides.model_of(cfg)
+    network = cli.build_model(cfg, node if part == 'model' else node.backbone)
+    if part == 'backbone':
+        load_pretrained(network, source)
+    else:
+        load_whole_model(network, read_checkpoint(source), source)
+    switch_to_deploy(network.eval())
+    return SegmentationScores(network) if part == 'model' else network
+
+
+if __name__ == '__main__':
+    cli.run_tool(main)
