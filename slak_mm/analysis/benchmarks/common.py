@@ -1,0 +1,289 @@
+"""Timing, checking, and reporting that all benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    'DTYPES', 'LONG_SECONDS', 'TOLERANCE', 'BenchmarkError', 'add_measurement_arguments',
+    'check_arguments', 'describe_machine', 'disagreeing', 'format_machine', 'image_size',
+    'measure_times', 'multiple', 'plot_bars', 'positive_int', 'synchronise', 'table_head',
+    'table_row', 'worst_difference', 'write_results'
+]
+
+DTYPES = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16,
+              float16=torch.float16)
+# Largest difference to the reference, as a fraction of its largest value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
+# A run that takes longer than this is not repeated.
+LONG_SECONDS = 5.0
+
+
+class BenchmarkError(RuntimeError):
+    """The benchmark cannot run, or a contender computes something else; says what, and why."""
+
+
+# --------------------------------------------------------------------------------- arguments
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Argument type: ``HxW``, height and width of at least 32 pixels."""
+    try:
+        height, width = map(int, text.split('x'))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'a size is HxW, such as 512x512, got {text}') from None
+    if min(height, width) < 32:
+        raise argparse.ArgumentTypeError(f'a size must be at least 32x32, got {text}')
+    return height, width
+
+
+def positive_int(text: str) -> int:
+    """Argument type: a number from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a positive integer, got {text}')
+    return int(text)
+
+
+def add_measurement_arguments(
+    parser: argparse.ArgumentParser, *, sizes: Sequence[tuple[int, int]] = (),
+    batches: Sequence[int] = (1,), repeats: int = 5,
+    dtypes: Sequence[str] = ('float32', 'float64', 'bfloat16', 'float16'), memory: bool = True,
+) -> None:
+    """Add what all measurements take.
+
+    ``--device --size --batch --dtype --repeats --no-memory --json --plot``.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser of the sub-command.
+        sizes (Sequence[tuple[int, int]]): Default image sizes (height, width); without any there
+            is no ``--size``.
+        batches (Sequence[int]): Default batch sizes; without any there is no ``--batch``.
+        repeats (int): Default of ``--repeats``.
+        dtypes (Sequence[str]): Choices of ``--dtype``, keys of :data:`DTYPES`; the first is the
+            default.
+        memory (bool): Whether there is ``--no-memory``. Defaults to True.
+    """
+    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    if sizes:
+        names = ' '.join(f'{height}x{width}' for height, width in sizes)
+        parser.add_argument('--size', nargs='+', type=image_size, default=list(sizes),
+                            metavar='HxW', help=f'image sizes (default: {names})')
+    if batches:
+        parser.add_argument('--batch', nargs='+', type=positive_int, default=list(batches),
+                            metavar='N', help='images at once (default: '
+                            f'{" ".join(map(str, batches))})')
+    parser.add_argument('--dtype', choices=list(dtypes), default=dtypes[0],
+                        help=f'(default: {dtypes[0]})')
+    parser.add_argument('--repeats', type=positive_int, default=repeats,
+                        help=f'timed runs of each, after one that warms up (default: {repeats}); '
+                        f'none if that takes over {LONG_SECONDS:g} s, which then counts')
+    if memory:
+        parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
+    parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
+    parser.add_argument('--plot', metavar='OUT.png', help='draw the figures (needs matplotlib)')
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse, before anything is measured, what would fail after it.
+
+    Args:
+        args (argparse.Namespace): With any of ``device``, ``json`` and ``plot``.
+
+    Raises:
+        BenchmarkError: There is no such device, no such folder, or no matplotlib.
+    """
+    device = getattr(args, 'device', 'cpu')
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ''
+    if kind not in ('cpu', 'cuda'):
+        raise BenchmarkError(f'--device is cpu or cuda, got {device}.')
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise BenchmarkError(f'--device {device} needs a CUDA device, and torch finds none.')
+    for option in ('json', 'plot'):
+        path = getattr(args, option, None)
+        if path and not Path(path).resolve().parent.is_dir():
+            raise BenchmarkError(
+                f'there is no folder {Path(path).parent} to write --{option} into.')
+    if getattr(args, 'plot', None):
+        if importlib.util.find_spec('matplotlib') is None:
+            raise BenchmarkError('--plot needs matplotlib, which is not installed.')
+        import matplotlib
+        suffix = Path(args.plot).suffix.lstrip('.').lower()
+        from matplotlib.backend_bases import FigureCanvasBase
+        if suffix not in FigureCanvasBase.get_supported_filetypes():
+            raise BenchmarkError(f'matplotlib {matplotlib.__version__} writes no '
+                                 f'"{suffix}" files; name --plot such as figures.png.')
+
+
+# ------------------------------------------------------------------------------ measurements
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU."""
+    if device != 'cpu':
+        torch.cuda.synchronize()
+
+
+def measure_times(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = 'cpu'
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Time contenders that take turns, so that a busy moment of the machine meets all of them.
+
+    Args:
+        steps (Mapping): The contenders by name.
+        repeats (int): Timed runs of each, after one that warms up. A contender whose first run
+            takes over :data:`LONG_SECONDS` is not run again.
+        device (str): 'cpu' or 'cuda'. Defaults to 'cpu'.
+
+    Returns:
+        tuple: Median seconds of each, and what the first run of each returned.
+    """
+    def timed(step: Callable[[], Any]) -> tuple[float, Any]:
+        synchronise(device)
+        begin = time.perf_counter()
+        result = step()
+        synchronise(device)
+        return time.perf_counter() - begin, result
+
+    first, results = {}, {}
+    for name, step in steps.items():
+        first[name], results[name] = timed(step)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            if first[name] < LONG_SECONDS:
+                times[name].append(timed(step)[0])
+    return {name: statistics.median(t) if t else first[name] for name, t in times.items()}, results
+
+
+def worst_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Largest difference of any tensor, as a fraction of its largest value; NaN where one is."""
+    # torch.stack keeps a NaN, which max() would lose.
+    return float(torch.stack([
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).cpu()
+        for a, b in zip(got, want, strict=True)]).max())
+
+
+def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor],
+                tolerance: float) -> list[str]:
+    """Names of the contenders whose results are not those of the reference.
+
+    Args:
+        results (Mapping): Tensors of each contender.
+        want (Sequence[Tensor]): Those of the reference.
+        tolerance (float): Largest difference, as a fraction of a tensor's largest value.
+    """
+    return [name for name, got in results.items()
+            if not worst_difference(got, want) <= tolerance]
+
+
+# ------------------------------------------------------------------------------------ output
+
+
+def describe_machine(device: str = 'cpu', **settings: Any) -> dict[str, Any]:
+    """What the figures depend on.
+
+    Args:
+        device (str): 'cpu' or 'cuda'. Defaults to 'cpu'.
+        **settings: Further entries, such as ``dtype`` and ``repeats``.
+
+    Returns:
+        dict[str, Any]: Processor, cores, threads, load, device, version of torch, date, and the
+        settings.
+    """
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                processor = line.split(':', 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return dict(
+        processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(),
+        load_1min=round(os.getloadavg()[0], 1) if hasattr(os, 'getloadavg') else None,
+        device=torch.cuda.get_device_name() if device != 'cpu' else 'cpu',
+        torch=torch.__version__, date=datetime.datetime.now().isoformat(timespec='minutes'),
+        **settings)
+
+
+def format_machine(machine: Mapping[str, Any]) -> str:
+    """The description in one line."""
+    return ', '.join(f'{key} {value}' for key, value in machine.items())
+
+
+def table_row(texts: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a Markdown table."""
+    return '| ' + ' | '.join(
+        text.ljust(width) for text, width in zip(texts, widths, strict=True)) + ' |'
+
+
+def table_head(names: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """The first two lines of a Markdown table."""
+    yield table_row(names, widths)
+    yield table_row(['-' * width for width in widths], widths)
+
+
+def multiple(value: float, of: float | None) -> str:
+    """`` (3.1x)``, or nothing where there is nothing to compare to."""
+    return f' ({value / of:.1f}x)' if of else ''
+
+
+def write_results(path: str | None, machine: Mapping[str, Any], rows: Sequence[Any]) -> None:
+    """Write all figures as JSON, if there is a path: ``{"machine": …, "rows": […]}``."""
+    if path:
+        Path(path).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + '\n')
+
+
+def plot_bars(path: str | None, groups: Sequence[str],
+              series: Mapping[str, Sequence[float | None]], title: str, unit: str) -> None:
+    """Draw groups of bars on a logarithmic axis, if there is a path; needs matplotlib.
+
+    Args:
+        path (str | None): File to write; the suffix tells the format.
+        groups (Sequence[str]): Labels of the groups, such as one for each image size.
+        series (Mapping): For each contender its value in each group; None or NaN draws nothing.
+        title (str): Title.
+        unit (str): Name of the axis, such as 'ms'.
+    """
+    if not path:
+        return
+    # No pyplot: it would choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    height = 0.8 / max(len(series), 1)
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(groups) * (len(series) + 1)),
+                    layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, values) in enumerate(series.items()):
+        shown = [math.nan if value is None else value for value in values]
+        bars = axes.barh([row - 0.4 + (index + 0.5) * height for row in range(len(groups))],
+                         shown, height=height * 0.92, label=name)
+        axes.bar_label(bars, [f'{v:.3g}' if math.isfinite(v) else '' for v in shown],
+                       padding=2, fontsize=7)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.invert_yaxis()
+    if any(value for values in series.values() for value in values):
+        axes.set_xscale('log')
+    axes.margins(x=0.12)
+    axes.set_xlabel(unit)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,365 @@
+"""``op``: the large-kernel operator against what it replaces, stage by stage.
+
+``--family slak`` compares the operator of the package with PyTorch's own depthwise convolutions.
+``ours`` is the automatic choice, and the other backends that could run are measured beside it.
+``NCHW`` is the official formulation, one convolution for each branch; ``best mix`` takes for each
+branch the faster of NCHW and channels-last, and leaves out the copies between them. Behind ours
+stands its rate in GFLOP/s, and as a fraction of that of a matrix product of this run; taps that
+meet padding do not count.
+
+``--family shiftwise`` compares the convolution with assembled kernels to the shifted sum of
+filtered maps, which the official code computes: once with a hand-written adjoint, as the official
+CUDA code has, and once left to autograd.
+
+The passes: ``fwd`` is forward in training form, with one result for each branch; ``sum`` the
+deployed form, with one result and a bias (slak only; the small kernel has been added to the wide
+one, for ``best mix`` too); ``f+b`` forward and backward with the gradients of the input and all
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slak_mm.ops import BACKENDS, choose_backend, cross_dwconv2d, use_backend
+from slak_mm.ops.shift_tables import assemble_kernels, num_filters, shift_tables
+
+from .common import (
+    DTYPES,
+    TOLERANCE,
+    BenchmarkError,
+    add_measurement_arguments,
+    check_arguments,
+    describe_machine,
+    disagreeing,
+    format_machine,
+    measure_times,
+    multiple,
+    plot_bars,
+    table_head,
+    table_row,
+    write_results,
+)
+from .peak import measure_peak
+from .shifted_sum import activation_space
+
+__all__ = ['Case', 'add_parser', 'peak_step', 'run']
+
+# SLaK-T, and the convolved channels of ShiftWise-T.
+CHANNELS = dict(slak=(124, 249, 499, 998), shiftwise=(60, 122, 246, 492))
+KERNELS = (51, 49, 47, 13)
+SMALL_KERNEL = dict(slak=5, shiftwise=3)
+CONTENDERS = dict(
+    slak=('ours', 'NCHW', 'channels-last', 'best mix'),
+    shiftwise=('ours', 'shifted, own adjoint', 'shifted, autograd'))
+"""Contenders of each family, without the further backends."""
+PASSES = dict(slak=('fwd', 'sum', 'f+b'), shiftwise=('fwd', 'f+b'))
+LAYOUTS = {'NCHW': torch.contiguous_format, 'channels-last': torch.channels_last}
+# The plain convolutions, or the shifted sum of the official code.
+JUDGE = dict(slak='channels-last', shiftwise='shifted, own adjoint')
+NUM_REPS = 4
+MATRIX_SIZE = 2048
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
+    parser = commands.add_parser(
+        'op', help='the large-kernel operator, stage by stage', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--family', choices=list(CHANNELS), default='slak')
+    add_measurement_arguments(parser, sizes=[(512, 512), (800, 1344)],
+                              dtypes=('float32', 'float64', 'bfloat16', 'float16'))
+    parser.add_argument('--stages', nargs='+', type=int, choices=range(4), default=[0, 1, 2, 3])
+    parser.add_argument('--skip', nargs='+', default=[], metavar='NAME',
+                        choices=sorted({c for names in CONTENDERS.values() for c in names[1:]}
+                                       | set(BACKENDS)),
+                        help='competitors to leave out, such as one that takes minutes')
+    parser.set_defaults(run=run)
+
+
+class Case:
+    """Inputs of one operator at one stage, and the ways to compute it.
+
+    Args:
+        family: A key of :data:`CHANNELS`.
+        stage: 0 to 3.
+        size: Height and width of the image.
+        batch: Images.
+        dtype: A key of :data:`DTYPES`.
+        device: 'cpu' or 'cuda'.
+        channels: Instead of those of the published tiny network. Default: None.
+    """
+
+    def __init__(self, family: str, stage: int, size: Sequence[int], batch: int, dtype: str,
+                 device: str, channels: int | None = None) -> None:
+        self.family, self.stage, self.batch = family, stage, batch
+        self.size = tuple(size)
+        self.kernel = KERNELS[stage]
+        self.small = SMALL_KERNEL[family]
+        self.channels = channels or CHANNELS[family][stage]
+        self.map = tuple(math.ceil(n / 2 ** (stage + 2)) if family == 'shiftwise'
+                         else n // 2 ** (stage + 2) for n in size)
+        self.dtype = DTYPES[dtype]
+        self.device = device
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, self.dtype)
+
+        c, m, n = self.channels, self.kernel, self.small
+        self.x = normal(batch, c, *self.map)
+        self.grads = [normal(batch, c, *self.map) for _ in range(3)]
+        if family == 'slak':
+            self.weights = [normal(c, m, n), normal(c, n, m), normal(c, n, n)]
+        else:
+            self.weights = [normal(c * num_filters(m, n), 1, n, n)]
+            tables = shift_tables(c, m, n, NUM_REPS)
+            self.shifts, self.picks = (t.to(device) for t in tables)
+        # Sums over hundreds of products of size 1 would leave bfloat16 little to agree on.
+        self.weights = [(w / w[0].numel() ** 0.5).requires_grad_() for w in self.weights]
+        self.bias = normal(c)
+        if family == 'slak':
+            tall, wide, small = (w.detach() for w in self.weights)
+            pad = (m - n) // 2
+            self.merged = [tall, wide + F.pad(small, (pad, pad))]
+
+    def contenders(self) -> list[str]:
+        """All of them, ours first, with the backends that could take its place."""
+        ours, *others = CONTENDERS[self.family]
+        weights = [w.detach() for w in self.weights]
+        backends = [] if self.family != 'slak' else [
+            name for name, backend in BACKENDS.items()
+            if name not in ('reference', choose_backend(self.x, weights))
+            and backend.unavailable_reason(self.x, weights) is None
+            and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))]
+        return [ours, *backends, *others]
+
+    def layout(self, contender: str) -> torch.memory_format:
+        """The memory format in which a contender gets its input."""
+        if contender in LAYOUTS:
+            return LAYOUTS[contender]
+        # The backbones run in channels-last on the CPU.
+        is_ours = contender == 'ours' or contender in BACKENDS
+        return torch.channels_last if is_ours and self.device == 'cpu' else torch.contiguous_format
+
+    def _run(self, contender: str, x: Tensor, reduce: bool) -> Sequence[Any]:
+        if self.family == 'slak':
+            if contender != 'ours':
+                with use_backend(contender):
+                    return self._run('ours', x, reduce)
+            if reduce:
+                tall, wide = self.merged
+                return [cross_dwconv2d(x, tall, wide, bias=self.bias, reduce=True)]
+            return cross_dwconv2d(x, *self.weights)
+        filters, = self.weights
+        if contender == 'ours':
+            tall, wide, small = assemble_kernels(filters, self.shifts, self.picks, self.kernel)
+            y_tall, y_wide, y_small = cross_dwconv2d(
+                x, tall, wide, small, center=self.kernel // 2)
+            return y_wide, y_tall, y_small
+        return activation_space(
+            x, filters, self.shifts, self.picks, fused=contender == 'shifted, own adjoint')
+
+    def step(self, contender: str, passing: str) -> Callable[[], list[Tensor]]:
+        """One pass, a value of :data:`PASSES`; returns results and gradients."""
+        if contender in LAYOUTS:
+            steps = [self.branch(contender, i, passing) for i in range(3)]
+            return lambda: self.joined([step() for step in steps], passing)
+        layout = self.layout(contender)
+        x = self.x.clone(memory_format=layout).requires_grad_()
+        grads = [g.contiguous(memory_format=layout) for g in self.grads]
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return list(self._run(contender, x, passing == 'sum'))
+
+        def both() -> list[Tensor]:
+            outs = list(self._run(contender, x, False))
+            return [*(o.detach() for o in outs),
+                    *torch.autograd.grad(outs, (x, *self.weights), grads)]
+
+        return both if passing == 'f+b' else forward
+
+    def branch(self, layout: str, index: int, passing: str) -> Callable[[], list[Tensor]]:
+        """PyTorch's convolution with one of the kernels; result, and gradients of both."""
+        weight = self.weights[index]
+        x = self.x.clone(memory_format=LAYOUTS[layout]).requires_grad_()
+        grad = self.grads[index].contiguous(memory_format=LAYOUTS[layout])
+        padding = (weight.shape[1] // 2, weight.shape[2] // 2)
+
+        def convolve() -> Tensor:
+            return F.conv2d(x, weight.unsqueeze(1), padding=padding, groups=self.channels)
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [convolve()]
+
+        def both() -> list[Tensor]:
+            out = convolve()
+            return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
+
+        return both if passing == 'f+b' else forward
+
+    def joined(self, branches: Sequence[Sequence[Tensor]], passing: str) -> list[Tensor]:
+        """What :meth:`step` returns, from what the branches return."""
+        outs = [parts[0] for parts in branches]
+        if passing == 'sum':
+            return [sum(outs[1:], outs[0]) + self.bias.view(-1, 1, 1)]
+        if passing == 'fwd':
+            return outs
+        inputs = [parts[1] for parts in branches]
+        return [*outs, sum(inputs[1:], inputs[0]), *(parts[2] for parts in branches)]
+
+    def flops(self, passing: str) -> int:
+        """Floating-point operations of the convolutions, without taps that meet padding."""
+        kernels = self.merged if passing == 'sum' else self.weights
+        taps = sum(_taps(k.shape[1], self.map[0]) * _taps(k.shape[2], self.map[1])
+                   for k in kernels)
+        return 2 * self.batch * self.channels * taps * (3 if passing == 'f+b' else 1)
+
+
+def _taps(kernel: int, size: int) -> int:
+    """Taps of a centred kernel that meet a row of pixels, summed over its outputs."""
+    middle = kernel // 2
+    return sum(min(size - 1, i + middle) - max(0, i - middle) + 1 for i in range(size))
+
+
+def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP per second of a large matrix product, the best of some."""
+    a, b = torch.ones(2, MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
+    times = [measure_times({'product': lambda: a @ b}, 1, device)[0]['product']
+             for _ in range(10)]
+    return 2 * MATRIX_SIZE**3 / min(times)
+
+
+def peak_step(*, contender: str, passing: str, **options: Any) -> Callable[[], list[Tensor]]:
+    """What :func:`~slak_mm.analysis.benchmarks.peak.measure_peak` measures.
+
+    Args:
+        contender (str): One of :data:`CONTENDERS`.
+        passing (str): One of :data:`PASSES`.
+        **options: Arguments of :class:`Case`.
+    """
+    Case(**{**options, 'size': (128, 128), 'batch': 1, 'channels': 8}).step(contender, passing)()
+    return Case(**options).step(contender, passing)
+
+
+def run(args: argparse.Namespace) -> Iterator[str]:
+    """Measure, and yield the lines of the report.
+
+    Raises:
+        BenchmarkError: What :func:`~slak_mm.analysis.benchmarks.common.check_arguments` refuses;
+            or, after everything else, a contender disagreed with the reference.
+    """
+    check_arguments(args)
+    rate = matrix_product_rate(DTYPES[args.dtype], args.device)
+    machine = describe_machine(args.device, dtype=args.dtype, repeats=args.repeats,
+                               matrix_product_gflops=round(rate / 1e9, 1))
+    yield format_machine(machine)
+    with_memory = args.family == 'shiftwise' and not args.no_memory
+    memory_note = ' and, after @, peak memory above the inputs in MiB' if with_memory else ''
+    yield f'{args.family}: median times in ms{memory_note}; behind them the multiple of ours.\n'
+    names: list[str] = []
+    widths: list[int] = []
+    rows = []
+    for size in args.size:
+        for batch in args.batch:
+            for stage in args.stages:
+                options = dict(family=args.family, stage=stage, size=size, batch=batch,
+                               dtype=args.dtype, device=args.device)
+                case = Case(**options)
+                if not names:
+                    names = [name for name in case.contenders() if name not in args.skip]
+                    if not set(LAYOUTS) <= set(names) and 'best mix' in names:
+                        names.remove('best mix')
+                    header = ['image', 'batch', 'stage', 'map', 'channels', 'kernel', 'pass',
+                              'GFLOP/s', *names]
+                    widths = [9, 5, 5, 7, 8, 6, 4, 10, *(29 if with_memory else 16 for _ in names)]
+                    yield from table_head(header, widths)
+                for passing in PASSES[args.family]:
+                    rows.append(measure(case, options, names, passing, args, with_memory, rate))
+                    yield table_row(cells(rows[-1], names), widths)
+    write_results(args.json, machine, rows)
+    plot_bars(args.plot, [label(row) for row in rows],
+              {name: [1e3 * row['seconds'][name] if name in row['seconds'] else None
+                      for row in rows] for name in names},
+              f'{args.family}, {args.dtype}, {machine["device"]}, {machine["threads"]} threads',
+              'ms')
+    if any(row['disagrees'] for row in rows):
+        raise BenchmarkError('a result disagrees with the reference; its figures are left out.')
+
+
+def measure(case: Case, options: dict[str, Any], names: Sequence[str], passing: str,
+            args: argparse.Namespace, with_memory: bool, rate: float) -> dict[str, Any]:
+    """All figures of one pass at one stage."""
+    layouts = [name for name in names if name in LAYOUTS]
+    steps: dict[str, Callable[[], list[Tensor]]] = {
+        name: case.step(name, passing) for name in names
+        if name not in LAYOUTS and name != 'best mix'}
+    for name in layouts:
+        steps.update({f'{name} {i}': case.branch(name, i, passing) for i in range(3)})
+    times, results = measure_times(steps, args.repeats, args.device)
+    branches = {name: [times.pop(f'{name} {i}') for i in range(3)] for name in layouts}
+    for name in layouts:
+        times[name] = sum(branches[name])
+        results[name] = case.joined([results.pop(f'{name} {i}') for i in range(3)], passing)
+    judge = JUDGE[case.family]
+    is_short = case.dtype in (torch.bfloat16, torch.float16)
+    if judge in results and not is_short:
+        want = results[judge]
+    else:
+        exact = 'float64' if is_short else args.dtype
+        want = Case(**{**options, 'dtype': exact}).step(judge, passing)()
+    disagrees = disagreeing(results, want, TOLERANCE[case.dtype])
+    del results, want
+    seconds = {name: times[name] for name in names if name in times and name not in disagrees}
+    if 'best mix' in names and not set(LAYOUTS) & set(disagrees):
+        # The small kernel of the deployed form is part of the wide one.
+        fastest = [min(pair) for pair in zip(*branches.values(), strict=True)]
+        seconds['best mix'] = sum(fastest[:2] if passing == 'sum' else fastest)
+    memory = {name: measure_peak(__name__, dict(options, contender=name, passing=passing))
+              for name in names if name not in disagrees} if with_memory else {}
+    flops = case.flops(passing) if case.family == 'slak' else None
+    return dict(
+        **{**options, 'size': list(options['size'])}, map=list(case.map), channels=case.channels,
+        kernel=case.kernel, passing=passing,
+        backend=choose_backend(case.x, [w.detach() for w in case.weights]),
+        seconds=seconds, branch_seconds=branches, peak_mib=memory, disagrees=disagrees,
+        flops=flops, of_matrix_product=flops / seconds['ours'] / rate
+        if flops and 'ours' in seconds else None)
+
+
+def label(row: dict[str, Any]) -> str:
+    """Image, batch, stage and pass of a row."""
+    height, width = row['size']
+    return (f'{height}x{width}, batch {row["batch"]}, stage {row["stage"] + 1}, '
+            f'{row["passing"]}')
+
+
+def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """A row of the table as text."""
+    seconds, peaks = row['seconds'], row['peak_mib']
+    share = row['of_matrix_product']
+    texts = [f'{row["size"][0]}x{row["size"][1]}', str(row['batch']), str(row['stage'] + 1),
+             f'{row["map"][0]}x{row["map"][1]}', str(row['channels']), str(row['kernel']),
+             row['passing'],
+             f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else '']
+    for name in names:
+        if name not in seconds:
+            texts.append('disagrees' if name in row['disagrees'] else '')
+            continue
+        others = name != 'ours'
+        time = 1e3 * seconds[name]
+        text = f'{time:.2f}' if time < 10 else f'{time:.1f}'
+        text += multiple(seconds[name], others and seconds.get('ours'))
+        if peaks.get(name) is not None:
+            text += f' @ {peaks[name]:.0f}' + multiple(peaks[name], others and peaks.get('ours'))
+        texts.append(text)
+    return texts
