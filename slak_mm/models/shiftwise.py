@@ -36,6 +36,7 @@ from .layers import (
     RecomputableBlock,
     batch_norm_affine,
     build_branch_norm,
+    packed_linear,
     patch_downsampling,
     runs_eagerly_on_cpu,
 )
@@ -275,21 +276,18 @@ class FeedForward(nn.Module):
     def _image_by_image(self, x: Tensor) -> Tensor:
         """The deployed form with fewer passes over the hidden layer.
 
-        The factors of GRN are multiplied with the weights behind them and not with each pixel,
-        and the norms they depend on are taken of pixels that are still in the cache.
+        The norms that GRN's factors depend on are taken of pixels that are still in the cache, and
+        the factors are multiplied with them shortly before the second layer.
         """
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
         out = torch.empty_like(pixels)
-        hidden = pixels.new_empty(pixels.shape[1], self.fc1.out_features)
         for image, into in zip(pixels, out):
-            squares = torch.zeros_like(hidden[0])
-            for part, of_part in zip(
-                    image.split(PIXELS_AT_ONCE), hidden.split(PIXELS_AT_ONCE)):  # fmt: skip
-                y = self.act(self.fc1(part))
-                of_part.copy_(y)
-                squares += y.square().sum(0)
+            hidden = [packed_linear(self.fc1, part, gelu=True)
+                      for part in image.split(PIXELS_AT_ONCE)]
+            squares = torch.stack([part.square().sum(0) for part in hidden]).sum(0)
             factor = self.grn.factor(squares.sqrt().view(1, 1, 1, -1)).view(-1)
-            torch.addmm(self.fc2.bias, hidden, (self.fc2.weight * factor).t(), out=into)
+            for part, of_part in zip(hidden, into.split(PIXELS_AT_ONCE)):
+                of_part.copy_(packed_linear(self.fc2, part.mul_(factor)))
         return out.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from .layers import (
     PIXELS_AT_ONCE,
     DepthwiseBranch,
     RecomputableBlock,
+    packed_linear,
     patch_downsampling,
     runs_eagerly_on_cpu,
 )
@@ -162,24 +163,25 @@ class SLaKBlock(RecomputableBlock):
 
     def _forward(self, x: Tensor) -> Tensor:
         y = self.large_kernel(x).permute(0, 2, 3, 1)
-        if (not self.training and x.shape[2] * x.shape[3] >= 2 * PIXELS_AT_ONCE
-                and runs_eagerly_on_cpu(x) and y.is_contiguous()):  # fmt: skip
+        if not self.training and runs_eagerly_on_cpu(x) and y.is_contiguous():
             # The hidden layer of all pixels is many times larger than the caches of a CPU.
             pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
             out = torch.empty_like(pixels)
             tensors = (pixels, y.flatten(0, 2), out)
             for part, of_kernel, into in zip(*(t.split(PIXELS_AT_ONCE) for t in tensors)):
-                into.copy_(self._add_mlp(part, of_kernel, -1))
+                into.copy_(self._scaled_sum(part, self._mlp_of_pixels(of_kernel), self.gamma))
             return out.view(y.shape).permute(0, 3, 1, 2)
-        return self._add_mlp(x, y, 1)
-
-    def _add_mlp(self, x: Tensor, y: Tensor, channel_dim: int) -> Tensor:
-        """Add the perceptron's result for y, whose channels come last, to x."""
-        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(y)))).permute(0, 3, 1, 2)
         gamma: Tensor | None = self.gamma
-        if channel_dim == 1:
-            y = y.permute(0, 3, 1, 2)
-            gamma = None if gamma is None else gamma.view(-1, 1, 1)
+        return self._scaled_sum(x, y, None if gamma is None else gamma.view(-1, 1, 1))
+
+    def _mlp_of_pixels(self, y: Tensor) -> Tensor:
+        y = self.norm(y)
+        if getattr(self.large_kernel, 'deploy', False):
+            return packed_linear(self.pwconv2, packed_linear(self.pwconv1, y, gelu=True))
+        return self.pwconv2(self.act(self.pwconv1(y)))
+
+    def _scaled_sum(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
         if gamma is None:
             return x + self.drop_path(y)
         if self.training and not isinstance(self.drop_path, nn.Identity):
