@@ -61,7 +61,7 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
     lines: list[str] = []
     wanted = re.compile(show)
     # The tool must not outlive this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     process = subprocess.Popen([sys.executable, '-u', *command], text=True, cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
@@ -76,6 +76,8 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
     except BaseException:
         process.kill()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         raise ConfigOverrideError(
             f'"{command[0]}" ended with exit code {code}; its last words:\n'
