@@ -74,8 +74,9 @@ def safe_objects() -> tuple[Any, ...]:
         _named(getattr(core, name), module, name)
         for module in _NUMPY_CORES for name in ('_reconstruct', 'scalar')
     ]
-    return (argparse.Namespace, HistoryBuffer, slice, np.ndarray, np.dtype, *dtypes, *renamed,
-            _named(_history_statistic, 'builtins', 'getattr'))
+    # Counter: the milestones of a MultiStepLR, which torch's own list has only later.
+    return (argparse.Namespace, Counter, HistoryBuffer, slice, np.ndarray, np.dtype, *dtypes,
+            *renamed, _named(_history_statistic, 'builtins', 'getattr'))
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +68,13 @@ def test_mmengine_file(tmp_path, route, zipped):
                'meta': {'dataset_meta': {'palette': np.arange(6, dtype=np.uint8).reshape(2, 3)}},
                'message_hub': {'log_scalars': OrderedDict({'train/loss': history}),
                                'runtime_info': {'lr': np.float64(0.1), 'iter': np.int64(3),
-                                                'name': np.array(['a', 'bc'])}}}
+                                                'name': np.array(['a', 'bc'])}},
+               'param_schedulers': [{'milestones': Counter({27: 1, 33: 1})}]}
     torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
     read = read_checkpoint(tmp_path / 'x.pth')
     assert_same(read['state_dict'])
     assert read['message_hub']['log_scalars']['train/loss'].mean() == 1.5
+    assert read['param_schedulers'] == content['param_schedulers']
     info = read['message_hub']['runtime_info']
     assert info['lr'] == 0.1 and info['iter'] == 3 and list(info['name']) == ['a', 'bc']
     assert np.array_equal(read['meta']['dataset_meta']['palette'],

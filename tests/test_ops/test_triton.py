@@ -3,7 +3,6 @@
 The interpreter must be chosen before Triton is imported, hence a process of its own.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from slak_mm.ops import choose_backend, use_backend
 from slak_mm.ops.backends import triton as backend
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec('triton') is None, reason='Triton is not installed')
+    not backend.is_installed(), reason='Triton 3 or later is not installed')
 
 INTERPRETED = """
 import itertools, sys, torch

@@ -16,7 +16,7 @@ which the tests use.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -47,8 +47,8 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
         return f'the input is on {x.device.type}, not on cuda'
     if x.dtype not in _DTYPES:
         return f'dtype {x.dtype} is not one of float16, bfloat16, float32'
-    if not _is_installed():
-        return 'Triton is not installed'
+    if not is_installed():
+        return 'Triton 3 or later is not installed'
     if x.device.type == 'cuda' and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(x.device)
         least = (8, 0) if x.dtype is torch.bfloat16 else (7, 0)
@@ -68,8 +68,14 @@ def _is_interpreted() -> bool:
 
 
 @cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec('triton') is not None
+def is_installed() -> bool:
+    """Whether there is a Triton with the language features that the kernels use (3 or later)."""
+    for name in ('triton', 'pytorch-triton', 'pytorch-triton-rocm', 'triton-windows'):
+        try:
+            return int(importlib.metadata.version(name).split('.')[0]) >= 3
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return False
 
 
 def forward(
