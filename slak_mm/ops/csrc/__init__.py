@@ -2,8 +2,9 @@
 
 The library has a plain C interface and is loaded with :mod:`ctypes`: it needs no headers of PyTorch
 or Python, works with any version of them and compiles within seconds. It is kept in
-``$SLAK_MM_CACHE`` (default ``~/.cache/slak_mm``), in a file whose name is a hash of the source, the
-compiler and the processor, so that a home directory may be shared by different machines.
+the project's cache (``$SLAK_MM_CACHE``, else ``$XDG_CACHE_HOME/slak_mm``, else
+``~/.cache/slak_mm``), in a file whose name is a hash of the source, the compiler and the processor,
+so that a home directory may be shared by different machines.
 """
 
 from __future__ import annotations
@@ -94,8 +95,11 @@ def _find_compiler() -> list[str]:
 
 def _cache_folder() -> Path:
     chosen = os.environ.get(CACHE_VARIABLE)
+    if not chosen:
+        base = os.environ.get('XDG_CACHE_HOME') or os.path.join('~', '.cache')
+        chosen = os.path.join(base, 'slak_mm')
     try:
-        return Path(chosen).expanduser() if chosen else Path.home() / '.cache' / 'slak_mm'
+        return Path(chosen).expanduser()
     except RuntimeError as error:
         raise CompileError(
             f'there is no folder for the compiled operator: {error} Name one in {CACHE_VARIABLE}'
