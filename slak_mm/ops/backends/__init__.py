@@ -16,7 +16,7 @@ autograd; whoever calls them does that.
 
 Tensors are not empty, have one dtype and any strides; results have the dtype and the
 :func:`~slak_mm.ops.backends.layout.memory_format` of ``x``. Sums are accumulated in float32 at
-least.
+least; only ``reference`` adds branches in their own dtype, as PyTorch would.
 
 On the CPU the first backend of :data:`BACKENDS` that can run and is preferred is taken; on a GPU
 the fastest in a measurement at the first call (:mod:`slak_mm.ops.backends.measured`). The

@@ -46,8 +46,9 @@ def forward(
     x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
 ) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
-    results = tuple(_convolve(x, kernel) for kernel in kernels)
-    return (reference.sum_of(results, bias),) if reduce else results
+    if not reduce:
+        return tuple(_convolve(x, kernel) for kernel in kernels)
+    return (_sum_of_convolutions([x] * len(kernels), kernels, bias),)
 
 
 def backward(
@@ -60,12 +61,19 @@ def backward(
     if needs_x:
         # With odd kernels and symmetric padding the adjoint is the same convolution with the
         # kernel flipped, which is faster than PyTorch's own input gradient.
-        grad_x = reference.sum_of(
-            [_convolve(grad, kernel.flip(1, 2)) for grad, kernel in zip(grads, kernels)], None)
+        grad_x = _sum_of_convolutions(grads, [kernel.flip(1, 2) for kernel in kernels], None)
     if needs_kernels:
         grad_kernels = tuple(
             _kernel_gradient(x, grad, kernel) for grad, kernel in zip(grads, kernels))
     return grad_x, grad_kernels
+
+
+def _sum_of_convolutions(
+    inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None
+) -> Tensor:
+    dtype = reference.sum_dtype(inputs[0].dtype)
+    results = [_convolve(x.to(dtype), kernel.to(dtype)) for x, kernel in zip(inputs, kernels)]
+    return reference.sum_of(results, bias).to(inputs[0].dtype)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:

@@ -93,10 +93,11 @@ def convolve(
             matrices.
     """
     layout = memory_format(like)
+    dtype = reference.sum_dtype(like.dtype) if reduce else like.dtype
     results: list[Tensor] = []
     for x, kernel in pairs:
         if max(kernel.shape[1:]) <= _SHORT:
-            y = reference.convolve(x, kernel)
+            y = reference.convolve(x.to(dtype), kernel.to(dtype))
             if reduce and results:
                 results[0] += y
             else:
@@ -104,9 +105,9 @@ def convolve(
             continue
         is_new = not (reduce and results)
         if is_new:
-            results.append(torch.empty_like(like, memory_format=layout))
+            results.append(torch.empty_like(like, dtype=dtype, memory_format=layout))
         _convolve_long(x, kernel, results[-1], accumulate=not is_new, keep=keep)
-    return results
+    return [y.to(like.dtype) for y in results]
 
 
 def _convolve_long(

@@ -55,6 +55,14 @@ def backward(
     return grad_x, tuple(grad_kernels) if needs_kernels else None
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which branches that are added up should be computed: float32 at least.
+
+    Rounded to half precision before, branches that nearly cancel would leave mostly rounding.
+    """
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
 def expand(grads: Sequence[Tensor], kernels: Sequence[Tensor]) -> Sequence[Tensor]:
     """One gradient per kernel; a single one is that of the sum of all branches."""
     return grads if len(grads) == len(kernels) else [grads[0]] * len(kernels)
