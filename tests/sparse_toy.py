@@ -166,6 +166,8 @@ def main() -> None:
                         hash=hook.training.hash(), updates=hook.training.updates,
                         taken=runner.train_dataloader.dataset.taken),
                    f'{out}/{distribution}{rank}.pth')
+    # A process that tears its group down while the other still talks to it may abort.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
