@@ -23,6 +23,8 @@ import torch
 from mmengine.dist import all_gather_object, get_local_rank, get_rank, is_distributed
 from mmengine.logging import print_log
 
+from slak_mm._cache import cache_folder
+
 from ._safe_pickle import RESTRICTED_PICKLE, safe_objects
 from .errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, UnsafeCheckpoint
 from .zoo import ModelInfo, find_model, normalise_url, similar_names
@@ -56,11 +58,7 @@ def cache_dir() -> Path:
     Returns:
         pathlib.Path: The folder.
     """
-    root = os.environ.get('SLAK_MM_CACHE')
-    if not root:
-        base = os.environ.get('XDG_CACHE_HOME') or os.path.join('~', '.cache')
-        root = os.path.join(base, 'slak_mm')
-    return Path(root).expanduser() / 'checkpoints'
+    return cache_folder() / 'checkpoints'
 
 
 def cached_path(source: str) -> Path:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_helpers import lay_out
 
 from slak_mm.ops import _operator, choose_backend, cross_dwconv2d, csrc, use_backend
 from slak_mm.ops.backends import cpu_native
@@ -38,17 +39,6 @@ def conv(x, kernel):
     rows, columns = kernel.shape[1:]
     return F.conv2d(
         x, kernel.unsqueeze(1), padding=(rows // 2, columns // 2), groups=x.shape[1])
-
-
-def lay_out(x, layout):
-    """The same values in another memory layout."""
-    if layout == 'channels_last':
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == 'transposed':
-        return x.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == 'strided':
-        return torch.stack([x, torch.full_like(x, float('nan'))], dim=-1)[..., 0]
-    return x
 
 
 def relative_error(got, want):

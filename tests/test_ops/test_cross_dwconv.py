@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from op_helpers import lay_out
 from scipy.signal import correlate2d
 
 from slak_mm.ops import BACKENDS, _operator, choose_backend, cross_dwconv2d, use_backend
@@ -52,17 +53,6 @@ shapes = st.tuples(
     st.sampled_from([3, 7, 13, 15, 31, 51]), st.sampled_from([1, 3, 5]),
 ).filter(lambda s: s[5] <= s[4])  # fmt: skip
 layouts = st.sampled_from(['nchw', 'channels_last', 'transposed', 'strided'])
-
-
-def lay_out(x, layout):
-    """The same values in another memory layout."""
-    if layout == 'channels_last':
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == 'transposed':
-        return x.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == 'strided':
-        return torch.stack([x, torch.full_like(x, float('nan'))], dim=-1)[..., 0]
-    return x
 
 
 @settings(max_examples=50, deadline=None)

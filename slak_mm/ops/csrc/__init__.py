@@ -23,7 +23,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-CACHE_VARIABLE = 'SLAK_MM_CACHE'
+from slak_mm._cache import CACHE_VARIABLE, cache_folder
+
 COMPILER_VARIABLE = 'CXX'
 
 _SOURCES = Path(__file__).parent
@@ -94,12 +95,8 @@ def _find_compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if not chosen:
-        base = os.environ.get('XDG_CACHE_HOME') or os.path.join('~', '.cache')
-        chosen = os.path.join(base, 'slak_mm')
     try:
-        return Path(chosen).expanduser()
+        return cache_folder()
     except RuntimeError as error:
         raise CompileError(
             f'there is no folder for the compiled operator: {error} Name one in {CACHE_VARIABLE}'
