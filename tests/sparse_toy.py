@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from slak_mm.engine import SparsityHook
+from slak_mm.engine.cli import leave_process_group
 
 NAMES = ('backbone.0.weight', 'backbone.2.weight', 'backbone.4.weight')
 
@@ -156,19 +157,21 @@ def main() -> None:
     rank = int(os.environ['RANK'])
     torch.distributed.init_process_group('gloo')
     for variant in variants:
-        distribution, mode = variant.split(':')
-        hook = SparsityHook(mode=mode, distribution=distribution, sparsity=0.4, update_interval=2)
-        # Wrapped here, because mmengine's launcher takes a GPU for granted.
-        model = MMDistributedDataParallel(Toy())
-        runner = make_runner(f'{out}/{rank}', [hook], model=model, batch_size=2)
-        runner.train()
-        torch.save(dict(masks=hook.masks, state=model.module.state_dict(),
-                        hash=hook.training.hash(), updates=hook.training.updates,
-                        taken=runner.train_dataloader.dataset.taken),
-                   f'{out}/{distribution}{rank}.pth')
-    # A process that tears its group down while the other still talks to it may abort.
+        train_variant(out, rank, *variant.split(':'))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_process_group()
+
+
+def train_variant(out: str, rank: int, distribution: str, mode: str) -> None:
+    hook = SparsityHook(mode=mode, distribution=distribution, sparsity=0.4, update_interval=2)
+    # Wrapped here, because mmengine's launcher takes a GPU for granted.
+    model = MMDistributedDataParallel(Toy())
+    runner = make_runner(f'{out}/{rank}', [hook], model=model, batch_size=2)
+    runner.train()
+    torch.save(dict(masks=hook.masks, state=model.module.state_dict(),
+                    hash=hook.training.hash(), updates=hook.training.updates,
+                    taken=runner.train_dataloader.dataset.taken),
+               f'{out}/{distribution}{rank}.pth')
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import gc
 import importlib.util
 import logging
 import os
@@ -69,9 +70,20 @@ def run_tool(main: Callable[[], int | None]) -> None:
         code = 130
     finally:
         sys.stdout.flush()
-        if is_distributed():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
     sys.exit(code)
+
+
+def leave_process_group() -> None:
+    """Leave the default process group, if there is one, for good.
+
+    Threads of gloo keep the tensors of the last collectives until the group is gone, and what
+    refers to the group, as a DistributedDataParallel model does, keeps it. A thread that frees a
+    tensor while the interpreter shuts down aborts the process (PyTorch's pull request 179291).
+    """
+    if is_distributed():
+        gc.collect()  # runners and their hooks refer to each other
+        torch.distributed.destroy_process_group()
 
 
 def _explain(error: Exception) -> str | None:
