@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import os
+import shutil
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ BACKBONES = {
 }
 needs_library = pytest.mark.skipif(
     not hasattr(torch.library, 'register_autograd'), reason='graphs need torch 2.4')
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get('CXX', 'c++')) is None, reason='inductor needs a C++ compiler')
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in module._ONNX_PACKAGES),
     reason='onnx, onnxscript and onnxruntime are not installed')
@@ -39,11 +43,28 @@ def test_compiled_in_one_graph(name):
     a C++ compiler takes.
     """
     torch._dynamo.reset()
-    x = images(2, 32, 32)
     model = build(name).train()
+    check_compiled_step(model, 'aot_eager')
+    check_compiled_inference(switch_to_deploy(model.eval()), 'aot_eager')
+
+
+@needs_library
+@needs_compiler
+@pytest.mark.parametrize('name', ['slak', 'shiftwise2'])
+def test_compiled_by_inductor(name, tmp_path, monkeypatch):
+    """The default of torch.compile: inference in deployed form, and a training step of SLaK."""
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    torch._dynamo.reset()
+    check_compiled_inference(build(name, 'deployed'), 'inductor')
+    if name == 'slak':
+        check_compiled_step(build(name).train(), 'inductor')
+
+
+def check_compiled_step(model, backend):
+    x = images(2, 32, 32)
     eager = copy.deepcopy(model)
     results = []
-    for network, run in ((model, torch.compile(model, fullgraph=True, backend='aot_eager')),
+    for network, run in ((model, torch.compile(model, fullgraph=True, backend=backend)),
                          (eager, eager)):
         outs = run(x)
         sum(out.square().mean() for out in outs).backward()
@@ -51,10 +72,12 @@ def test_compiled_in_one_graph(name):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-    deployed = switch_to_deploy(model.eval())
-    run = torch.compile(deployed, fullgraph=True, backend='aot_eager')
+
+def check_compiled_inference(model, backend):
+    x = images(2, 32, 32)
+    run = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
-        for a, b in zip(run(x), deployed(x), strict=True):
+        for a, b in zip(run(x), model(x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
