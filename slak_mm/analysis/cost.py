@@ -1,8 +1,7 @@
 """Parameters and FLOPs of backbones, segmentors and detectors, beside the published ones.
 
 FLOPs are multiply-adds of convolutions and linear layers, as the papers count them. They are
-counted by PyTorch's ``FlopCounterMode`` on the meta device, which computes shapes and no values;
-the large-kernel operator is counted by the formula :func:`cross_dwconv_flops`.
+counted by PyTorch's ``FlopCounterMode`` on the meta device, which computes shapes and no values.
 
 Detectors with region heads are counted with 1000 proposals and, for masks, 100 boxes, as
 ``get_flops`` of mmdet 2 did: this gives the published figures of ConvNeXt.
@@ -28,12 +27,10 @@ from slak_mm.engine import cli, overrides
 from slak_mm.engine.overrides import ConfigOverrideError
 from slak_mm.models.shiftwise import ShiftWiseConv
 from slak_mm.models.slak import LargeKernelConv
-from slak_mm.ops import use_backend
 from slak_mm.ops.shift_tables import assemble_kernels, shift_tables
 
 __all__ = [
-    'CONVENTIONS', 'DEFAULT_SIZES', 'PUBLISHED', 'SPARSITY', 'Cost', 'Published', 'count',
-    'cross_dwconv_flops'
+    'CONVENTIONS', 'DEFAULT_SIZES', 'PUBLISHED', 'SPARSITY', 'Cost', 'Published', 'count'
 ]
 
 #: Height and width of the image by task, as published.
@@ -155,30 +152,10 @@ class Cost:
 # ---------------------------------------------------------------------------------- counting
 
 
-def cross_dwconv_flops(x: Any, kernels: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of the large-kernel operator, two for each multiply-add, from shapes.
-
-    Args:
-        x: Shape of the input, (N, C, H, W).
-        kernels: Shapes of the kernels, (C, kh, kw).
-        *args: Not used.
-        **kwargs: Not used.
-    """
-    n, _, height, width = x
-    return 2 * n * height * width * sum(c * kh * kw for c, kh, kw in kernels)
-
-
-def _operator_formula() -> dict[Any, Callable[..., int]]:
-    """The formula for the counter; without effect where the operator is plain convolutions."""
-    operator = getattr(getattr(torch.ops, 'slak_mm', None), 'cross_dwconv2d', None)
-    return {} if operator is None else {operator: cross_dwconv_flops}
-
-
 def _count(run: Callable[[], Any]) -> tuple[int, Any]:
     """Multiply-adds of a call, and what it returned."""
-    # The reference is plain convolutions where the operator is not one for PyTorch.
-    counter = FlopCounterMode(display=False, custom_mapping=_operator_formula())
-    with counter, torch.no_grad(), use_backend('reference'):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
         result = run()
     return counter.get_total_flops() // 2, result
 

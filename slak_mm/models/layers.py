@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,63 +15,35 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from slak_mm.ops._autocast import is_autocast_enabled
+from slak_mm.ops._context import is_autocast_enabled, is_observed
 
 PIXELS_AT_ONCE = 1024
 """Pixels whose hidden layer fits into a CPU's cache; fewer make matrix products slower."""
+
+SQUARES_AT_ONCE = 1 << 16
+"""Squares that are added up while they are in the second-level cache of one core."""
 
 
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
     """Whether a channels-last map on the CPU is computed on now, without autograd.
 
     Then what is best for the caches may take the place of plain operators. Not so where a graph
-    is recorded (``torch.jit.trace``, ``torch.compile``, ``torch.export``) or under autocast.
+    is recorded or a mode looks on, or under autocast.
     """
-    # From torch 2.3 on; before, nothing here was tried under torch.compile.
-    is_compiling = getattr(torch.compiler, 'is_compiling', bool)
     return (
         x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.jit.is_tracing()
-        and not is_compiling() and not is_autocast_enabled('cpu')
+        and not is_observed(x) and not is_autocast_enabled('cpu')
         and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-# Layer -> what its weight was, and the copy that oneDNN takes.
-_packed: WeakKeyDictionary[nn.Linear, tuple[tuple[int, ...], Tensor]] = WeakKeyDictionary()
-
-
-def packed_linear(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
-    """A linear layer of a deployed network on the CPU, without autograd.
-
-    In float32 PyTorch's own linear layer calls MKL, which on AMD's processors reaches half the
-    rate of oneDNN or less. oneDNN wants the weight in a layout of its own: the copy is kept as
-    long as the layer lives and its weight is neither replaced nor changed in place.
-
-    Args:
-        layer: The layer, C to D.
-        x: (P, C).
-        gelu: Apply the exact GELU to the result.
-
-    Returns:
-        Shape (P, D).
-    """
-    weight = layer.weight
-    if x.dtype is not torch.float32 or not _has_packed_linear() or weight.is_inference():
-        y = layer(x)
-        return F.gelu(y) if gelu else y
-    state = (weight.data_ptr(), weight._version)
-    if layer not in _packed or _packed[layer][0] != state:
-        copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PIXELS_AT_ONCE)
-        _packed[layer] = (state, copy)
-    return torch.ops.mkldnn._linear_pointwise(
-        x, _packed[layer][1], layer.bias, 'gelu' if gelu else 'none', [],
-        'none' if gelu else '')  # fmt: skip
-
-
-def _has_packed_linear() -> bool:
-    return bool(
-        torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight'))  # fmt: skip
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Sum over the rows of (P, C) of the squares, (C,); for inference on the CPU."""
+    # A few rows at a time: their squares do not leave the cache.
+    scratch = x.new_empty(max(1, min(len(x), SQUARES_AT_ONCE // x.shape[1])), x.shape[1])
+    total = x.new_zeros(x.shape[1])
+    for part in x.split(len(scratch)):
+        total += torch.mul(part, part, out=scratch[:len(part)]).sum(0)
+    return total
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -36,10 +36,11 @@ from .layers import (
     RecomputableBlock,
     batch_norm_affine,
     build_branch_norm,
-    packed_linear,
     patch_downsampling,
     runs_eagerly_on_cpu,
+    sum_of_squares,
 )
+from .linear import has_hooks, linear
 from .slak import SLaKBlock
 
 _TABLES = ('shifts', 'picks', 'rep', 'ghost')
@@ -214,8 +215,12 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
-        gate = self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """What the channels of (N, C, H, W) are multiplied with, (N, C, 1, 1)."""
+        inner = F.relu(self.down(x.mean((2, 3), keepdim=True)))
+        return self.up(inner).sigmoid()
 
 
 class GRN(nn.Module):
@@ -267,28 +272,29 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
-        if self.deploy and runs_eagerly_on_cpu(x):
-            return self._image_by_image(x)
         y = x.permute(0, 2, 3, 1)
-        y = self.fc2(self.grn(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
+        y = self.grn(linear(self.fc1, y, self.act))
+        y = linear(self.fc2, y).permute(0, 3, 1, 2)
         return y if self.norm is None else self.norm(y)
 
-    def _image_by_image(self, x: Tensor) -> Tensor:
-        """The deployed form with fewer passes over the hidden layer.
+    def add_image(self, x: Tensor, y: Tensor, gate: Tensor, out: Tensor) -> None:
+        """Set ``out`` to ``x`` and the deployed form of ``gate * y``, with few passes over memory.
 
         The norms that GRN's factors depend on are taken of pixels that are still in the cache, and
         the factors are multiplied with them shortly before the second layer.
+
+        Args:
+            x: Pixels of one image, (P, C).
+            y: As ``x``.
+            gate: (C,).
+            out: As ``x``.
         """
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-        out = torch.empty_like(pixels)
-        for image, into in zip(pixels, out):
-            hidden = [packed_linear(self.fc1, part, gelu=True)
-                      for part in image.split(PIXELS_AT_ONCE)]
-            squares = torch.stack([part.square().sum(0) for part in hidden]).sum(0)
-            factor = self.grn.factor(squares.sqrt().view(1, 1, 1, -1)).view(-1)
-            for part, of_part in zip(hidden, into.split(PIXELS_AT_ONCE)):
-                of_part.copy_(packed_linear(self.fc2, part.mul_(factor)))
-        return out.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        hidden = [linear(self.fc1, part * gate, self.act, keep=True)
+                  for part in y.split(PIXELS_AT_ONCE)]
+        norm = torch.stack([sum_of_squares(part) for part in hidden]).sum(0).sqrt()
+        factor = self.grn.factor(norm.view(1, 1, 1, -1)).view(-1)
+        for part, of_x, into in zip(hidden, *(t.split(PIXELS_AT_ONCE) for t in (x, out))):
+            torch.add(of_x, linear(self.fc2, part.mul_(factor), keep=True), out=into)
 
     @torch.no_grad()
     def switch_to_deploy(self, gamma: Tensor | None = None) -> None:
@@ -346,6 +352,13 @@ class ShiftWiseBlock(RecomputableBlock):
         y = self.large_kernel(x)
         if self.norm is not None:
             y = self.norm(y)
+        if (self.deploy and not self.training and runs_eagerly_on_cpu(x)
+                and not has_hooks(*self.se.modules(), *self.ffn.modules())):
+            out = torch.empty_like(x)
+            images = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, y, out))
+            for of_x, of_y, into, gate in zip(*images, self.se.gate(y).flatten(1)):
+                self.ffn.add_image(of_x, of_y, gate, into)
+            return out
         y = self.ffn(self.se(y))
         if self.gamma is not None:
             y = self.gamma.view(-1, 1, 1) * y

@@ -21,10 +21,10 @@ from .layers import (
     PIXELS_AT_ONCE,
     DepthwiseBranch,
     RecomputableBlock,
-    packed_linear,
     patch_downsampling,
     runs_eagerly_on_cpu,
 )
+from .linear import has_hooks, linear
 
 
 class LargeKernelConv(nn.Module):
@@ -163,30 +163,32 @@ class SLaKBlock(RecomputableBlock):
 
     def _forward(self, x: Tensor) -> Tensor:
         y = self.large_kernel(x).permute(0, 2, 3, 1)
-        if not self.training and runs_eagerly_on_cpu(x) and y.is_contiguous():
+        if (not self.training and runs_eagerly_on_cpu(x) and y.is_contiguous()
+                and not has_hooks(self.norm, self.pwconv1, self.act, self.pwconv2)):
             # The hidden layer of all pixels is many times larger than the caches of a CPU.
             pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
             out = torch.empty_like(pixels)
             tensors = (pixels, y.flatten(0, 2), out)
             for part, of_kernel, into in zip(*(t.split(PIXELS_AT_ONCE) for t in tensors)):
-                into.copy_(self._scaled_sum(part, self._mlp_of_pixels(of_kernel), self.gamma))
+                self._scaled_sum(part, self._perceptron(of_kernel), self.gamma, out=into)
             return out.view(y.shape).permute(0, 3, 1, 2)
-        y = self.pwconv2(self.act(self.pwconv1(self.norm(y)))).permute(0, 3, 1, 2)
+        y = self._perceptron(y).permute(0, 3, 1, 2)
         gamma: Tensor | None = self.gamma
         return self._scaled_sum(x, y, None if gamma is None else gamma.view(-1, 1, 1))
 
-    def _mlp_of_pixels(self, y: Tensor) -> Tensor:
-        y = self.norm(y)
-        if getattr(self.large_kernel, 'deploy', False):
-            return packed_linear(self.pwconv2, packed_linear(self.pwconv1, y, gelu=True))
-        return self.pwconv2(self.act(self.pwconv1(y)))
+    def _perceptron(self, y: Tensor) -> Tensor:
+        keep = getattr(self.large_kernel, 'deploy', False)
+        hidden = linear(self.pwconv1, self.norm(y), self.act, keep)
+        return linear(self.pwconv2, hidden, keep=keep)
 
-    def _scaled_sum(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
-        if gamma is None:
-            return x + self.drop_path(y)
+    def _scaled_sum(
+        self, x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         if self.training and not isinstance(self.drop_path, nn.Identity):
-            return x + self.drop_path(gamma * y)
-        return torch.addcmul(x, y, gamma)
+            return x + self.drop_path(y if gamma is None else gamma * y)
+        if gamma is None:
+            return torch.add(x, y, out=out)
+        return torch.addcmul(x, y, gamma, out=out)
 
 
 @MODELS.register_module()

@@ -1,9 +1,9 @@
 """Execution of the cross convolution: backend, autograd and registration with PyTorch.
 
 From torch 2.4 on it is the operator ``slak_mm::cross_dwconv2d``, with rules for tensors without
-data and for autograd, which ``torch.compile``, ``torch.export`` and the modes of
-``torch.utils`` (FLOP counters, fake tensors) see as one node. Called outside of them, an
-``autograd.Function`` does the same at a third of the overhead.
+data and for autograd, which ``torch.compile``, ``torch.export`` and modes (fake tensors) see as
+one node. Called outside of them, an ``autograd.Function`` does the same at a third of the overhead.
+PyTorch's FLOP counter sees the plain convolutions, which it has formulas for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ._context import is_counted, is_observed
 from .backends import BACKENDS, choose_backend, forced_backend, measured, reference
 from .backends.layout import memory_format
 
@@ -29,28 +29,19 @@ def apply(
     """Convolve ``x`` with every kernel, or sum up; see :mod:`slak_mm.ops.backends`."""
     if _wants_plain_graph():
         return reference.forward(x, kernels, bias, reduce)
-    if HAS_LIBRARY and _is_observed(x):
+    if HAS_LIBRARY and is_observed(x):
         return torch.ops.slak_mm.cross_dwconv2d(x, list(kernels), bias, reduce)
     return _CrossDwconv2d.apply(x, bias, reduce, *kernels)
 
 
 def _wants_plain_graph() -> bool:
     """Whether a graph is recorded that knows PyTorch's convolutions only."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or is_counted():
         return True
     if not HAS_LIBRARY:
         return False
     is_recorded = torch.compiler.is_compiling()
     return is_recorded and (torch.onnx.is_in_onnx_export() or forced_backend() == 'reference')
-
-
-def _is_observed(x: Tensor) -> bool:
-    """Whether something other than the computation itself looks at the operators."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.is_meta
-        or _get_current_dispatch_mode() is not None)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- computation

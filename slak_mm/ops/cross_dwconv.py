@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _operator
-from ._autocast import autocast_dtype, is_autocast_enabled
+from ._context import autocast_dtype, is_autocast_enabled
 
 
 @overload

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from slak_mm.ops import _operator, cross_dwconv2d, use_backend
+from slak_mm.ops import BACKENDS, _operator, cross_dwconv2d, use_backend
 
 needs_library = pytest.mark.skipif(
     not _operator.HAS_LIBRARY, reason='operators are registered from torch 2.4 on')
@@ -49,6 +51,39 @@ def test_registration(channels_last, reduce):
     result = torch.library.opcheck(
         torch.ops.slak_mm.cross_dwconv2d_backward.default, (x, kernels, grads, True, True))
     assert set(result.values()) == {'SUCCESS'}
+
+
+@pytest.mark.parametrize('backend', ['cpu_native', 'gemm', 'cpu', 'reference'])
+@pytest.mark.parametrize('reduce', [False, True])
+def test_a_flop_counter_counts_what_it_counts_of_convolutions(backend, reduce):
+    x, *kernels = make()
+    reason = BACKENDS[backend].unavailable_reason(x, kernels)
+    if reason is not None:
+        pytest.skip(reason)
+    k_v, k_h, k_s = kernels
+    if reduce:
+        kernels = [k_v, k_h]
+
+    def flops(run, of_kernels):
+        for kernel in kernels:
+            kernel.requires_grad_(of_kernels)
+        with FlopCounterMode(display=False) as forward:
+            y = run()
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(y.sum(), [x, *kernels] if of_kernels else [x])
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    def ours():
+        with use_backend(backend):
+            return sum(cross_dwconv2d(x, *kernels, reduce=reduce))
+
+    def convolutions():
+        return sum(
+            F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=3)
+            for k in kernels)
+
+    for of_kernels in (False, True):
+        assert flops(ours, of_kernels) == flops(convolutions, of_kernels)
 
 
 @needs_library

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slak_mm.models import switch_to_deploy
 from slak_mm.models.layers import LayerNorm2d
-from slak_mm.models.shiftwise import ShiftWiseConv
+from slak_mm.models.shiftwise import FeedForward, ShiftWiseConv
 from slak_mm.models.slak import SLaKBlock
 from slak_mm.ops import use_backend
 
@@ -145,6 +145,10 @@ def official_shiftwise(backbone: nn.Module) -> nn.Module:
         layer = getattr(block, 'large_kernel', None)
         if isinstance(layer, ShiftWiseConv):
             block.large_kernel = _ShiftedSum(layer)
+        if isinstance(block, FeedForward):
+            # Within another module they are called as they are, and PyTorch computes them.
+            for name in ('fc1', 'fc2'):
+                setattr(block, name, nn.Sequential(getattr(block, name)))
     return backbone
 
 

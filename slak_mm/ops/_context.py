@@ -1,0 +1,52 @@
+"""What surrounds a computation: autocast, graphs that are recorded, modes. For torch 2.1 up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type, such as ``'cpu'`` or ``'cuda'``."""
+    if device_type == 'meta':
+        return False
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch < 2.4 takes no device type
+        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else (
+            torch.is_autocast_enabled())
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """The dtype that autocast computes in on a device type."""
+    if hasattr(torch, 'get_autocast_dtype'):
+        return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else (  # torch < 2.4
+        torch.get_autocast_gpu_dtype())
+
+
+def is_observed(x: Tensor) -> bool:
+    """Whether something other than the computation itself looks at the operators.
+
+    ``torch.compile`` and ``torch.export``, subclasses of tensors, tensors without data, and modes
+    such as FLOP counters do; ``torch.jit.trace`` does as well, and is not asked about here.
+    """
+    # From torch 2.3 on; before, nothing here was tried under torch.compile.
+    is_compiling = getattr(torch.compiler, 'is_compiling', bool)
+    return (
+        is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or _get_current_dispatch_mode() is not None)  # fmt: skip
+
+
+def is_counted() -> bool:
+    """Whether a ``torch.utils.flop_counter.FlopCounterMode`` looks on."""
+    # By name: the module imports Triton, and warns where there is none.
+    return any(
+        type(mode).__module__ == 'torch.utils.flop_counter'
+        for mode in _get_current_dispatch_mode_stack())
