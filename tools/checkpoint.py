@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from slak_mm.analysis.sparsity import draw_sparsity, layer_sparsity
+from slak_mm.analysis.sparsity import LayerSparsity, draw_sparsity, layer_sparsity
+from slak_mm.analysis.tables import table
 from slak_mm.checkpoints import (
     FAMILIES,
     ZOO,
@@ -116,13 +117,19 @@ def print_sparsity(state_dict: Mapping[str, torch.Tensor],
                    masks: Mapping[str, torch.Tensor]) -> None:
     """Print the zeros of each weight, and what its mask keeps where there is one."""
     layers = layer_sparsity(state_dict)
-    zeros, total = sum(x.zeros for x in layers), sum(x.total for x in layers)
+    sparsity, total = of_all(layers)
     rows = [['weight', 'shape', 'zeros', 'pruned by its mask'],
             *([layer.name, 'x'.join(map(str, layer.shape)), f'{layer.sparsity:.2%}',
                f'{1 - float(masks[layer.name].float().mean()):.2%}'
                if layer.name in masks else '-'] for layer in layers),
-            ['all of these', f'{total}', f'{zeros / max(total, 1):.2%}', '']]
-    print_table(rows if masks else [row[:3] for row in rows])
+            ['all of these', f'{total}', f'{sparsity:.2%}', '']]
+    print(*table(rows if masks else [row[:3] for row in rows]), sep='\n')
+
+
+def of_all(layers: Sequence[LayerSparsity]) -> tuple[float, int]:
+    """Fraction of zeros among the weights of all layers, and the number of weights."""
+    total = sum(layer.total for layer in layers)
+    return sum(layer.zeros for layer in layers) / max(total, 1), total
 
 
 def run_finalize(args: argparse.Namespace) -> None:
@@ -130,10 +137,9 @@ def run_finalize(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     final = finalize_checkpoint(checkpoint)
     path = write_checkpoint(final, args.out, args.force)
-    layers = layer_sparsity(final['state_dict'])
-    zeros, total = sum(x.zeros for x in layers), sum(x.total for x in layers)
-    print(f'Wrote {len(final["state_dict"])} tensors to {path}; {zeros / max(total, 1):.2%} of '
-          f'{total} weights are zero.')
+    sparsity, total = of_all(layer_sparsity(final['state_dict']))
+    print(f'Wrote {len(final["state_dict"])} tensors to {path}; {sparsity:.2%} of {total} weights '
+          'are zero.')
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -148,17 +154,10 @@ def run_zoo(args: argparse.Namespace) -> None:
     """Print the table of published checkpoints."""
     header, *rows = zoo_table()
     cached = ['yes' if cached_path(name).is_file() else 'no' for name in ZOO]
-    print_table([[header[0], 'in the cache', *header[1:]],
-                 *([row[0], here, *row[1:]] for row, here in zip(rows, cached))])
+    print(*table([[header[0], 'in the cache', *header[1:]],
+                  *([row[0], here, *row[1:]] for row, here in zip(rows, cached))]), sep='\n')
     print(f'\nFigures as published by the source; none of them was measured here.\n'
           f'Cache: {cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,13 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+def cells(text):
+    """The other cells of each row of the tables in a text, by the first."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in text.splitlines() if line.startswith('| ')]
+    return {row[0]: row[1:] for row in rows}
+
+
 @pytest.fixture
 def weights(tmp_path):
     model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0,
@@ -49,8 +56,7 @@ def test_convert_and_inspect(tmp_path, run, weights):
     assert len(written) == len(weights)
     text = run('inspect', 'official.pth')
     assert 'official-LoRA' in text and 'kernels 13/11/9/7 decomposed with small 5' in text
-    [line] = [t for t in text.splitlines() if t.startswith('stages.0.0.pwconv1.weight')]
-    assert line.split()[1:] == ['32x8', '25.00%']
+    assert cells(text)['stages.0.0.pwconv1.weight'] == ['32x8', '25.00%']
     assert 'model_ema' in run('inspect', 'x.pth')
     # Existing files are not replaced unasked.
     message = run('convert', 'x.pth', 'official.pth', code=1)
@@ -64,9 +70,8 @@ def test_zoo_shows_the_cache(tmp_path, run):
     folder = tmp_path / 'cache' / 'checkpoints'
     folder.mkdir(parents=True)
     (folder / 'slak_t_in1k_300e.pth').write_bytes(b'x')
-    rows = {line.split()[0]: line.split()[1] for line in
-            run('zoo').splitlines() if line.startswith(('slak', 'upernet'))}
-    assert rows['slak_t_in1k_300e'] == 'yes' and rows['slak_s_in1k_300e'] == 'no'
+    rows = cells(run('zoo'))
+    assert rows['slak_t_in1k_300e'][0] == 'yes' and rows['slak_s_in1k_300e'][0] == 'no'
 
 
 @pytest.mark.parametrize(('content', 'message'), [
@@ -115,9 +120,8 @@ def test_inspect_shows_masks_and_draws(tmp_path, run, trained):
     torch.save(checkpoint, tmp_path / 'iter_3.pth')
     text = run('inspect', 'iter_3.pth', '--picture', 'sparsity.png')
     assert 'mode set, changed 0 times in 0 steps' in text
-    [line] = [t for t in text.splitlines() if t.startswith(name)]
     zeros = 1 - int(trained[f'backbone.{name}'].count_nonzero()) / 256
-    assert line.split()[1:] == ['32x8', f'{zeros:.2%}', '25.00%'] and zeros > 0.25
+    assert cells(text)[name] == ['32x8', f'{zeros:.2%}', '25.00%'] and zeros > 0.25
     with Image.open(tmp_path / 'sparsity.png') as picture:
         assert picture.width > 800 and picture.height > 500
     assert run('inspect', 'iter_3.pth', '--picture', 'sparsity', code=1) == (
@@ -130,8 +134,7 @@ def test_inspect_of_another_network(tmp_path, run):
     torch.save({'state_dict': {'fc.weight': weight}}, tmp_path / 'fc.pth')
     text = run('inspect', 'fc.pth')
     assert 'none of SLaK' in text
-    [line] = [t for t in text.splitlines() if t.startswith('fc.weight')]
-    assert line.split() == ['fc.weight', '4x4', '25.00%']
+    assert cells(text)['fc.weight'] == ['4x4', '25.00%']
 
 
 def test_finalize(tmp_path, run, trained):
