@@ -1,10 +1,13 @@
 """CPU backend: the project's own vectorised kernel, compiled on first use.
 
 All branches are computed in one pass over the input, which any memory layout may have; see
-``slak_mm/ops/csrc/cross_dwconv.cpp``. bfloat16 is accumulated in float32. The work is divided
-over ``torch.get_num_threads()`` threads of PyTorch's own OpenMP runtime, since the idle threads
-of a second one would compete with it. The sums are divided by shape and not by thread: any
-number of threads gives the same bits.
+``slak_mm/ops/csrc/cross_dwconv.cpp``. bfloat16 is accumulated in float32, and where the processor
+multiplies pairs of it (AVX512_BF16) the forward pass and the input gradient do; an infinite or NaN
+pixel then also reaches results whose kernel ends one column before it.
+
+The work is divided over ``torch.get_num_threads()`` threads of PyTorch's own OpenMP runtime, since
+the idle threads of a second one would compete with it. The sums are divided by shape and not by
+thread: any number of threads gives the same bits.
 
 Rows and columns of taps that are zero in all channels at the rim of a kernel, as the padding of an
 off-centre kernel is, are left out of the forward pass.

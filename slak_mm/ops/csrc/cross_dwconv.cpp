@@ -8,6 +8,10 @@
 // Up to five taps of the short axis are done at a time, so that an input vector, once loaded, enters
 // several products. Taps that meet nothing but padding are left out.
 //
+// bfloat16 is widened to float32, except in the forward pass of processors that multiply pairs of it
+// and add both products to a float32 lane: there a lane of the scratch plane holds a pixel and the one
+// to its right, a lane of the weights two taps of a row, and taps go by in twos.
+//
 // Weight gradient: a block of up to 5 x 5 taps stays in registers while a row of the map goes by.
 //
 // The input gradient is the forward operator with flipped kernels; its branches read from different
@@ -27,6 +31,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
 #endif
 
 #if defined(__has_builtin)
@@ -185,6 +192,30 @@ SLAK_INLINE void store_lanes(S* to, const Vec<F>& v) {
   } else {
     std::memcpy(to, &v, sizeof(v));
   }
+}
+
+// Taps of a kernel row whose products one instruction adds to a lane of the sum.
+template <typename S>
+constexpr int kTapsPerLane = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kTapsPerLane<BFloat16> = 2;
+#endif
+
+template <int kTaps, typename V>
+SLAK_INLINE void add_product(V& sum, const V& a, const V& b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kTaps == 2) {
+    sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    return;
+  }
+#endif
+  sum += a * b;
+}
+
+// Lanes that hold the bfloat16 of `first` and behind it that of `second`, both widened.
+SLAK_INLINE Vec<float> paired(const Vec<float>& first, const Vec<float>& second) {
+  return (Vec<float>)(((Bits)first >> 16) | (Bits)second);
 }
 
 // ------------------------------------------------------------------------------------- transposition
@@ -368,7 +399,8 @@ struct Plane {
 // An odd width keeps the rows of a column from competing for the same cache set.
 inline int64_t odd(int64_t n) { return n | 1; }
 
-template <typename F, typename S>
+// With two taps per lane the plane must have a left margin.
+template <typename F, typename S, int kTaps = 1>
 void fill_plane(Vec<F>* to, const Plane& plane, const SlakTensor& t, int64_t image, int64_t channel,
                 int channels, int64_t rows, int64_t width) {
   const S* from = static_cast<const S*>(t.data) + image * t.n + channel * t.c;
@@ -378,8 +410,18 @@ void fill_plane(Vec<F>* to, const Plane& plane, const SlakTensor& t, int64_t ima
     Vec<F>* row = to + (plane.top + r) * plane.width;
     for (int64_t i = 0; i < plane.left; ++i) row[i] = zero;
     row += plane.left;
-    read_lanes<F>(from + (plane.first + r) * t.h, t.c, t.w, channels, width,
-                  [&](int64_t i, const Vec<F>& v) { row[i] = v; });
+    if constexpr (kTaps == 2) {
+      Vec<F> last = zero;
+      read_lanes<F>(from + (plane.first + r) * t.h, t.c, t.w, channels, width,
+                    [&](int64_t i, const Vec<F>& v) {
+                      row[i - 1] = paired(last, v);
+                      last = v;
+                    });
+      row[width - 1] = paired(last, zero);
+    } else {
+      read_lanes<F>(from + (plane.first + r) * t.h, t.c, t.w, channels, width,
+                    [&](int64_t i, const Vec<F>& v) { row[i] = v; });
+    }
     for (int64_t i = width; i < plane.width - plane.left; ++i) row[i] = zero;
   }
   for (int64_t i = (plane.top + rows) * plane.width; i < plane.vectors(); ++i) to[i] = zero;
@@ -406,18 +448,19 @@ SLAK_INLINE void advance(P*& pointer, int64_t stride) {
 }
 
 // Adds taps `low` to `high` of the long kernel axis and N taps of the short one to a tile of R rows
-// and C columns of outputs. `x` is what the first tap meets at the first output.
-template <typename F, bool kTall, int R, int C, int N>
+// and C columns of outputs. `x` is what the first tap meets at the first output. Taps along a row
+// are counted in lanes, kTaps each.
+template <typename F, int kTaps, bool kTall, int R, int C, int N>
 void multiply_tile(Vec<F>* tile, int64_t tile_width, const Vec<F>* x, int64_t width,
                    const Vec<F>* weight, int64_t pitch, int64_t low, int64_t high) {
-  constexpr int kRows = R + (kTall ? 0 : N - 1), kColumns = C + (kTall ? N - 1 : 0);
+  constexpr int kRows = R + (kTall ? 0 : N - 1), kColumns = C + (kTall ? kTaps * (N - 1) : 0);
   Vec<F> sum[R][C];
   Vec<F>* to = tile;
   unroll<R>([&](auto r) SLAK_LAMBDA {
     unroll<C>([&](auto c) SLAK_LAMBDA { sum[r][c] = to[c]; });
     advance(to, tile_width);
   });
-  const int64_t step = kTall ? width : 1;
+  const int64_t step = kTall ? width : kTaps;
   x += low * step;
   weight += low * pitch;
   for (int64_t tap = low; tap < high; ++tap) {
@@ -429,8 +472,8 @@ void multiply_tile(Vec<F>* tile, int64_t tile_width, const Vec<F>* x, int64_t wi
         Vec<F> v = row[j];
         SLAK_PIN(v);
         unroll<N>([&](auto n) SLAK_LAMBDA {
-          constexpr int r = kTall ? i : i - n, c = kTall ? j - n : j;
-          if constexpr (r >= 0 && r < R && c >= 0 && c < C) sum[r][c] += v * w[n];
+          constexpr int r = kTall ? i : i - n, c = kTall ? j - kTaps * n : j;
+          if constexpr (r >= 0 && r < R && c >= 0 && c < C) add_product<kTaps>(sum[r][c], v, w[n]);
         });
       });
       advance(row, width);
@@ -448,12 +491,12 @@ template <typename F>
 using MultiplyTile = void (*)(Vec<F>*, int64_t, const Vec<F>*, int64_t, const Vec<F>*, int64_t,
                               int64_t, int64_t);
 
-template <typename F, int R, int C, bool kTall>
+template <typename F, int kTaps, int R, int C, bool kTall>
 MultiplyTile<F> choose_taps(int taps) {
   static constexpr MultiplyTile<F> table[kShort] = {
-      multiply_tile<F, kTall, R, C, 1>, multiply_tile<F, kTall, R, C, 2>,
-      multiply_tile<F, kTall, R, C, 3>, multiply_tile<F, kTall, R, C, 4>,
-      multiply_tile<F, kTall, R, C, 5>};
+      multiply_tile<F, kTaps, kTall, R, C, 1>, multiply_tile<F, kTaps, kTall, R, C, 2>,
+      multiply_tile<F, kTaps, kTall, R, C, 3>, multiply_tile<F, kTaps, kTall, R, C, 4>,
+      multiply_tile<F, kTaps, kTall, R, C, 5>};
   return table[taps - 1];
 }
 
@@ -470,24 +513,25 @@ constexpr TileShape kTiles[] = {{2, 4}, {4, 2}};
 template <typename F>
 constexpr int kTileShapes = std::is_same_v<F, double> ? 1 : int(sizeof(kTiles) / sizeof(kTiles[0]));
 
-template <typename F, int R, int C>
+template <typename F, int kTaps, int R, int C>
 MultiplyTile<F> choose_axis(bool is_tall, int taps) {
-  return is_tall ? choose_taps<F, R, C, true>(taps) : choose_taps<F, R, C, false>(taps);
+  return is_tall ? choose_taps<F, kTaps, R, C, true>(taps)
+                 : choose_taps<F, kTaps, R, C, false>(taps);
 }
 
-template <typename F>
+template <typename F, int kTaps>
 MultiplyTile<F> choose_tile(TileShape tile, bool is_tall, int taps) {
 #ifdef SLAK_MANY_REGISTERS
   if constexpr (kTileShapes<F> > 1) {
-    if (tile.rows == 5) return choose_axis<F, 5, 4>(is_tall, taps);
-    if (tile.columns == 5) return choose_axis<F, 4, 5>(is_tall, taps);
+    if (tile.rows == 5) return choose_axis<F, kTaps, 5, 4>(is_tall, taps);
+    if (tile.columns == 5) return choose_axis<F, kTaps, 4, 5>(is_tall, taps);
   }
-  return choose_axis<F, 4, 4>(is_tall, taps);
+  return choose_axis<F, kTaps, 4, 4>(is_tall, taps);
 #else
   if constexpr (kTileShapes<F> > 1) {
-    if (tile.rows == 4) return choose_axis<F, 4, 2>(is_tall, taps);
+    if (tile.rows == 4) return choose_axis<F, kTaps, 4, 2>(is_tall, taps);
   }
-  return choose_axis<F, 2, 4>(is_tall, taps);
+  return choose_axis<F, kTaps, 2, 4>(is_tall, taps);
 #endif
 }
 
@@ -536,11 +580,14 @@ SlakBranch trimmed(SlakBranch b, int64_t channels) {
   return b;
 }
 
-// A kernel branch and where its taps lie in the scratch memory.
+// A kernel branch. Its taps lie in the scratch memory as rows() x columns() vectors.
+template <int kTaps>
 struct ForwardBranch {
   SlakBranch given;
   bool is_tall;
-  int64_t taps() const { return int64_t(given.rows) * given.columns; }
+  int rows() const { return given.rows; }
+  int columns() const { return int(divide_up(given.columns, kTaps)); }
+  int64_t vectors() const { return int64_t(rows()) * columns(); }
   int up() const { return given.row; }
   int down() const { return given.rows - 1 - given.row; }
   int before() const { return given.column; }
@@ -550,6 +597,8 @@ struct ForwardBranch {
 template <typename F, typename S>
 class Forward {
   static constexpr int L = kLanes<F>;
+  static constexpr int kTaps = kTapsPerLane<S>;
+  typedef ForwardBranch<kTaps> Branch;
 
  public:
   explicit Forward(const SlakProblem& problem) : p_(problem) {
@@ -558,15 +607,15 @@ class Forward {
     const int64_t spill_columns = divide_up(p_.width, tile_.columns) * tile_.columns - p_.width;
     for (int i = 0; i < p_.branches; ++i) {
       const SlakBranch given = trimmed<S>(p_.branch[i], p_.channels);
-      const ForwardBranch b{given, given.rows > given.columns};
+      const Branch b{given, given.rows > given.columns};
       branches_.push_back(b);
-      taps_ += b.taps();
+      vectors_ += b.vectors();
       up_ = std::max(up_, int64_t(b.up()));
       down_ = std::max(down_, int64_t(b.down()));
       // A tap of the long axis is left out if the whole tile meets padding, and so is a group of
       // taps of the short axis: this is as far out as they can reach.
       const int64_t rows = tile_.rows - 1 + (b.is_tall ? 0 : kShort - 1);
-      const int64_t columns = tile_.columns - 1 + (b.is_tall ? kShort - 1 : 0);
+      const int64_t columns = tile_.columns - 1 + kTaps * (b.is_tall ? kShort : 1) - 1;
       top_ = std::max(top_, std::min(rows, int64_t(b.up())));
       bottom_ = std::max(bottom_, std::min(rows, b.down() + spill_rows));
       left_ = std::max(left_, std::min(columns, int64_t(b.before())));
@@ -577,6 +626,7 @@ class Forward {
     strip_ = std::max(1, kStripColumns / tile_.columns) * tile_.columns;
     chunk_rows_ = divide_up(divide_up(p_.height, chunks_), tile_.rows) * tile_.rows;
     chunks_ = divide_up(p_.height, chunk_rows_);
+    if (kTaps == 2) left_ = std::max<int64_t>(left_, 1);
     plane_.top = top_;
     plane_.left = left_;
     plane_.width = odd(left_ + p_.width + right_);
@@ -591,7 +641,7 @@ class Forward {
     std::atomic<int> failed{0};
     run_tasks(p_, blocks_ * p_.images * chunks_, [&](int64_t task) {
       thread_local Scratch scratch;
-      const size_t vectors = size_t(taps_ + plane_vectors_ * p_.sources + band_vectors_ * p_.targets);
+      const size_t vectors = size_t(vectors_ + plane_vectors_ * p_.sources + band_vectors_ * p_.targets);
       auto* memory = static_cast<Vec<F>*>(scratch.reserve(vectors * sizeof(Vec<F>)));
       if (!memory) {
         failed = 1;
@@ -615,7 +665,7 @@ class Forward {
       const double copied = std::min(double(p_.height), rows + double(up_ + down_));
       // Copying a vector costs as much as some ten taps.
       const double cost = double(divide_up(tasks * chunks, p_.threads)) *
-                          (rows * double(taps_) + 10 * copied * p_.sources);
+                          (rows * double(vectors_) + 10 * copied * p_.sources);
       if (least == 0 || cost < least) {
         least = cost;
         chunks_ = chunks;
@@ -630,19 +680,19 @@ class Forward {
     const int64_t end = std::min(p_.height, begin + chunk_rows_);
 
     Vec<F>* weights = memory;
-    Vec<F>* planes = weights + taps_;
+    Vec<F>* planes = weights + vectors_;
     Vec<F>* bands = planes + plane_vectors_ * p_.sources;
     Vec<F>* weight = weights;
-    for (const ForwardBranch& b : branches_) {
+    for (const Branch& b : branches_) {
       fill_weights(b, channel, channels, weight);
-      weight += b.taps();
+      weight += b.vectors();
     }
     Plane plane = plane_;
     plane.first = std::max<int64_t>(0, begin - up_);
     const int64_t rows = std::min(p_.height, end + down_) - plane.first;
     plane.height = top_ + rows + bottom_;
     for (int s = 0; s < p_.sources; ++s)
-      fill_plane<F, S>(planes + s * plane_vectors_, plane, p_.source[s], image, channel, channels,
+      fill_plane<F, S, kTaps>(planes + s * plane_vectors_, plane, p_.source[s], image, channel, channels,
                        rows, p_.width);
 
     Vec<F> start = {};
@@ -655,10 +705,10 @@ class Forward {
         for (int64_t i = 0; i < band_vectors_ * p_.targets; ++i)
           bands[i] = i < band_vectors_ ? start : Vec<F>{};
         const Vec<F>* taps = weights;
-        for (const ForwardBranch& b : branches_) {
+        for (const Branch& b : branches_) {
           multiply_band(b, taps, planes + b.given.source * plane_vectors_, plane,
                         bands + b.given.target * band_vectors_, row, column, columns);
-          taps += b.taps();
+          taps += b.vectors();
         }
         for (int t = 0; t < p_.targets; ++t)
           store_band(p_.target[t], image, channel, channels, row, std::min(end, row + tile_.rows),
@@ -668,16 +718,25 @@ class Forward {
   }
 
   // Kernel taps as vectors, the short axis contiguous.
-  void fill_weights(const ForwardBranch& b, int64_t channel, int channels, Vec<F>* to) const {
+  void fill_weights(const Branch& b, int64_t channel, int channels, Vec<F>* to) const {
     const SlakBranch& k = b.given;
     const S* from = static_cast<const S*>(k.weight) + channel * k.c;
     auto place = [&](int64_t i, int64_t j, const Vec<F>& v) {
       if (k.flip) i = k.rows - 1 - i, j = k.columns - 1 - j;
-      to[b.is_tall ? i * k.columns + j : j * k.rows + i] = v;
+      const int64_t lane = j / kTaps;
+      Vec<F>& tap = to[b.is_tall ? i * b.columns() + lane : lane * b.rows() + i];
+      if constexpr (kTaps == 2) {
+        // Either half of a lane comes first; the other is zero until it comes.
+        const Vec<F> zero = {}, pair = j % 2 ? paired(zero, v) : paired(v, zero);
+        tap = (Vec<F>)((Bits)tap | (Bits)pair);
+      } else {
+        tap = v;
+      }
     };
+    if (kTaps == 2) std::fill(to, to + b.vectors(), Vec<F>{});
     if (k.w == 1 && k.h == k.columns) {  // one run of taps per channel
       int64_t i = 0, j = 0;
-      read_lanes<F>(from, k.c, 1, channels, b.taps(), [&](int64_t, const Vec<F>& v) {
+      read_lanes<F>(from, k.c, 1, channels, int64_t(k.rows) * k.columns, [&](int64_t, const Vec<F>& v) {
         place(i, j, v);
         if (++j == k.columns) j = 0, ++i;
       });
@@ -688,27 +747,29 @@ class Forward {
                     [&](int64_t j, const Vec<F>& v) { place(i, j, v); });
   }
 
-  void multiply_band(const ForwardBranch& b, const Vec<F>* weight, const Vec<F>* source,
+  void multiply_band(const Branch& b, const Vec<F>* weight, const Vec<F>* source,
                      const Plane& plane, Vec<F>* band, int64_t row, int64_t column,
                      int64_t columns) const {
     const SlakBranch& k = b.given;
-    const int length = b.is_tall ? k.columns : k.rows;
+    const int length = b.is_tall ? b.columns() : b.rows();  // of the short axis
+    const int64_t step_along = b.is_tall ? 1 : kTaps, step_across = b.is_tall ? kTaps : 1;
     const Split split(length, kShort);
     for (int piece = 0; piece < split.pieces; ++piece) {
       const int first = split.first(piece), size = split.size(piece);
-      const MultiplyTile<F> multiply = choose_tile<F>(tile_, b.is_tall, size);
+      const MultiplyTile<F> multiply = choose_tile<F, kTaps>(tile_, b.is_tall, size);
       for (int64_t c = 0; c < columns; c += tile_.columns) {
         // The input that the first tap meets at the first output of the tile.
         const int64_t y = row - k.row + (b.is_tall ? 0 : first);
-        const int64_t x = column + c - k.column + (b.is_tall ? first : 0);
+        const int64_t x = column + c - k.column + (b.is_tall ? kTaps * first : 0);
         const int64_t along = b.is_tall ? y : x, across = b.is_tall ? x : y;
         const int64_t along_size = b.is_tall ? p_.height : p_.width;
         const int64_t across_size = b.is_tall ? p_.width : p_.height;
         const int64_t along_tile = b.is_tall ? tile_.rows : tile_.columns;
         const int64_t across_tile = b.is_tall ? tile_.columns : tile_.rows;
-        if (across >= across_size || across + across_tile + size - 1 <= 0) continue;
-        const int64_t low = std::max<int64_t>(0, 1 - along_tile - along);
-        const int64_t high = std::min<int64_t>(b.is_tall ? k.rows : k.columns, along_size - along);
+        if (across >= across_size || across + across_tile + step_across * size - 1 <= 0) continue;
+        const int64_t low = std::max<int64_t>(0, divide_up(2 - step_along - along_tile - along, step_along));
+        const int64_t high = std::min<int64_t>(b.is_tall ? b.rows() : b.columns(),
+                                               divide_up(along_size - along, step_along));
         if (low >= high) continue;
         const Vec<F>* input = source + plane.at(y, x);
         multiply(band + c, strip_, input, plane.width, weight + first, length, low, high);
@@ -726,9 +787,9 @@ class Forward {
 
   const SlakProblem& p_;
   TileShape tile_;
-  std::vector<ForwardBranch> branches_;
+  std::vector<Branch> branches_;
   Plane plane_;
-  int64_t taps_ = 0, up_ = 0, down_ = 0, top_ = 0, bottom_ = 0, left_ = 0, right_ = 0;
+  int64_t vectors_ = 0, up_ = 0, down_ = 0, top_ = 0, bottom_ = 0, left_ = 0, right_ = 0;
   int64_t blocks_ = 0, chunks_ = 1, chunk_rows_ = 0, strip_ = 0;
   int64_t plane_vectors_ = 0, band_vectors_ = 0;
 };
