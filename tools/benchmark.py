@@ -7,6 +7,7 @@ Examples:
     python tools/benchmark.py op --family slak --size 512x512
     python tools/benchmark.py op --family shiftwise --stages 0 1 --json out.json --plot out.png
     python tools/benchmark.py model --size 800x1344 --batch 1 2
+    python tools/benchmark.py segmentor configs/upernet_slak_t_ade20k.py --size 256x256
     python tools/benchmark.py sparse --size 512x512 --batch 1 2 --mode rigl
 """
 from __future__ import annotations
@@ -15,9 +16,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from slak_mm.analysis.benchmarks import model, op, sparse
+from slak_mm.analysis.benchmarks import model, op, segmentor, sparse
+from slak_mm.engine.overrides import ConfigOverrideError
 
-COMMANDS = (op, model, sparse)
+COMMANDS = (op, model, segmentor, sparse)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for line in args.run(args):
             print(line, flush=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ConfigOverrideError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
