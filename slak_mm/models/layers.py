@@ -37,12 +37,12 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Sum over the rows of (P, C) of the squares, (C,); for inference on the CPU."""
+    """Sum over the rows of (P, C) of the squares, (C,), in float32 at least; without autograd."""
     # A few rows at a time: their squares do not leave the cache.
     scratch = x.new_empty(max(1, min(len(x), SQUARES_AT_ONCE // x.shape[1])), x.shape[1])
-    total = x.new_zeros(x.shape[1])
+    total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     for part in x.split(len(scratch)):
-        total += torch.mul(part, part, out=scratch[:len(part)]).sum(0)
+        total += torch.mul(part, part, out=scratch[:len(part)]).sum(0, dtype=total.dtype)
     return total
 
 

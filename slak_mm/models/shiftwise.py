@@ -292,7 +292,7 @@ class FeedForward(nn.Module):
         hidden = [linear(self.fc1, part * gate, self.act, keep=True)
                   for part in y.split(PIXELS_AT_ONCE)]
         norm = torch.stack([sum_of_squares(part) for part in hidden]).sum(0).sqrt()
-        factor = self.grn.factor(norm.view(1, 1, 1, -1)).view(-1)
+        factor = self.grn.factor(norm.to(x.dtype).view(1, 1, 1, -1)).view(-1)
         for part, of_x, into in zip(hidden, *(t.split(PIXELS_AT_ONCE) for t in (x, out))):
             torch.add(of_x, linear(self.fc2, part.mul_(factor), keep=True), out=into)
 
