@@ -29,14 +29,18 @@ def autocast_dtype(device_type: str) -> torch.dtype:
         torch.get_autocast_gpu_dtype())
 
 
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` records a graph."""
+    # From torch 2.3 on; before, nothing here was tried under torch.compile.
+    return bool(getattr(torch.compiler, 'is_compiling', bool)())
+
+
 def is_observed(x: Tensor) -> bool:
     """Whether something other than the computation itself looks at the operators.
 
     ``torch.compile`` and ``torch.export``, subclasses of tensors, tensors without data, and modes
     such as FLOP counters do; ``torch.jit.trace`` does as well, and is not asked about here.
     """
-    # From torch 2.3 on; before, nothing here was tried under torch.compile.
-    is_compiling = getattr(torch.compiler, 'is_compiling', bool)
     return (
         is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
@@ -45,8 +49,8 @@ def is_observed(x: Tensor) -> bool:
 
 
 def is_counted() -> bool:
-    """Whether a ``torch.utils.flop_counter.FlopCounterMode`` looks on."""
+    """Whether a ``torch.utils.flop_counter.FlopCounterMode`` looks on, outside of graphs."""
     # By name: the module imports Triton, and warns where there is none.
-    return any(
+    return not is_compiling() and any(
         type(mode).__module__ == 'torch.utils.flop_counter'
         for mode in _get_current_dispatch_mode_stack())
