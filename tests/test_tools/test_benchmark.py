@@ -146,6 +146,6 @@ def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys
         if row['passing'] == 'sum':
             fastest.pop()
         assert row['seconds']['best mix'] == sum(fastest)
-        assert row['seconds']['NCHW'] == sum(layouts['NCHW'])
+        assert set(layouts) < set(row['seconds'])  # as a whole, too
         assert not {'gemm', 'cpu'} & set(row['seconds'])
     assert '%)' in capsys.readouterr().out

@@ -301,14 +301,13 @@ def measure(case: Case, options: dict[str, Any], names: Sequence[str], passing: 
     """All figures of one pass at one stage."""
     steps: dict[str, Callable[[], list[Tensor]]] = {
         name: case.step(name, passing) for name in names if name != 'best mix'}
-    # Branch by branch, with one result in memory at a time: no disadvantage for the mix.
-    branches = [f'{layout} {i}' for i in range(3) for layout in LAYOUTS]
-    if 'best mix' in names:
+    if 'best mix' in names:  # branch by branch, with one result in memory at a time
         steps.update((f'{layout} {i}', case.branch(layout, i, passing))
-                     for i in range(3) for layout in LAYOUTS)
+                     for layout in LAYOUTS for i in range(3))
     times, results = measure_times(steps, args.repeats, args.device)
-    for name in branches:
-        results.pop(name, None)
+    branches = {layout: [times[f'{layout} {i}'] for i in range(3)] for layout in LAYOUTS
+                if 'best mix' in names}
+    results = {name: result for name, result in results.items() if name in names}
     judge = JUDGE[case.family]
     is_short = case.dtype in (torch.bfloat16, torch.float16)
     if judge in results and not is_short:
@@ -321,9 +320,8 @@ def measure(case: Case, options: dict[str, Any], names: Sequence[str], passing: 
     seconds = {name: times[name] for name in names if name in times and name not in disagrees}
     if 'best mix' in names and not set(LAYOUTS) & set(disagrees):
         # The small kernel of the deployed form is part of the wide one.
-        seconds['best mix'] = sum(
-            min(times[f'{layout} {i}'] for layout in LAYOUTS)
-            for i in range(2 if passing == 'sum' else 3))
+        fastest = [min(pair) for pair in zip(*branches.values(), strict=True)]
+        seconds['best mix'] = sum(fastest[:2] if passing == 'sum' else fastest)
     memory = {name: measure_peak(__name__, dict(options, contender=name, passing=passing))
               for name in names if name not in disagrees} if with_memory else {}
     flops = case.flops(passing) if case.family == 'slak' else None
