@@ -276,13 +276,14 @@ def plot_bars(path: str | None, groups: Sequence[str],
         shown = [math.nan if value is None else value for value in values]
         bars = axes.barh([row - 0.4 + (index + 0.5) * height for row in range(len(groups))],
                          shown, height=height * 0.92, label=name)
-        axes.bar_label(bars, [f'{v:.3g}' if math.isfinite(v) else '' for v in shown],
-                       padding=2, fontsize=7)
+        labels = [f'{v:.0f}' if v >= 100 else f'{v:.3g}' if math.isfinite(v) else ''
+                  for v in shown]
+        axes.bar_label(bars, labels, padding=2, fontsize=7)
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
     if any(value for values in series.values() for value in values):
         axes.set_xscale('log')
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
