@@ -1,0 +1,45 @@
+"""Channels-last from the images to the heads on the CPU, without copies in between."""
+
+import pytest
+import torch
+from backbone_helpers import random_
+from torch.profiler import ProfilerActivity, profile
+
+from slak_mm import switch_to_deploy
+from slak_mm.models import ShiftWise, SLaK
+
+COMMON = dict(
+    arch=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), kernel_sizes=(13, 11, 9, 7),
+    norm_cfg=dict(type='BN'))
+BACKBONES = {
+    'slak': lambda: SLaK(**COMMON, width_factor=1.0),
+    'shiftwise1': lambda: ShiftWise(**COMMON, version=1),
+    'shiftwise2': lambda: ShiftWise(**COMMON),
+}
+BATCH = 5  # no weight has this first size
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'deploy'])
+@pytest.mark.parametrize('name', BACKBONES)
+def test_only_the_images_are_copied(name, mode):
+    model = random_(BACKBONES[name]()).train(mode == 'train')
+    if mode == 'deploy':
+        switch_to_deploy(model)
+    images = torch.randn(BATCH, 3, 128, 96, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        with torch.set_grad_enabled(mode == 'train'):
+            maps = model(images)
+            if mode == 'train':
+                torch.autograd.backward(maps, [torch.ones_like(y) for y in maps])
+        return maps
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        maps = run()
+    shapes = [tuple(event.input_shapes[0]) for event in profiler.events()
+              if event.name == 'aten::copy_']
+    of_maps = [s for s in shapes if len(s) == 4 and s[0] == BATCH and s[2:] != (1, 1)]
+    assert of_maps == [images.shape]
+    assert len(maps) == 4
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in maps)
