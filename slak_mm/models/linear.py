@@ -16,7 +16,8 @@ from slak_mm.ops._context import is_autocast_enabled, is_observed
 
 # Rows for which a packed weight is laid out.
 _ROWS = 1024
-
+# With fewer, transposing the weight for the input gradient costs more than oneDNN saves.
+_LEAST_ROWS_OF_GRADIENTS = 64
 
 # Layer -> what its weight was, and the copy that oneDNN takes.
 _packed: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Tensor]] = WeakKeyDictionary()
@@ -46,7 +47,8 @@ def linear(
     if not _is_taken(layer, x):
         y = layer(x)
     elif torch.is_grad_enabled():
-        y = _Linear.apply(x, layer.weight, layer.bias)
+        y = (_Linear.apply(x, layer.weight, layer.bias)
+             if x.numel() >= _LEAST_ROWS_OF_GRADIENTS * x.shape[-1] else layer(x))
     else:
         assert isinstance(layer, nn.Linear)
         fuses = type(act) is nn.GELU and act.approximate == 'none' and not has_hooks(act)

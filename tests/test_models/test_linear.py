@@ -56,7 +56,8 @@ def test_it_is_the_layer(shape, width, bias, act):
 
 
 @pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('shape,width', [((1, 1), 1), ((3, 17), 5), ((2, 3, 5, 40), 31)])
+@pytest.mark.parametrize('shape,width', [
+    ((1, 1), 1), ((3, 17), 5), ((64, 17), 5), ((2, 8, 5, 40), 31)])
 def test_gradients(shape, width, bias):
     layer, generator = make(shape[-1], width, bias)
     x = torch.randn(shape, generator=generator, requires_grad=True)
@@ -73,7 +74,7 @@ def test_gradients(shape, width, bias):
 @pytest.mark.parametrize('needs', ['x', 'weight', 'bias'])
 def test_one_gradient_alone(needs):
     layer, generator = make(7, 3)
-    x = torch.randn(5, 7, generator=generator)
+    x = torch.randn(80, 7, generator=generator)
     leaves = dict(x=x, weight=layer.weight, bias=layer.bias)
     for name, leaf in leaves.items():
         leaf.requires_grad_(name == needs)
@@ -83,7 +84,7 @@ def test_one_gradient_alone(needs):
 
 def test_gradients_can_be_differentiated_again():
     layer, generator = make(7, 3)
-    x = torch.randn(5, 7, generator=generator, requires_grad=True)
+    x = torch.randn(80, 7, generator=generator, requires_grad=True)
 
     def penalty(call):
         grad, = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
