@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._context import is_counted, is_observed
+from ._context import is_compiling, is_counted, is_observed
 from .backends import BACKENDS, choose_backend, forced_backend, measured, reference
 from .backends.layout import memory_format
 
@@ -38,10 +38,8 @@ def _wants_plain_graph() -> bool:
     """Whether a graph is recorded that knows PyTorch's convolutions only."""
     if torch.jit.is_tracing() or is_counted():
         return True
-    if not HAS_LIBRARY:
-        return False
-    is_recorded = torch.compiler.is_compiling()
-    return is_recorded and (torch.onnx.is_in_onnx_export() or forced_backend() == 'reference')
+    return HAS_LIBRARY and is_compiling() and (
+        torch.onnx.is_in_onnx_export() or forced_backend() == 'reference')
 
 
 # --------------------------------------------------------------------------------- computation

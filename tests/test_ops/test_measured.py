@@ -63,6 +63,18 @@ def test_no_result_is_no_agreement(choose):
     assert choose(dict(bad=stand_in(float('nan'))), [2.0]) == 'reference'
 
 
+@pytest.mark.parametrize('place', [0, 1])
+def test_no_agreement_in_one_of_the_results(choose, place, caplog):
+    def forward(*args):
+        results = list(reference.forward(*args))
+        results[place] = results[place] * float('nan')
+        return tuple(results)
+
+    candidates = dict(bad=SimpleNamespace(forward=forward, backward=reference.backward))
+    assert choose(candidates, [1.0, 2.0]) == 'reference'
+    assert 'by nan for an input' in caplog.text
+
+
 def test_what_asks_for_determinism_measures_nothing(choose, monkeypatch):
     candidates = dict(fast=stand_in())
     monkeypatch.setenv('SLAK_MM_AUTOTUNE', '0')

@@ -40,6 +40,8 @@ def measure_peak(module: str, case: dict[str, Any]) -> float | None:
         PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
     environment.update(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+    for name in ('MALLOC_MMAP_MAX_', 'MALLOC_TOP_PAD_'):  # which would keep them
+        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-m', __name__, module, json.dumps(case)],
         env=environment, capture_output=True, text=True)

@@ -641,7 +641,8 @@ class Forward {
     std::atomic<int> failed{0};
     run_tasks(p_, blocks_ * p_.images * chunks_, [&](int64_t task) {
       thread_local Scratch scratch;
-      const size_t vectors = size_t(vectors_ + plane_vectors_ * p_.sources + band_vectors_ * p_.targets);
+      const size_t vectors =
+          size_t(vectors_ + plane_vectors_ * p_.sources + band_vectors_ * p_.targets);
       auto* memory = static_cast<Vec<F>*>(scratch.reserve(vectors * sizeof(Vec<F>)));
       if (!memory) {
         failed = 1;
@@ -692,8 +693,8 @@ class Forward {
     const int64_t rows = std::min(p_.height, end + down_) - plane.first;
     plane.height = top_ + rows + bottom_;
     for (int s = 0; s < p_.sources; ++s)
-      fill_plane<F, S, kTaps>(planes + s * plane_vectors_, plane, p_.source[s], image, channel, channels,
-                       rows, p_.width);
+      fill_plane<F, S, kTaps>(planes + s * plane_vectors_, plane, p_.source[s], image, channel,
+                              channels, rows, p_.width);
 
     Vec<F> start = {};
     if (p_.bias)
@@ -736,7 +737,8 @@ class Forward {
     if (kTaps == 2) std::fill(to, to + b.vectors(), Vec<F>{});
     if (k.w == 1 && k.h == k.columns) {  // one run of taps per channel
       int64_t i = 0, j = 0;
-      read_lanes<F>(from, k.c, 1, channels, int64_t(k.rows) * k.columns, [&](int64_t, const Vec<F>& v) {
+      const int64_t taps = int64_t(k.rows) * k.columns;
+      read_lanes<F>(from, k.c, 1, channels, taps, [&](int64_t, const Vec<F>& v) {
         place(i, j, v);
         if (++j == k.columns) j = 0, ++i;
       });
@@ -767,7 +769,8 @@ class Forward {
         const int64_t along_tile = b.is_tall ? tile_.rows : tile_.columns;
         const int64_t across_tile = b.is_tall ? tile_.columns : tile_.rows;
         if (across >= across_size || across + across_tile + step_across * size - 1 <= 0) continue;
-        const int64_t low = std::max<int64_t>(0, divide_up(2 - step_along - along_tile - along, step_along));
+        const int64_t low =
+            std::max<int64_t>(0, divide_up(2 - step_along - along_tile - along, step_along));
         const int64_t high = std::min<int64_t>(b.is_tall ? b.rows() : b.columns(),
                                                divide_up(along_size - along, step_along));
         if (low >= high) continue;
