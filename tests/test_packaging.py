@@ -82,7 +82,7 @@ def test_name_version_and_python(wheel_path, metadata):
     assert metadata['Requires-Python'] == '>=3.10'
 
 
-def test_licence(contents, metadata):
+def test_license(contents, metadata):
     assert metadata['License'] == 'Apache-2.0' or metadata['License-Expression'] == 'Apache-2.0'
     (name,) = (name for name in contents if re.search(r'\.dist-info/(licenses/)?LICENSE$', name))
     assert contents[name] == (ROOT / 'LICENSE').read_text()

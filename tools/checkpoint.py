@@ -94,9 +94,9 @@ def run_inspect(args: argparse.Namespace) -> None:
         print(f'\nbackbone    {root.rstrip(".") or "(the whole file)"}')
         print(f'format      {notes.format}')
         print(f'variant     {describe(ours)}')
-        if notes.unrecognised:
-            print(f'unknown     {len(notes.unrecognised)} names: '
-                  f'{", ".join(notes.unrecognised[:4])}')
+        if notes.unrecognized:
+            print(f'unknown     {len(notes.unrecognized)} names: '
+                  f'{", ".join(notes.unrecognized[:4])}')
         print_sparsity(part, {k[len(root):]: v for k, v in masks.items() if k.startswith(root)})
     if not roots:
         print('\nbackbone    none of SLaK, ShiftWise or ConvNeXt; all weights of the file:')

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slak_mm.analysis import class_shares, colourise, panel, with_legend
+from slak_mm.analysis import class_shares, colorize, panel, with_legend
 from slak_mm.engine import cli
 from slak_mm.engine.demo_data import DEMO_CLASSES, write_demo_data
 from slak_mm.engine.overrides import ConfigOverrideError
@@ -86,8 +86,8 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
 
 
 def load_labels(path: Path) -> np.ndarray:
-    """An annotation with classes from 0, and 255 where nothing is labelled."""
-    # 0 is "unlabelled" and wraps round to 255, which is what `reduce_zero_label` makes of it.
+    """An annotation with classes from 0, and 255 where nothing is labeled."""
+    # 0 is "unlabeled" and wraps round to 255, which is what `reduce_zero_label` makes of it.
     return np.asarray(Image.open(path), np.uint8) - np.uint8(1)
 
 
@@ -123,9 +123,9 @@ def write_pictures(data: Path, predictions: Path, out: Path) -> int:
         predicted = load_labels(predictions / f'{path.stem}.png')
         # Twice the size, so that the small scenes and their titles can be read.
         pictures = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in (
-            np.asarray(Image.open(path).convert('RGB')), colourise(truth, palette),
-            colourise(predicted, palette))]
-        both = panel(pictures, ['image', 'ground truth (black: unlabelled)', 'prediction'])
+            np.asarray(Image.open(path).convert('RGB')), colorize(truth, palette),
+            colorize(predicted, palette))]
+        both = panel(pictures, ['image', 'ground truth (black: unlabeled)', 'prediction'])
         found = class_shares(np.stack([truth, predicted]), len(names))
         legend = [(names[index], palette[index]) for index, _ in found]
         Image.fromarray(with_legend(both, legend)).save(out / f'{path.stem}.png')

@@ -1,6 +1,6 @@
 """Export for deployment: ``python tools/export.py CONFIG CHECKPOINT --format onnx``.
 
-Branches and norms of the backbone are folded first. The file takes images that are normalised as
+Branches and norms of the backbone are folded first. The file takes images that are normalized as
 the config's data preprocessor does it, and gives the class scores of a segmentor at the size of
 the image, or with ``--part backbone`` the maps of the backbone. It is compared with the network
 before it is kept, and it needs this package no more.

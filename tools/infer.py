@@ -1,6 +1,6 @@
 """Draw what a model sees in images: ``python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_DIR...``
 
-Segmentation gives a coloured overlay with a legend of the classes found, the largest first;
+Segmentation gives a colored overlay with a legend of the classes found, the largest first;
 detection gives boxes. Results are written as PNG files named like the images.
 """
 
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu',
                         help='(default: %(default)s)')
     parser.add_argument('--opacity', type=opacity, default=0.5,
-                        help='of the colours over the image, 0 to 1 (default: %(default)s)')
+                        help='of the colors over the image, 0 to 1 (default: %(default)s)')
     parser.add_argument('--score-thr', type=opacity, default=0.3,
                         help='detection: draw boxes from this score on (default: %(default)s)')
     cli.add_size_arguments(parser)
@@ -81,7 +81,7 @@ def find_images(sources: list[str]) -> list[tuple[Path, Path]]:
 
 
 def build_model(cfg: overrides.Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The model with its weights, and names and colours of its classes."""
+    """The model with its weights, and names and colors of its classes."""
     checkpoint = read_checkpoint(args.checkpoint)
     overrides.adapt_to_device(cfg)
     try:

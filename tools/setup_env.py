@@ -106,7 +106,7 @@ def parse_pins(text: str) -> dict[str, str]:
             ``name===version``, with comments and environment markers.
 
     Returns:
-        Full requirement (without comment) by normalised distribution name.
+        Full requirement (without comment) by normalized distribution name.
 
     Raises:
         SetupError: If an entry is not pinned.

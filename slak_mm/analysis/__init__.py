@@ -1,5 +1,5 @@
 """Pictures and figures about models and their results."""
 
-from .overlay import class_shares, colourise, overlay, panel, with_legend
+from .overlay import class_shares, colorize, overlay, panel, with_legend
 
-__all__ = ['class_shares', 'colourise', 'overlay', 'panel', 'with_legend']
+__all__ = ['class_shares', 'colorize', 'overlay', 'panel', 'with_legend']

@@ -19,9 +19,9 @@ DEFAULT_KEYS = ('loss', 'sparsity/density', 'sparsity/exploration', 'sparsity/ch
 _NOT_SCALARS = frozenset({'step', 'iter', 'epoch', 'time', 'data_time', 'memory'})
 # In every line that the training loop writes, and in none of validation.
 _OF_TRAINING = frozenset({'lr', 'loss', 'iter'})
-# Distinguishable for colour-blind readers as well (Okabe and Ito).
+# Distinguishable for color-blind readers as well (Okabe and Ito).
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
-# Together with the colour, so that curves which lie on each other can be told apart.
+# Together with the color, so that curves which lie on each other can be told apart.
 _STYLES = ('-', '--', '-.', ':')
 
 
@@ -124,7 +124,7 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean; at both ends over the part of the window that is there.
+    """Centered running mean; at both ends over the part of the window that is there.
 
     Args:
         values (np.ndarray): Shape (N,).

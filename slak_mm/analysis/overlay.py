@@ -1,7 +1,7 @@
-"""Drawing of label maps: coloured overlays, legends, pictures side by side.
+"""Drawing of label maps: colored overlays, legends, pictures side by side.
 
 Images are RGB arrays (H, W, 3) of uint8, label maps integer arrays (H, W) of class indices from
-0; indices without a class (255, for example) are unlabelled and keep the image's own colours.
+0; indices without a class (255, for example) are unlabeled and keep the image's own colors.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['class_shares', 'colourise', 'overlay', 'panel', 'with_legend']
+__all__ = ['class_shares', 'colorize', 'overlay', 'panel', 'with_legend']
 
 Palette = Sequence[Sequence[int]]
 _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
@@ -32,32 +32,32 @@ def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]
     return [(int(index), float(counts[index] / labels.size)) for index in order if counts[index]]
 
 
-def colourise(labels: np.ndarray, palette: Palette,
-              unlabelled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Paint every class in its colour.
+def colorize(labels: np.ndarray, palette: Palette,
+              unlabeled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+    """Paint every class in its color.
 
     Args:
         labels (np.ndarray): Label map (H, W).
-        palette (Sequence): RGB colour 0..255 of each class.
-        unlabelled (Sequence[int]): Colour of everything else. Defaults to black.
+        palette (Sequence): RGB color 0..255 of each class.
+        unlabeled (Sequence[int]): Color of everything else. Defaults to black.
 
     Returns:
         np.ndarray: RGB image (H, W, 3), uint8.
     """
-    colours = np.asarray([*palette, unlabelled], np.uint8)
+    colors = np.asarray([*palette, unlabeled], np.uint8)
     known = (labels >= 0) & (labels < len(palette))
-    return colours[np.where(known, labels, len(palette))]
+    return colors[np.where(known, labels, len(palette))]
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette,
             opacity: float = 0.5) -> np.ndarray:
-    """Lay the colours of a label map over its image.
+    """Lay the colors of a label map over its image.
 
     Args:
         image (np.ndarray): RGB image (H, W, 3), uint8.
         labels (np.ndarray): Label map (H, W).
-        palette (Sequence): RGB colour 0..255 of each class.
-        opacity (float): Weight of the colours, from 0 (the image alone) to 1. Defaults to 0.5.
+        palette (Sequence): RGB color 0..255 of each class.
+        opacity (float): Weight of the colors, from 0 (the image alone) to 1. Defaults to 0.5.
 
     Returns:
         np.ndarray: RGB image (H, W, 3), uint8.
@@ -69,7 +69,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette,
         raise ValueError(f'Image {image.shape[:2]} and label map {labels.shape} differ in size.')
     if not 0 <= opacity <= 1:
         raise ValueError(f'Opacity must be from 0 to 1, got {opacity}.')
-    mixed = (1 - opacity) * image + opacity * colourise(labels, palette)
+    mixed = (1 - opacity) * image + opacity * colorize(labels, palette)
     known = (labels >= 0) & (labels < len(palette))
     return np.where(known[..., None], np.rint(mixed), image).astype(np.uint8)
 
@@ -92,7 +92,7 @@ def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]
 
     Args:
         picture (np.ndarray): RGB image (H, W, 3), uint8.
-        entries (Sequence): Text and RGB colour of each line. What does not fit in the height goes
+        entries (Sequence): Text and RGB color of each line. What does not fit in the height goes
             on in further columns.
         font_size (int, optional): In pixels. Defaults to a fortieth of the height, at least 12.
 
@@ -115,10 +115,10 @@ def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]
     draw = ImageDraw.Draw(canvas)
     left = picture.shape[1] + gap
     for column, width in zip(columns, widths):
-        for row, (text, colour) in enumerate(column):
+        for row, (text, color) in enumerate(column):
             top = gap + row * line
             draw.rectangle((left, top, left + font_size, top + font_size),
-                           fill=tuple(int(value) for value in colour), outline=_INK)
+                           fill=tuple(int(value) for value in color), outline=_INK)
             draw.text((left + line, top), text, fill=_INK, font=font)
         left += width
     return np.asarray(canvas)

@@ -13,7 +13,7 @@ __all__ = ['LayerSparsity', 'draw_sparsity', 'layer_sparsity', 'tap_densities']
 # A kernel from this extent on has a heat map of its taps.
 _LARGE = 7
 _STAGE = re.compile(r'^(?:.*\.)?stages?\.?(\d+)\.')
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 _COLOURS = {'large kernel': '#0072B2', 'small depthwise kernel': '#56B4E9',
             'other convolution': '#009E73', 'linear': '#E69F00'}
 
@@ -68,7 +68,7 @@ def layer_sparsity(state_dict: Mapping[str, Tensor]) -> list[LayerSparsity]:
 def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Share of non-zero weights at each tap of the large depthwise kernels, by stage.
 
-    Kernels of one stage are laid over each other at their centres, so that a tall and a wide
+    Kernels of one stage are laid over each other at their centers, so that a tall and a wide
     one give a cross.
 
     Args:
@@ -152,7 +152,7 @@ def draw_sparsity(state_dict: Mapping[str, Tensor], title: str = '') -> np.ndarr
         axes = parts[1].subplots(1, len(maps), squeeze=False)[0]
         image = None
         for axis, (stage, shares) in zip(axes, maps.items()):
-            bottom, right = (side / 2 for side in shares.shape)  # offsets from the centre
+            bottom, right = (side / 2 for side in shares.shape)  # offsets from the center
             image = axis.imshow(shares, vmin=0, vmax=1, cmap='viridis', interpolation='nearest',
                                 extent=(-right, right, bottom, -bottom))
             axis.set_title(f'{stage}: taps of {shares.shape[0]}x{shares.shape[1]}', fontsize=10)

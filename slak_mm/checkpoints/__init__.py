@@ -23,7 +23,7 @@ from .shiftwise import fit_paths, merge_paths
 from .unwrap import Unwrapped, find_roots, unwrap
 from .variants import Variant, describe, likely_causes
 from .writer import convert_checkpoint, write_checkpoint
-from .zoo import ZOO, ModelInfo, find_model, normalise_url, zoo_table
+from .zoo import ZOO, ModelInfo, find_model, normalize_url, zoo_table
 
 __all__ = [
     'FAMILIES', 'ZOO', 'CheckpointError', 'CheckpointMismatch', 'CheckpointNotFound',
@@ -31,6 +31,6 @@ __all__ = [
     'UnsafeCheckpoint', 'Unwrapped', 'Variant', 'cache_dir', 'cached_path',
     'convert_checkpoint', 'convert_state_dict', 'describe', 'detect_family',
     'detect_format', 'fetch', 'find_backbones', 'find_model', 'find_roots', 'fit_paths',
-    'likely_causes', 'load_pretrained', 'merge_paths', 'normalise_url', 'prepare_checkpoint',
+    'likely_causes', 'load_pretrained', 'merge_paths', 'normalize_url', 'prepare_checkpoint',
     'read_checkpoint', 'to_official', 'unwrap', 'write_checkpoint', 'zoo_table'
 ]

@@ -54,7 +54,7 @@ _BLOCK = 'stages.{i}.{j}.'
 _LARGE = 'stages.{i}.{j}.large_kernel.'
 _TIMM = 'stages.{i}.blocks.{j}.'
 
-# `merged` is the official code's form of a square kernel after re-parameterisation. ConvNeXt
+# `merged` is the official code's form of a square kernel after re-parameterization. ConvNeXt
 # code bases have a bare biased convolution where SLaK has `lkb_origin`.
 _SLAK = Family(
     name='slak',
@@ -149,13 +149,13 @@ class ConversionNotes:
         format (str): As :func:`detect_format` names it.
         renamed (dict[str, str]): Name in the source -> our name, of tensors whose name changed.
         reshaped (list[str]): Our names of 1x1 convolutions that became linear weights.
-        unrecognised (list[str]): Names that belong to no tensor of the family; left as they are.
+        unrecognized (list[str]): Names that belong to no tensor of the family; left as they are.
     """
 
     format: str
     renamed: dict[str, str] = field(default_factory=dict)
     reshaped: list[str] = field(default_factory=list)
-    unrecognised: list[str] = field(default_factory=list)
+    unrecognized: list[str] = field(default_factory=list)
 
 
 class _Renamer:
@@ -191,7 +191,7 @@ def detect_format(state_dict: Mapping[str, Any], prefix: str = '') -> str:
 
     Returns:
         str: 'official-LoRA', 'official-Decom', 'official-lkb' (a square kernel),
-        'official-merged' (a re-parameterised square kernel), 'ours', 'ours-deployed',
+        'official-merged' (a re-parameterized square kernel), 'ours', 'ours-deployed',
         'convnext-facebook', 'convnext-timm', 'convnext-mmpretrain', 'shiftwise' or 'unknown'.
     """
     return _detect(state_dict, prefix)[0]
@@ -228,7 +228,7 @@ def convert_state_dict(
     """Rename the tensors of one backbone from any known spelling to ours.
 
     Names that are ours already stay; so does what is not below ``prefix``, and what no table
-    knows (see :attr:`ConversionNotes.unrecognised`). Nothing is dropped and nothing is copied.
+    knows (see :attr:`ConversionNotes.unrecognized`). Nothing is dropped and nothing is copied.
 
     Args:
         state_dict (Mapping): Tensors by name.
@@ -258,7 +258,7 @@ def convert_state_dict(
             name = key[len(prefix):]
             found = next((n for n in (rename(name) for rename in renamers) if n is not None), None)
             if found is None:
-                notes.unrecognised.append(key)
+                notes.unrecognized.append(key)
             else:
                 new = prefix + found
                 value = _as_linear(new, value, notes)
@@ -304,8 +304,8 @@ def to_official(state_dict: Mapping[str, Any],
         known = [c for c in tables.columns if c != 'merged']
         raise CheckpointError(f'Unknown spelling {spelling!r}: choose from {", ".join(known)}.')
     ours, notes = convert_state_dict(state_dict, prefix, family)
-    if notes.unrecognised:
-        raise CheckpointError(f'{notes.unrecognised[0]} (of {len(notes.unrecognised)} such names) '
+    if notes.unrecognized:
+        raise CheckpointError(f'{notes.unrecognized[0]} (of {len(notes.unrecognized)} such names) '
                               f'is no tensor of a {family} backbone.')
     if family == _SLAK.name and any(
             re.match(re.escape(prefix) + r'stages\.\d+\.\d+\.large_kernel\.bias$', key)

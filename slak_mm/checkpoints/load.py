@@ -48,7 +48,7 @@ class LoadReport:
         converted (dict[str, str]): Name in the checkpoint -> name in the model, where they
             differ by more than a prefix.
         dropped (dict[str, str]): Name in the checkpoint -> why it was left out.
-        newly_initialised (list[str]): Tensors of the model that the checkpoint cannot have and
+        newly_initialized (list[str]): Tensors of the model that the checkpoint cannot have and
             that keep the values they had.
         missing (list[str]): Tensors of the model the checkpoint should have; not with
             ``strict=True``.
@@ -69,7 +69,7 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     converted: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
-    newly_initialised: list[str] = field(default_factory=list)
+    newly_initialized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     zeros: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class LoadReport:
         for reason, count in Counter(self.dropped.values()).items():
             keys = [key for key, why in self.dropped.items() if why == reason]
             lines.append(f'  dropped       {count}: {_groups(keys)} ({reason})')
-        for title, keys in (('new values', self.newly_initialised), ('MISSING', self.missing),
+        for title, keys in (('new values', self.newly_initialized), ('MISSING', self.missing),
                             ('OTHER SHAPE', self.mismatched)):
             if keys:
                 lines.append(f'  {title:<13} {len(keys)}: {_groups(keys)}')
@@ -278,7 +278,7 @@ class _Planner:
         missing, unexpected, shapes = self._compare(candidate)
         report = LoadReport(
             source=self.label, format=notes.format, wrapper=taken.wrapper, variant=str(theirs),
-            converted=self.renamed, dropped=self.dropped, newly_initialised=self.new,
+            converted=self.renamed, dropped=self.dropped, newly_initialized=self.new,
             is_ema=taken.is_ema, remarks=self.remarks, other_copy=taken.other_copy)
         if missing or unexpected or shapes:
             self._settle(report, candidate, missing, unexpected, shapes, whole)

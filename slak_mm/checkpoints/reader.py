@@ -27,7 +27,7 @@ from slak_mm._cache import cache_folder
 
 from ._safe_pickle import RESTRICTED_PICKLE, safe_objects
 from .errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, UnsafeCheckpoint
-from .zoo import ModelInfo, find_model, normalise_url, similar_names
+from .zoo import ModelInfo, find_model, normalize_url, similar_names
 
 __all__ = ['cache_dir', 'cached_path', 'fetch', 'read_checkpoint']
 
@@ -77,7 +77,7 @@ def cached_path(source: str) -> Path:
     parts = urllib.parse.urlsplit(source)
     name = re.sub(r'[^\w.-]+', '_', Path(urllib.parse.unquote(parts.path)).name) or 'checkpoint'
     stem, suffix = os.path.splitext(name)
-    digest = hashlib.sha256(normalise_url(source).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(normalize_url(source).encode()).hexdigest()[:8]
     return cache_dir() / f'{stem}-{digest}{suffix or ".pth"}'
 
 
@@ -220,7 +220,7 @@ def _download(url: str, out: Any, path: Path) -> None:
     """Copy an address into an open file, with a progress line every few seconds."""
     remedy = f'Get it with a browser or on another machine and put it at {path}.'
     print_log(f'Downloading {url} to {path}', logger='current')
-    request = urllib.request.Request(normalise_url(url), headers={'User-Agent': 'slak_mm'})
+    request = urllib.request.Request(normalize_url(url), headers={'User-Agent': 'slak_mm'})
     done, start, shown = 0, time.monotonic(), time.monotonic()
     try:
         with urllib.request.urlopen(request, timeout=_CONNECT_TIMEOUT) as answer:

@@ -46,9 +46,9 @@ def convert_checkpoint(
     for root in roots:
         if to == 'ours':
             weights, notes = convert_state_dict(weights, root)
-            if notes.unrecognised:
+            if notes.unrecognized:
                 raise CheckpointError(
-                    f'{notes.unrecognised[0]} (of {len(notes.unrecognised)} such names) is no '
+                    f'{notes.unrecognized[0]} (of {len(notes.unrecognized)} such names) is no '
                     'tensor of a SLaK, ShiftWise or ConvNeXt backbone.')
         else:
             weights = to_official(weights, None if to == 'official' else to, root)

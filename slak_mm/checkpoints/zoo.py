@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ['ZOO', 'ModelInfo', 'find_model', 'normalise_url', 'zoo_table']
+__all__ = ['ZOO', 'ModelInfo', 'find_model', 'normalize_url', 'zoo_table']
 
 _SLAK_README = 'https://github.com/VITA-Group/SLaK (README)'
 _SHIFTWISE_README = 'https://github.com/lidc54/shift-wiseConv (README)'
@@ -150,7 +150,7 @@ _DRIVE_ID = re.compile(
 _SURF_SHARE = re.compile(r'^(https?://surfdrive\.surf\.nl/files/index\.php/s/\w+)/?$')
 
 
-def normalise_url(url: str) -> str:
+def normalize_url(url: str) -> str:
     """Turn the address of a viewing page into the address of the file behind it.
 
     Knows Google Drive's ``/file/d/<id>/view``, ``open?id=`` and ``uc?id=`` links and SURFdrive's
@@ -187,9 +187,9 @@ def find_model(source: str) -> ModelInfo | None:
         return ZOO[source]
     if '://' not in source:
         return None
-    address = normalise_url(source)
+    address = normalize_url(source)
     for info in ZOO.values():
-        if info.url is not None and normalise_url(info.url) == address:
+        if info.url is not None and normalize_url(info.url) == address:
             return info
     return None
 

@@ -1,11 +1,11 @@
 """Small generated data sets in the layouts of ADE20K, VOC and COCO.
 
 For segmentation, outdoor scenes of eight ADE20K classes, drawn with numpy and Pillow: a few dozen
-of them can be learned from scratch within minutes, and yet no class is a colour. Sky and water,
-grass and trees, roads and house fronts share their colours and differ in texture, shape and place;
-light, colour cast and noise change from scene to scene.
+of them can be learned from scratch within minutes, and yet no class is a color. Sky and water,
+grass and trees, roads and house fronts share their colors and differ in texture, shape and place;
+light, color cast and noise change from scene to scene.
 
-For detection, objects of four classes that VOC and COCO have in common, of any colour, before sky
+For detection, objects of four classes that VOC and COCO have in common, of any color, before sky
 and grass.
 """
 
@@ -24,14 +24,14 @@ __all__ = [
     'write_demo_data', 'write_demo_voc'
 ]
 
-#: The classes that occur, by their value in ADE20K's annotations (0 is unlabelled).
+#: The classes that occur, by their value in ADE20K's annotations (0 is unlabeled).
 DEMO_CLASSES = {
     2: 'building', 3: 'sky', 5: 'tree', 7: 'road', 10: 'grass', 17: 'mountain', 21: 'car',
     22: 'water'
 }
 _IDS = {name: value for value, name in DEMO_CLASSES.items()}
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 class _Canvas:
@@ -49,8 +49,8 @@ class _Canvas:
         picture = Image.fromarray(grid).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return np.asarray(picture)[..., None] * 0.6
 
-    def colour(self, base: Colour, spread: float) -> np.ndarray:
-        """A colour near another one, 0..255."""
+    def color(self, base: Color, spread: float) -> np.ndarray:
+        """A color near another one, 0..255."""
         return np.asarray(base, np.float32) + self.rng.uniform(-spread, spread, 3)
 
     def mask(self, draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
@@ -60,14 +60,14 @@ class _Canvas:
         return np.asarray(picture) > 0
 
     def paint(self, mask: np.ndarray, name: str | None, texture: np.ndarray) -> None:
-        """Put a texture (size, size, 3) or colour (3,) where the mask is, with its label."""
+        """Put a texture (size, size, 3) or color (3,) where the mask is, with its label."""
         self.image[mask] = np.broadcast_to(texture, self.image.shape)[mask]
         self.labels[mask] = _IDS[name] if name else 0
 
 
 def _sky(canvas: _Canvas, horizon: float) -> None:
     size, rng = canvas.size, canvas.rng
-    top = canvas.colour([(90, 130, 190), (130, 140, 155), (150, 120, 130)][rng.integers(3)], 15)
+    top = canvas.color([(90, 130, 190), (130, 140, 155), (150, 120, 130)][rng.integers(3)], 15)
     bottom = top + rng.uniform(20, 60)
     ramp = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
     clouds = np.clip(canvas.noise(3, 4) + 0.3 * canvas.noise(8, 10), 0, None) * 55
@@ -80,13 +80,13 @@ def _mountains(canvas: _Canvas, horizon: float) -> None:
     xs = np.linspace(0, size, 8)
     ys = horizon - rng.uniform(0.05, 0.3, 8) * size
     outline = [(0, size), *zip(xs.tolist(), ys.tolist()), (size, size)]
-    colour = canvas.colour([(105, 105, 115), (110, 100, 85), (90, 105, 100)][rng.integers(3)], 12)
+    color = canvas.color([(105, 105, 115), (110, 100, 85), (90, 105, 100)][rng.integers(3)], 12)
     # Slanted ridges: fine noise on sheared coordinates.
     yy, xx = np.mgrid[:size, :size].astype(np.float32)
     ridges = np.sin((xx + 0.7 * yy) / size * rng.uniform(60, 90)
                     + 5 * canvas.noise(4, 4)[..., 0])[..., None]
     canvas.paint(canvas.mask(lambda d: d.polygon(outline, fill=255)), 'mountain',
-                 colour + 16 * ridges + 14 * canvas.noise(10, 10))
+                 color + 16 * ridges + 14 * canvas.noise(10, 10))
 
 
 def _ground(canvas: _Canvas, horizon: float) -> None:
@@ -95,7 +95,7 @@ def _ground(canvas: _Canvas, horizon: float) -> None:
     below[int(horizon):] = True
     blades = canvas.noise(size // 5, size)
     canvas.paint(below, 'grass',
-                 canvas.colour((95, 125, 60), 18) + 26 * blades + 14 * canvas.noise(5, 5))
+                 canvas.color((95, 125, 60), 18) + 26 * blades + 14 * canvas.noise(5, 5))
 
 
 def _water(canvas: _Canvas, horizon: float) -> None:
@@ -105,7 +105,7 @@ def _water(canvas: _Canvas, horizon: float) -> None:
     left, right = rng.uniform(-0.4, 0.2) * size, rng.uniform(0.7, 1.4) * size
     ripples = canvas.noise(size // 2, size // 12)
     canvas.paint(canvas.mask(lambda d: d.ellipse((left, top, right, bottom), fill=255)), 'water',
-                 canvas.colour([(85, 120, 160), (110, 130, 140)][rng.integers(2)], 15)
+                 canvas.color([(85, 120, 160), (110, 130, 140)][rng.integers(2)], 15)
                  + 24 * ripples)
 
 
@@ -116,7 +116,7 @@ def _road(canvas: _Canvas, horizon: float) -> tuple[float, float]:
     outline = [(far - thin, horizon), (far + thin, horizon), (near + wide, size),
                (near - wide, size)]
     canvas.paint(canvas.mask(lambda d: d.polygon(outline, fill=255)), 'road',
-                 canvas.colour((105, 102, 100), 18) + 9 * canvas.noise(size, size))
+                 canvas.color((105, 102, 100), 18) + 9 * canvas.noise(size, size))
     for start in np.arange(0.05, 1, 0.22):
         stop = start + 0.1
         ends = [(far + (near - far) * t, horizon + (size - horizon) * t) for t in (start, stop)]
@@ -124,7 +124,7 @@ def _road(canvas: _Canvas, horizon: float) -> tuple[float, float]:
         def dash(draw: ImageDraw.ImageDraw, ends: list = ends, width: int = 1 + int(3 * stop)
                  ) -> None:
             draw.line(ends, fill=255, width=width)
-        canvas.paint(canvas.mask(dash), 'road', canvas.colour((205, 205, 195), 10))
+        canvas.paint(canvas.mask(dash), 'road', canvas.color((205, 205, 195), 10))
     t = rng.uniform(0.45, 0.85)
     return far + (near - far) * t, horizon + (size - horizon) * t
 
@@ -134,12 +134,12 @@ def _building(canvas: _Canvas, horizon: float) -> None:
     width, height = rng.uniform(0.18, 0.35) * size, rng.uniform(0.25, 0.5) * size
     left, bottom = rng.uniform(-0.05, 0.85) * size, horizon + rng.uniform(0.02, 0.1) * size
     box = (left, bottom - height, left + width, bottom)
-    wall = canvas.colour([(150, 110, 90), (125, 125, 130), (175, 160, 130),
+    wall = canvas.color([(150, 110, 90), (125, 125, 130), (175, 160, 130),
                           (110, 120, 135)][rng.integers(4)], 15)
     canvas.paint(canvas.mask(lambda d: d.rectangle(box, fill=255)), 'building',
                  wall + 8 * canvas.noise(size // 3, size // 6))
     pane, step = rng.integers(4, 6), rng.integers(8, 11)
-    glass = canvas.colour([(60, 70, 90), (190, 185, 150)][rng.integers(2)], 20)
+    glass = canvas.color([(60, 70, 90), (190, 185, 150)][rng.integers(2)], 20)
 
     def windows(draw: ImageDraw.ImageDraw) -> None:
         for x in np.arange(box[0] + 3, box[2] - pane, step):
@@ -153,7 +153,7 @@ def _tree(canvas: _Canvas, horizon: float) -> None:
     x, foot = rng.uniform(0, 1) * size, horizon + rng.uniform(0.05, 0.3) * size
     height = rng.uniform(0.2, 0.4) * size
     trunk = canvas.mask(lambda d: d.rectangle((x - 2, foot - 0.5 * height, x + 2, foot), fill=255))
-    canvas.paint(trunk, 'tree', canvas.colour((80, 60, 45), 12))
+    canvas.paint(trunk, 'tree', canvas.color((80, 60, 45), 12))
     blobs = [(x + rng.uniform(-0.2, 0.2) * height, foot - rng.uniform(0.5, 0.9) * height,
               rng.uniform(0.16, 0.26) * height) for _ in range(6)]
 
@@ -161,7 +161,7 @@ def _tree(canvas: _Canvas, horizon: float) -> None:
         for cx, cy, r in blobs:
             draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
     canvas.paint(canvas.mask(crown), 'tree',
-                 canvas.colour([(65, 95, 50), (90, 105, 50), (120, 95, 50)][rng.integers(3)], 14)
+                 canvas.color([(65, 95, 50), (90, 105, 50), (120, 95, 50)][rng.integers(3)], 14)
                  + 34 * canvas.noise(size // 3, size // 3))
 
 
@@ -169,7 +169,7 @@ def _car(canvas: _Canvas, x: float, y: float) -> None:
     size, rng = canvas.size, canvas.rng
     width = rng.uniform(0.16, 0.26) * size
     height = 0.3 * width
-    paint = canvas.colour([(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45),
+    paint = canvas.color([(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45),
                            (190, 160, 50)][rng.integers(5)], 15)
     left, right = x - width / 2, x + width / 2
     cabin = [(left + 0.2 * width, y - height), (left + 0.32 * width, y - 1.8 * height),
@@ -186,8 +186,8 @@ def _car(canvas: _Canvas, x: float, y: float) -> None:
     canvas.paint(canvas.mask(body), 'car', paint + 5 * canvas.noise(size // 4, size // 4))
     glass = [(0.85 * px + 0.15 * x, 0.85 * py + 0.15 * (y - 1.4 * height)) for px, py in cabin]
     canvas.paint(canvas.mask(lambda d: d.polygon(glass, fill=255)), 'car',
-                 canvas.colour((60, 75, 90), 10))
-    canvas.paint(canvas.mask(wheels), 'car', canvas.colour((25, 25, 25), 6))
+                 canvas.color((60, 75, 90), 10))
+    canvas.paint(canvas.mask(wheels), 'car', canvas.color((25, 25, 25), 6))
 
 
 def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +200,7 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, n
     Returns:
         tuple[np.ndarray, np.ndarray]: RGB image (size, size, 3) and annotation (size, size),
         both uint8; the annotation has the values of :data:`DEMO_CLASSES`, and 0 where nothing is
-        labelled.
+        labeled.
     """
     canvas = _Canvas(size, rng)
     horizon = rng.uniform(0.4, 0.6) * size
@@ -220,17 +220,17 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, n
     for _ in range(rng.integers(1, 4)):
         _tree(canvas, horizon)
     if rng.random() < 0.4:
-        # Something that nobody labelled.
+        # Something that nobody labeled.
         x = rng.uniform(0.05, 0.95) * size
         pole = canvas.mask(lambda d: d.line(
             (x, 0.3 * size, x, rng.uniform(0.7, 0.95) * size), fill=255, width=3))
-        canvas.paint(pole, None, canvas.colour((60, 60, 60), 20))
+        canvas.paint(pole, None, canvas.color((60, 60, 60), 20))
 
     return _photograph(canvas), canvas.labels
 
 
 def _photograph(canvas: _Canvas) -> np.ndarray:
-    """The painted image in some light, with a colour cast and grain."""
+    """The painted image in some light, with a color cast and grain."""
     size, rng = canvas.size, canvas.rng
     light = rng.uniform(0.65, 1.2)
     side = 1 + rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, size, dtype=np.float32)[None, :, None]
@@ -282,7 +282,7 @@ def _disc(x: float, y: float, radius_x: float, radius_y: float) -> list[Point]:
 
 
 class _Shape(NamedTuple):
-    """A kind of object: width by height, outline, and what is painted over it in another colour.
+    """A kind of object: width by height, outline, and what is painted over it in another color.
 
     Coordinates are shares of width and height.
     """
@@ -379,11 +379,11 @@ def _paint_object(canvas: _Canvas, shape: _Shape, box: tuple[float, float, float
         corner, extent = np.asarray(box[:2]), np.asarray([box[2] - box[0], box[3] - box[1]])
         return [corner + np.asarray(polygon) * extent for polygon in polygons]
 
-    colour = canvas.rng.uniform(30, 200, 3)
+    color = canvas.rng.uniform(30, 200, 3)
     # The details are lighter or darker than the rest, by enough to be seen in any light.
-    second = np.where(colour.mean() > 115, colour - 85, colour + 85)
+    second = np.where(color.mean() > 115, color - 85, color + 85)
     outline = place(shape.outline)
-    for polygons, texture in ((outline, colour), (place(shape.details), second)):
+    for polygons, texture in ((outline, color), (place(shape.details), second)):
         canvas.paint(_cover(canvas.size, polygons), None,
                      texture + 6 * canvas.noise(canvas.size // 4, canvas.size // 4))
     return outline

@@ -346,7 +346,7 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
 
     Args:
         cfg (Config): Changed in place.
-        max_iters (int): Number of optimisation steps, at least 1.
+        max_iters (int): Number of optimization steps, at least 1.
 
     Raises:
         ConfigOverrideError: The config does not train, or its loop is not one of mmengine's.

@@ -155,7 +155,7 @@ class LargeKernelBackbone(BaseModule):
         return 4 * 2 ** self.out_indices[-1]
 
     def init_weights(self) -> None:
-        """Initialise, and load the checkpoint of ``init_cfg=dict(type='Pretrained', …)``.
+        """Initialize, and load the checkpoint of ``init_cfg=dict(type='Pretrained', …)``.
 
         Without a checkpoint: convolution and linear weights from a normal distribution with
         standard deviation 0.02, biases 0, as the official code.

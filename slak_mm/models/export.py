@@ -37,7 +37,7 @@ class ExportError(RuntimeError):
 class SegmentationScores(nn.Module):
     """Class scores of an ``EncoderDecoder`` of mmsegmentation, at the size of the image.
 
-    Normalised images (N, 3, H, W) to scores (N, classes, H, W), as in its whole-image mode.
+    Normalized images (N, 3, H, W) to scores (N, classes, H, W), as in its whole-image mode.
 
     Args:
         model: The segmentor.

@@ -90,7 +90,7 @@ def build_branch_norm(norm_cfg: dict, num_channels: int) -> _BatchNorm:
     """Build the norm layer of a convolution branch.
 
     ``SyncBN`` becomes ``BN`` on a machine without a CUDA device, where statistics cannot be
-    synchronised; the state dict has the same keys, so checkpoints move freely between the two.
+    synchronized; the state dict has the same keys, so checkpoints move freely between the two.
 
     Args:
         norm_cfg: Norm config as in mmcv, e.g. ``dict(type='SyncBN')``.
@@ -157,7 +157,7 @@ class DepthwiseBranch(nn.Module):
         return self.conv.weight.squeeze(1)
 
     def finish(self, y: Tensor) -> Tensor:
-        """Add the bias and normalise the convolution's result, (N, C, H, W)."""
+        """Add the bias and normalize the convolution's result, (N, C, H, W)."""
         if self.conv.bias is not None:
             y = y + self.conv.bias.view(-1, 1, 1)
         return y if self.bn is None else self.bn(y)
@@ -205,7 +205,7 @@ class RecomputableBlock(nn.Module):
 
 @contextmanager
 def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalise with batch statistics without adding them to the running ones.
+    """Normalize with batch statistics without adding them to the running ones.
 
     The running statistics stay in use, with the weight 0 for the batch: autograd saves them, and
     the recomputation has to save what the first pass saved.

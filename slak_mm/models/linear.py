@@ -29,7 +29,7 @@ def linear(
     """Call a linear layer, in float32 on the CPU by oneDNN where PyTorch has it.
 
     The arithmetic is that of the layer; sums are rounded in another order. A layer that is not
-    exactly ``nn.Linear`` (an adapter, a quantised layer) or has hooks is called as it is. So is
+    exactly ``nn.Linear`` (an adapter, a quantized layer) or has hooks is called as it is. So is
     any under autocast, and where a graph is recorded or a mode such as a FLOP counter looks on.
 
     Args:

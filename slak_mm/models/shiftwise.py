@@ -105,9 +105,9 @@ class ShiftWiseConv(nn.Module):
         self.ghost_scale: nn.Parameter | None = None
         self.ghost_bias: nn.Parameter | None = None
         if deploy:
-            centred = 2 * max(kernel_size // 2, nk * small_kernel - 1 - kernel_size // 2) + 1
-            self.tall = nn.Parameter(torch.zeros(n, centred, small_kernel))
-            self.wide = nn.Parameter(torch.zeros(n, small_kernel, centred))
+            centered = 2 * max(kernel_size // 2, nk * small_kernel - 1 - kernel_size // 2) + 1
+            self.tall = nn.Parameter(torch.zeros(n, centered, small_kernel))
+            self.wide = nn.Parameter(torch.zeros(n, small_kernel, centered))
             self.bias = nn.Parameter(torch.zeros(n))
             if folds_norm:
                 self.ghost_scale = nn.Parameter(torch.ones(num_ghosts))
@@ -224,7 +224,7 @@ class SqueezeExcite(nn.Module):
 
 
 class GRN(nn.Module):
-    """Global response normalisation of (N, H, W, C) maps.
+    """Global response normalization of (N, H, W, C) maps.
 
     ``(gamma * G / (mean over channels of G + 1e-6) + 1) * x + beta`` with the norm G of each
     channel over the pixels. Woo et al., "ConvNeXt V2", CVPR 2023; as in UniRepLKNet.
@@ -419,7 +419,7 @@ class ShiftWise(LargeKernelBackbone):
             Default: False.
         in_channels: Channels of the image. Default: 3.
         init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
-            :data:`slak_mm.checkpoints.ZOO`, or any initialisation config of mmengine.
+            :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.
             Default: truncated normal of standard deviation 0.02.
 
     Raises:
@@ -600,7 +600,7 @@ def _num_ghosts(version: int, channels: int, ghost_ratio: float) -> int:
 def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int) -> None:
     if not isinstance(small_kernel, int) or small_kernel < 1 or small_kernel % 2 == 0:
         raise ValueError(
-            'small_kernel must be an odd positive integer (an even filter has no centre), got '
+            'small_kernel must be an odd positive integer (an even filter has no center), got '
             f'{small_kernel!r}')
     for size in kernel_sizes:
         if not isinstance(size, int) or size < small_kernel:

@@ -230,7 +230,7 @@ class SLaK(LargeKernelBackbone):
             Default: False.
         in_channels: Channels of the image. Default: 3.
         init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
-            :data:`slak_mm.checkpoints.ZOO`, or any initialisation config of mmengine.
+            :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.
             Default: truncated normal of standard deviation 0.02.
 
     Raises:
@@ -304,7 +304,7 @@ def _check_kernels(
         if not isinstance(size, int) or size < 1 or size % 2 == 0:
             raise ValueError(
                 'kernel_sizes and small_kernel must be odd positive integers (an even kernel '
-                f'has no centre and changes the size of the map), got {size!r}')
+                f'has no center and changes the size of the map), got {size!r}')
     if small_kernel is None:
         if decomposed:
             raise ValueError(

@@ -55,7 +55,7 @@ def cross_dwconv2d(
         reduce: Return the sum of the branches instead of each of them.
         center: Tap of the long axis (rows of ``k_v``, columns of ``k_h``) that meets the output
             pixel, 0 to M - 1. Default: ``M // 2``, for which M must be odd. The short axis is
-            always centred and odd.
+            always centered and odd.
 
     Returns:
         The sum, shape (N, C, H, W), if ``reduce``; else the tuple (y_v, y_h, y_s) of such
@@ -67,9 +67,9 @@ def cross_dwconv2d(
         RuntimeError: A backend was forced that cannot run on these tensors.
     """
     _check(x, k_v, k_h, k_s, bias, reduce, center)
-    k_v = _centred(k_v, 1, center)
+    k_v = _centered(k_v, 1, center)
     if k_h is not None:
-        k_h = _centred(k_h, 2, center)
+        k_h = _centered(k_h, 2, center)
     if reduce:
         k_v, k_h, k_s = _merge_small(k_v, k_h, k_s)
 
@@ -133,8 +133,8 @@ def _check(
             raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
 
 
-def _centred(kernel: Tensor, dim: int, center: int | None) -> Tensor:
-    """Pad an off-centre kernel with zero taps, so that its middle tap meets the output pixel."""
+def _centered(kernel: Tensor, dim: int, center: int | None) -> Tensor:
+    """Pad an off-center kernel with zero taps, so that its middle tap meets the output pixel."""
     length = kernel.shape[dim]
     if center is None:
         return kernel
@@ -147,7 +147,7 @@ def _centred(kernel: Tensor, dim: int, center: int | None) -> Tensor:
 def _merge_small(
     k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Add the small kernel to the centre of a larger one that covers it."""
+    """Add the small kernel to the center of a larger one that covers it."""
     if k_s is None:
         return k_v, k_h, None
     host = k_v if k_h is None else k_h

@@ -1,4 +1,4 @@
-"""Agreement of processes about masks. Without an initialised process group nothing happens."""
+"""Agreement of processes about masks. Without an initialized process group nothing happens."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

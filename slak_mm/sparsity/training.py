@@ -265,7 +265,7 @@ class SparseTraining:
             related = {name for own in layer.parameters for name in siblings.get(own, [own])}
             if not any(bool(self.parameters[name].any()) for name in related):
                 _logger.warning(
-                    '%s is zero throughout: it was initialised so and stays dense', layer.name)
+                    '%s is zero throughout: it was initialized so and stays dense', layer.name)
                 found[layer.name] = [torch.ones_like(mask) for mask in found[layer.name]]
         require_zeros({f'{name}.{i}': mask for name, masks in found.items()
                        for i, mask in enumerate(masks)}, self.sparsity)  # fmt: skip

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from slak_mm.analysis import class_shares, colourise, overlay, panel, with_legend
+from slak_mm.analysis import class_shares, colorize, overlay, panel, with_legend
 
 PALETTE = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 LABELS = np.array([[0, 0, 0], [1, 1, 255]])
@@ -12,17 +12,17 @@ def test_class_shares_are_sorted_and_of_all_pixels():
     assert class_shares(np.full((2, 2), 255), 3) == []
 
 
-def test_colourise():
-    picture = colourise(LABELS, PALETTE)
+def test_colorize():
+    picture = colorize(LABELS, PALETTE)
     assert picture.dtype == np.uint8
     assert picture[0, 0].tolist() == [255, 0, 0]
     assert picture[1, 0].tolist() == [0, 255, 0]
     assert picture[1, 2].tolist() == [0, 0, 0]
-    assert colourise(LABELS, PALETTE, (9, 9, 9))[1, 2].tolist() == [9, 9, 9]
+    assert colorize(LABELS, PALETTE, (9, 9, 9))[1, 2].tolist() == [9, 9, 9]
 
 
 @pytest.mark.parametrize('opacity', [0., 0.25, 1.])
-def test_overlay_mixes_linearly_and_leaves_the_unlabelled(opacity):
+def test_overlay_mixes_linearly_and_leaves_the_unlabeled(opacity):
     image = np.full((2, 3, 3), 100, np.uint8)
     picture = overlay(image, LABELS, PALETTE, opacity)
     expected = np.rint(100 * (1 - opacity) + np.array(PALETTE[0]) * opacity)
@@ -39,14 +39,14 @@ def test_overlay_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize('height,entries', [(20, 3), (64, 1), (64, 40)])
-def test_legend_is_beside_the_picture_and_has_every_colour(height, entries):
+def test_legend_is_beside_the_picture_and_has_every_color(height, entries):
     picture = np.full((height, 50, 3), 77, np.uint8)
-    colours = [(10 + 5 * index, 200, 40) for index in range(entries)]
-    result = with_legend(picture, [(f'class {index}', colour)
-                                   for index, colour in enumerate(colours)])
+    colors = [(10 + 5 * index, 200, 40) for index in range(entries)]
+    result = with_legend(picture, [(f'class {index}', color)
+                                   for index, color in enumerate(colors)])
     assert (result[:height, :50] == 77).all()
     legend = {tuple(pixel) for pixel in result[:, 50:].reshape(-1, 3).tolist()}
-    assert set(colours) <= legend
+    assert set(colors) <= legend
 
 
 def test_legend_without_entries_is_the_picture():

@@ -68,7 +68,7 @@ def test_official_keys_map_onto_our_class_and_back(toy, case):
     name, arch, kernel, options, _, _ = case
     official = meta(layout_of(toy, case))
     ours, notes = convert_state_dict(official)
-    assert not notes.unrecognised and len(ours) == len(official)
+    assert not notes.unrecognized and len(ours) == len(official)
     # Values are passed on, never copied or exchanged.
     for old, new in notes.renamed.items():
         assert ours[new] is official[old]
@@ -142,7 +142,7 @@ def test_prefix_limits_the_conversion(toy):
     official = {f'backbone.{k}': v for k, v in toy.official(classifier=False).items()}
     head = 'decode_head.LoRA1.weight'
     ours, notes = convert_state_dict({**official, head: torch.ones(1)}, prefix='backbone.')
-    assert head in ours and len(ours) == len(official) + 1 and not notes.unrecognised
+    assert head in ours and len(ours) == len(official) + 1 and not notes.unrecognized
     assert 'backbone.stages.0.0.large_kernel.tall.conv.weight' in ours
     assert to_official(ours, prefix='backbone.').keys() == {*official, head}
 
@@ -150,7 +150,7 @@ def test_prefix_limits_the_conversion(toy):
 def test_our_own_names_are_left_alone(toy):
     ours = toy.backbone().state_dict()
     converted, notes = convert_state_dict(ours)
-    assert list(converted) == list(ours) and not notes.renamed and not notes.unrecognised
+    assert list(converted) == list(ours) and not notes.renamed and not notes.unrecognized
     assert notes.format == 'ours'
     assert converted._metadata is ours._metadata
 
@@ -165,7 +165,7 @@ def test_two_names_for_one_tensor(toy):
 
 def test_unknown_names_are_reported_not_dropped(toy):
     ours, notes = convert_state_dict({**toy.official(), 'stages.0.0.grn.gamma': torch.ones(1)})
-    assert notes.unrecognised == ['stages.0.0.grn.gamma'] and 'stages.0.0.grn.gamma' in ours
+    assert notes.unrecognized == ['stages.0.0.grn.gamma'] and 'stages.0.0.grn.gamma' in ours
 
 
 def test_shiftwise_is_told_from_slak():
@@ -190,14 +190,14 @@ def test_convnext_spellings_round_trip(toy, spelling):
     assert detect_format(theirs) == f'convnext-{spelling}'
     assert theirs.keys() != ours.keys() and len(theirs) == len(ours)
     back, notes = convert_state_dict(theirs)
-    assert list(back) == list(ours) and not notes.unrecognised
+    assert list(back) == list(ours) and not notes.unrecognized
 
 
 def test_every_tensor_of_timms_convnext():
     timm = pytest.importorskip('timm')
     theirs = timm.create_model('convnext_tiny', pretrained=False).state_dict()
     ours, notes = convert_state_dict(theirs)
-    assert notes.format == 'convnext-timm' and not notes.unrecognised
+    assert notes.format == 'convnext-timm' and not notes.unrecognized
     with torch.device('meta'):
         model = SLaK(arch='tiny', kernel_sizes=K[7], small_kernel=None, decomposed=False,
                      branch_norm=False, conv_bias=True, width_factor=1.0, out_norm=False)

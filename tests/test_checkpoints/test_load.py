@@ -89,7 +89,7 @@ def test_imagenet_checkpoint_into_a_backbone(toy, tmp_path):
     assert report.source == str(tmp_path / 'slak.pth') and report.wrapper == 'model'
     assert report.format == 'official-LoRA'
     assert set(report.loaded) == model.state_dict().keys() - set(OUT_NORMS)
-    assert sorted(report.newly_initialised) == sorted(OUT_NORMS)
+    assert sorted(report.newly_initialized) == sorted(OUT_NORMS)
     assert set(report.dropped) == {'norm.weight', 'norm.bias', 'head.weight', 'head.bias'}
     # 5 blocks, 3 branches, a weight and 5 entries of the norm
     assert len(report.converted) == 5 * 3 * 6
@@ -163,7 +163,7 @@ def test_imagenet_checkpoint_into_a_whole_model(toy, segmentor):
     assert torch.equal(after['backbone.' + key], official[key])
     heads = [k for k in before if not k.startswith('backbone.')]
     assert all(torch.equal(after[k], before[k]) for k in heads)
-    assert set(report.newly_initialised) == {*heads, *('backbone.' + k for k in OUT_NORMS)}
+    assert set(report.newly_initialized) == {*heads, *('backbone.' + k for k in OUT_NORMS)}
 
 
 def test_whole_checkpoint_into_a_whole_model(toy, segmentor):
@@ -174,14 +174,14 @@ def test_whole_checkpoint_into_a_whole_model(toy, segmentor):
     after = to_official(segmentor.state_dict(), prefix='backbone.')
     assert all(torch.equal(after[k], checkpoint['state_dict'][k]) for k in after)
     assert set(report.dropped) == {'data_preprocessor.mean', 'ema_backbone_stages_0_0_gamma'}
-    assert not report.newly_initialised
+    assert not report.newly_initialized
 
 
 def test_whole_checkpoint_into_a_backbone(toy, segmentor):
     checkpoint = whole_official(toy, segmentor)
     model = toy.backbone()
     report = load_pretrained(model, checkpoint)
-    assert not report.newly_initialised
+    assert not report.newly_initialized
     assert torch.equal(model.norm2.weight, checkpoint['state_dict']['backbone.norm2.weight'])
     assert set(report.dropped) == {k for k in checkpoint['state_dict'] if 'head' in k}
 
@@ -246,7 +246,7 @@ def test_fewer_stages_than_the_checkpoint(toy):
     model = toy.backbone(out_indices=(1, 3))
     report = load_pretrained(model, toy.official(classifier=False))
     assert set(report.dropped) == {f'norm{i}.{leaf}' for i in (0, 2) for leaf in ('weight', 'bias')}
-    assert not report.newly_initialised
+    assert not report.newly_initialized
 
 
 def test_convnext_weights(toy):
@@ -266,7 +266,7 @@ def test_convnext_weights(toy):
     report = load_pretrained(whole, {'state_dict': weights})
     assert set(report.dropped) == set(weights) - {
         f'backbone.{k}' for k in to_official(ours, 'mmpretrain')}
-    assert {f'backbone.{k}' for k in OUT_NORMS} < set(report.newly_initialised)
+    assert {f'backbone.{k}' for k in OUT_NORMS} < set(report.newly_initialized)
 
 
 def test_init_cfg_route(toy, tmp_path):

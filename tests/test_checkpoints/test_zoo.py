@@ -3,7 +3,7 @@ import re
 import pytest
 from mmengine.registry import MODELS
 
-from slak_mm.checkpoints import ZOO, find_model, normalise_url, zoo_table
+from slak_mm.checkpoints import ZOO, find_model, normalize_url, zoo_table
 
 DRIVE = 'https://drive.usercontent.google.com/download?id=a-B_1&export=download&confirm=t'
 
@@ -21,7 +21,7 @@ DRIVE = 'https://drive.usercontent.google.com/download?id=a-B_1&export=download&
     ('file:///tmp/x.pth', 'file:///tmp/x.pth'),
 ])
 def test_addresses_of_pages_become_addresses_of_files(pasted, direct):
-    assert normalise_url(pasted) == direct
+    assert normalize_url(pasted) == direct
 
 
 def test_entries_are_consistent():

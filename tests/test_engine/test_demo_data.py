@@ -43,7 +43,7 @@ def test_layout_is_ade20ks(root):
         assert ADE20KDataset.METAINFO['classes'][value - 1] == name
 
 
-def test_all_classes_occur_in_both_splits_and_some_pixels_are_unlabelled(root):
+def test_all_classes_occur_in_both_splits_and_some_pixels_are_unlabeled(root):
     seen = set(np.concatenate([labels.ravel() for labels in labels_of(root, 'training')]))
     assert seen == {0, *DEMO_CLASSES}
     held_out = set(np.concatenate([labels.ravel() for labels in labels_of(root, 'validation')]))
@@ -65,8 +65,8 @@ def test_scenes_are_a_function_of_the_seed(tmp_path, root):
     assert (other / name).read_bytes() != (root / name).read_bytes()
 
 
-def test_no_class_is_a_colour(root):
-    """Nearest mean colour, the best that a pixel's colour alone can roughly do, is not enough."""
+def test_no_class_is_a_color(root):
+    """Nearest mean color, the best that a pixel's color alone can roughly do, is not enough."""
     pixels, truth = [], []
     for path in sorted((root / 'images' / 'training').glob('*.jpg')):
         pixels.append(np.asarray(Image.open(path), float).reshape(-1, 3))

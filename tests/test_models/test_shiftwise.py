@@ -235,7 +235,7 @@ def test_sync_bn_needs_no_process_group():
     assert with_bn.stages[0][0].ffn.norm.momentum == 0.05
 
 
-def test_weights_are_the_official_initialisation():
+def test_weights_are_the_official_initialization():
     """Truncated normal of deviation 0.02, biases and GRN 0, norms 1 and 0, layer scale as given."""
     model = ShiftWise('tiny', layer_scale_init_value=1e-6)
     model.init_weights()
@@ -372,7 +372,7 @@ class TestLoading:
         assert report.remarks == [
             'the index tables of 5 blocks were generated: official checkpoints have none']
         assert 'fitted        the index tables' in str(report)
-        assert not report.newly_initialised
+        assert not report.newly_initialized
         for a, b in zip(outputs(model, images()), outputs(source, images()), strict=True):
             assert torch.equal(a, b)
 
@@ -472,9 +472,9 @@ class TestLoading:
                              num_classes=3, norm_cfg=dict(type='BN')))  # fmt: skip
         source, model, third = (MODELS.build(cfg) for _ in range(3))
         random_(source)
-        assert not load_pretrained(model, {'state_dict': source.state_dict()}).newly_initialised
+        assert not load_pretrained(model, {'state_dict': source.state_dict()}).newly_initialized
         report = load_pretrained(third, to_official(source.backbone.state_dict()))
-        assert all(key.startswith('decode_head.') for key in report.newly_initialised)
+        assert all(key.startswith('decode_head.') for key in report.newly_initialized)
         for other in (model, third):
             for a, b in zip(outputs(other.backbone, images()),
                             outputs(source.backbone, images()), strict=True):  # fmt: skip

@@ -303,7 +303,7 @@ def test_names_convert_both_ways(variant):
     assert hashlib.sha256(lines.encode()).hexdigest() == str(ARRAYS[f'manifest/{variant}'])
 
     back, notes = convert_state_dict(official)
-    assert not notes.unrecognised and notes.format == 'shiftwise'
+    assert not notes.unrecognized and notes.format == 'shiftwise'
     remarks = model.complete_state_dict(back)
     assert {k: v.shape for k, v in back.items()} == {
         k: v.shape for k, v in model.state_dict().items()}

@@ -197,7 +197,7 @@ def test_sync_bn_needs_no_process_group():
     assert with_bn.stages[0][0].large_kernel.tall.bn.momentum == 0.05
 
 
-def test_weights_are_the_official_initialisation():
+def test_weights_are_the_official_initialization():
     """Truncated normal of deviation 0.02, biases 0, norms 1 and 0, layer scale as given."""
     model = SLaK('tiny', layer_scale_init_value=1e-6)
     model.init_weights()
@@ -259,7 +259,7 @@ def test_bad_arguments(change, message):
         SLaK(**{**SMALL, **change})
 
 
-def test_batch_norm_layers_are_plain_or_synchronised():
+def test_batch_norm_layers_are_plain_or_synchronized():
     model = SLaK(**SMALL)
     kinds = {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     assert len(kinds) == 1

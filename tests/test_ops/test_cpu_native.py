@@ -153,7 +153,7 @@ def test_gradcheck():
 
 @needs_library
 @pytest.mark.parametrize('length, center', [(49, 24), (48, 23), (15, 6), (55, 25), (9, 0)])
-def test_off_centre_kernels_of_shiftwise(length, center):
+def test_off_center_kernels_of_shiftwise(length, center):
     """Asymmetric extents equal a convolution after asymmetric padding."""
     x, (k_v, k_h), _ = make(1, 17, 30, 33, [(length, 3), (3, length)], torch.float64)
     with use_backend('cpu_native'):

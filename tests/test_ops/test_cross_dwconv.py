@@ -146,7 +146,7 @@ def test_gradcheck(backend):
     # Tap offsets of ShiftWise kernels, reference/semantics.md section 4.
     [(51, 24, (-24, 26)), (48, 23, (-23, 24)), (15, 6, (-6, 8)), (55, 25, (-25, 29))])
 @pytest.mark.parametrize('backend', CPU_BACKENDS)
-def test_off_centre_kernels(backend, length, center, offsets):
+def test_off_center_kernels(backend, length, center, offsets):
     """Asymmetric extents equal a convolution after asymmetric padding."""
     assert offsets == (-center, length - 1 - center)
     x, (k_v, k_h) = make(1, 3, 20, 17, length, 3)

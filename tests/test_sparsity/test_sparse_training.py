@@ -398,7 +398,7 @@ def test_masks_from_sparse_weights():
         model.head.weight.zero_()
     sparse = SparseTraining(select_parameters(model))
     sparse.initialize()
-    assert sparse.dense_parameters == ['head.weight'], 'initialised to zero, not pruned'
+    assert sparse.dense_parameters == ['head.weight'], 'initialized to zero, not pruned'
     assert set(sparse.masks) == set(zeros) - {
         'head.weight'}
     for name, mask in sparse.masks.items():

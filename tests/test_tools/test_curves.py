@@ -69,9 +69,9 @@ def test_each_run_and_panel_is_in_the_picture():
             for i in range(2)}
     one, two = draw_curves(runs, ['loss']), draw_curves(runs)
     assert one.dtype == np.uint8 and one.shape[2] == 3 and two.shape[1] > 1.5 * one.shape[1]
-    # The colours of both runs.
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
-        assert (one == colour).all(-1).sum() > 50
+    # The colors of both runs.
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        assert (one == color).all(-1).sum() > 50
     assert not (draw_curves({'a': runs['run 0']}, ['loss']) == (0xD5, 0x5E, 0)).all(-1).any()
 
 

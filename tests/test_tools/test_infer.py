@@ -57,11 +57,11 @@ def test_overlay_of_images_of_any_size(run, tmp_path):
 
 
 def test_opacity(run, tmp_path):
-    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / 'grey.png')
-    assert run(tmp_path / 'grey.png', opacity='0').code == 0
-    picture = np.asarray(Image.open(tmp_path / 'out' / 'grey.png'))
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / 'gray.png')
+    assert run(tmp_path / 'gray.png', opacity='0').code == 0
+    picture = np.asarray(Image.open(tmp_path / 'out' / 'gray.png'))
     assert (picture[:50, :60] == 90).all()
-    assert run(tmp_path / 'grey.png', opacity='1.5').code == 2
+    assert run(tmp_path / 'gray.png', opacity='1.5').code == 2
 
 
 def test_unreadable_images_are_named_and_skipped(run, tmp_path):

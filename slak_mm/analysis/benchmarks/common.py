@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = [
     'DTYPES', 'LONG_SECONDS', 'TOLERANCE', 'BenchmarkError', 'add_measurement_arguments',
     'check_arguments', 'describe_machine', 'disagreeing', 'format_machine', 'image_size',
-    'measure_times', 'multiple', 'plot_bars', 'positive_int', 'synchronise', 'table_head',
+    'measure_times', 'multiple', 'plot_bars', 'positive_int', 'synchronize', 'table_head',
     'table_row', 'worst_difference', 'write_results'
 ]
 
@@ -134,7 +134,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------ measurements
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait for the GPU."""
     if device != 'cpu':
         torch.cuda.synchronize()
@@ -155,10 +155,10 @@ def measure_times(
         tuple: Median seconds of each, and what the first run of each returned.
     """
     def timed(step: Callable[[], Any]) -> tuple[float, Any]:
-        synchronise(device)
+        synchronize(device)
         begin = time.perf_counter()
         result = step()
-        synchronise(device)
+        synchronize(device)
         return time.perf_counter() - begin, result
 
     first, results = {}, {}

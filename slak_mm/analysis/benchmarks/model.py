@@ -116,8 +116,8 @@ class OfficialSLaK(nn.Module):
 
 
 def _norm_of_channels(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    centred = x - x.mean(1, keepdim=True)
-    scaled = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + norm.eps)
+    centered = x - x.mean(1, keepdim=True)
+    scaled = centered / torch.sqrt(centered.pow(2).mean(1, keepdim=True) + norm.eps)
     return norm.weight.view(-1, 1, 1) * scaled + norm.bias.view(-1, 1, 1)
 
 

@@ -226,7 +226,7 @@ class Case:
 
 
 def _taps(kernel: int, size: int) -> int:
-    """Taps of a centred kernel that meet a row of pixels, summed over its outputs."""
+    """Taps of a centered kernel that meet a row of pixels, summed over its outputs."""
     middle = kernel // 2
     return sum(min(size - 1, i + middle) - max(0, i - middle) + 1 for i in range(size))
 

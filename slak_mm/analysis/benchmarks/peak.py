@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .common import BenchmarkError, synchronise
+from .common import BenchmarkError, synchronize
 
 __all__ = ['measure_peak']
 
@@ -57,7 +57,7 @@ def peak_of(step: Callable[[], Any], device: str) -> float | None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        synchronise(device)
+        synchronize(device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         Path('/proc/self/clear_refs').write_text('5')  # sets the peak to the present size

@@ -59,10 +59,10 @@ def shift_and_add(
             if low < high:
                 moved = filtered[:, rows, low - shift:high - shift, e:e + w]
                 tall = tall.index_add(1, output[rows], F.pad(moved, (0, 0, low, h - high)))
-    centre = filtered[:, :, e:e + h, e:e + w]
+    center = filtered[:, :, e:e + h, e:e + w]
     small = filtered.new_zeros(n, c, h, w)
     for g in range(num_reps):
-        small = small + centre[:, picks[:, g].long()]
+        small = small + center[:, picks[:, g].long()]
     return wide, tall, small
 
 

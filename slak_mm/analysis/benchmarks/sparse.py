@@ -29,7 +29,7 @@ from .common import (
     measure_times,
     plot_bars,
     positive_int,
-    synchronise,
+    synchronize,
     table_head,
     table_row,
     write_results,
@@ -163,10 +163,10 @@ class _Training:
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds that something takes."""
-        synchronise(self.args.device)
+        synchronize(self.args.device)
         begin = time.perf_counter()
         work()
-        synchronise(self.args.device)
+        synchronize(self.args.device)
         return time.perf_counter() - begin
 
     def check(self, name: str, sparse: SparseTraining) -> None:

@@ -1,4 +1,4 @@
-"""CPU backend: the project's own vectorised kernel, compiled on first use.
+"""CPU backend: the project's own vectorized kernel, compiled on first use.
 
 All branches are computed in one pass over the input, which any memory layout may have; see
 ``slak_mm/ops/csrc/cross_dwconv.cpp``. bfloat16 is accumulated in float32, and where the processor
@@ -10,7 +10,7 @@ the idle threads of a second one would compete with it. The sums are divided by 
 thread: any number of threads gives the same bits.
 
 Rows and columns of taps that are zero in all channels at the rim of a kernel, as the padding of an
-off-centre kernel is, are left out of the forward pass.
+off-center kernel is, are left out of the forward pass.
 """
 
 from __future__ import annotations

@@ -553,7 +553,7 @@ TileShape tile_shape(int64_t height, int64_t width) {
 }
 
 // Leaves out rows and columns at the rim that are zero in all channels, such as the padding of an
-// off-centre kernel, and turns a flipped kernel.
+// off-center kernel, and turns a flipped kernel.
 template <typename S>
 SlakBranch trimmed(SlakBranch b, int64_t channels) {
   auto is_zero = [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
