@@ -46,10 +46,10 @@ class Published:
     """Published figures of a network.
 
     Attributes:
-        parameters_m (float): Millions.
-        flops_g (float): Multiply-adds, 10^9.
-        counted (str): How they were counted, a key of :data:`CONVENTIONS`.
-        source (str): Where they are from.
+        parameters_m: Millions.
+        flops_g: Multiply-adds, 10^9.
+        counted: How they were counted, a key of :data:`CONVENTIONS`.
+        source: Where they are from.
     """
 
     parameters_m: float
@@ -101,21 +101,21 @@ class Cost:
     """What one network costs.
 
     Attributes:
-        name (str): Config or zoo name.
-        size (tuple[int, int]): Height and width of the image.
-        parameters (int): All parameters.
-        flops (int): Multiply-adds of one image.
-        masked_parameters (int): Parameters that are masked.
-        masked_large_parameters (int): Those of them in large kernels.
-        masked_flops (int): Multiply-adds with masked weights.
-        large_flops (int): Multiply-adds of the large depthwise kernels.
-        masked_large_flops (int): Those of them with masked weights.
-        path_parameters (int): Parameters of ShiftWise's paths beyond the first of each layer.
-        filter_flops (int): Multiply-adds of the large kernels if ShiftWise's small filters were
+        name: Config or zoo name.
+        size: Height and width of the image.
+        parameters: All parameters.
+        flops: Multiply-adds of one image.
+        masked_parameters: Parameters that are masked.
+        masked_large_parameters: Those of them in large kernels.
+        masked_flops: Multiply-adds with masked weights.
+        large_flops: Multiply-adds of the large depthwise kernels.
+        masked_large_flops: Those of them with masked weights.
+        path_parameters: Parameters of ShiftWise's paths beyond the first of each layer.
+        filter_flops: Multiply-adds of the large kernels if ShiftWise's small filters were
             applied to the map instead; 0 for networks without them.
-        parts (dict[str, int]): Multiply-adds of backbone, neck and heads.
-        masks (str): Where the masks are from.
-        published (Published | None): Published figures, if there are any for this size.
+        parts: Multiply-adds of backbone, neck and heads.
+        masks: Where the masks are from.
+        published: Published figures, if there are any for this size.
     """
 
     name: str
@@ -223,9 +223,9 @@ def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost
     """Fill in a cost.
 
     Args:
-        cost (Cost): With name and size; changed in place.
-        model (nn.Module): On the meta device, in eval mode, with a ``backbone``.
-        masked (Mapping): Number of zeros of weights of the backbone; for ShiftWise's filters
+        cost: With name and size; changed in place.
+        model: On the meta device, in eval mode, with a ``backbone``.
+        masked: Number of zeros of weights of the backbone; for ShiftWise's filters
             tensors that are zero where the filters are masked.
     """
     image = torch.empty(1, 3, *cost.size, device='meta')
@@ -301,19 +301,19 @@ def count(name: str, size: tuple[int, int] | None = None, *,
     """Count one network.
 
     Args:
-        name (str): Path of a config of mmsegmentation or mmdetection, or the zoo name of an
+        name: Path of a config of mmsegmentation or mmdetection, or the zoo name of an
             ImageNet checkpoint, which stands for its network.
-        size (tuple[int, int], optional): Height and width of the image. Default: that of
+        size: Height and width of the image. Default: that of
             :data:`DEFAULT_SIZES`.
-        checkpoint (str, optional): Take the masks from its zeros.
-        sparsity (float, optional): Fraction of masked weights. Default: what the config's
+        checkpoint: Take the masks from its zeros.
+        sparsity: Fraction of masked weights. Default: what the config's
             ``SparsityHook`` says, else that of the published weights, :data:`SPARSITY`; 0 for
             ConvNeXt and foreign backbones.
-        distribution (str): 'uniform', the same in every layer, or 'erk' (Evci et al., ICML
+        distribution: 'uniform', the same in every layer, or 'erk' (Evci et al., ICML
             2020). Default: 'uniform'.
 
     Returns:
-        Cost: The count. ``published`` is set where there are figures for this size.
+        The count. ``published`` is set where there are figures for this size.
 
     Raises:
         ConfigOverrideError: There is no such config or zoo name, the model is of a kind that

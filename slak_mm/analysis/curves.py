@@ -35,10 +35,10 @@ def read_scalars(work_dir: str | Path) -> Curves:
     before them.
 
     Args:
-        work_dir (str | Path): Work directory, or a ``scalars.json`` itself.
+        work_dir: Work directory, or a ``scalars.json`` itself.
 
     Returns:
-        Curves: The numbers by name; bookkeeping such as ``time`` and ``memory`` is left out.
+        The numbers by name; bookkeeping such as ``time`` and ``memory`` is left out.
 
     Raises:
         FileNotFoundError: There is no such file in the directory.
@@ -92,13 +92,13 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
     """Which scalars to draw.
 
     Args:
-        runs (Mapping): Curves of each run.
-        wanted (Sequence[str], optional): Names to draw; a name ending in ``*`` stands for all
+        runs: Curves of each run.
+        wanted: Names to draw; a name ending in ``*`` stands for all
             that begin so. Defaults to those of :data:`DEFAULT_KEYS` that some run has and that
             are not zero throughout, and all metrics of validation.
 
     Returns:
-        list[str]: Names, each once.
+        Names, each once.
 
     Raises:
         ValueError: No run has a wanted name.
@@ -127,11 +127,11 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     """Centered running mean; at both ends over the part of the window that is there.
 
     Args:
-        values (np.ndarray): Shape (N,).
-        window (int): Number of values to average over; even ones are made odd.
+        values: Shape (N,).
+        window: Number of values to average over; even ones are made odd.
 
     Returns:
-        np.ndarray: Shape (N,).
+        Shape (N,).
     """
     half = max(0, window // 2)
     totals = np.concatenate([[0.], np.cumsum(values, dtype=float)])
@@ -147,12 +147,12 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None,
     Losses are drawn as they are, pale, and as a running mean over a twentieth of the run.
 
     Args:
-        runs (Mapping): Name of each run for the legend -> its curves.
-        keys (Sequence[str], optional): Which scalars, see :func:`choose_keys`.
-        title (str, optional): Written above everything.
+        runs: Name of each run for the legend -> its curves.
+        keys: Which scalars, see :func:`choose_keys`.
+        title: Written above everything.
 
     Returns:
-        np.ndarray: RGB image (H, W, 3), uint8.
+        RGB image (H, W, 3), uint8.
 
     Raises:
         ValueError: No run has any of the wanted scalars.

@@ -20,11 +20,11 @@ def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]
     """The classes of a label map, the largest first.
 
     Args:
-        labels (np.ndarray): Label map (H, W).
-        num_classes (int): Number of classes; other values do not count.
+        labels: Label map (H, W).
+        num_classes: Number of classes; other values do not count.
 
     Returns:
-        list[tuple[int, float]]: Class index and its share of all pixels, 0..1.
+        Class index and its share of all pixels, 0..1.
     """
     counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(),
                          minlength=num_classes)
@@ -37,12 +37,12 @@ def colorize(labels: np.ndarray, palette: Palette,
     """Paint every class in its color.
 
     Args:
-        labels (np.ndarray): Label map (H, W).
-        palette (Sequence): RGB color 0..255 of each class.
-        unlabeled (Sequence[int]): Color of everything else. Defaults to black.
+        labels: Label map (H, W).
+        palette: RGB color 0..255 of each class.
+        unlabeled: Color of everything else. Defaults to black.
 
     Returns:
-        np.ndarray: RGB image (H, W, 3), uint8.
+        RGB image (H, W, 3), uint8.
     """
     colors = np.asarray([*palette, unlabeled], np.uint8)
     known = (labels >= 0) & (labels < len(palette))
@@ -54,13 +54,13 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette,
     """Lay the colors of a label map over its image.
 
     Args:
-        image (np.ndarray): RGB image (H, W, 3), uint8.
-        labels (np.ndarray): Label map (H, W).
-        palette (Sequence): RGB color 0..255 of each class.
-        opacity (float): Weight of the colors, from 0 (the image alone) to 1. Defaults to 0.5.
+        image: RGB image (H, W, 3), uint8.
+        labels: Label map (H, W).
+        palette: RGB color 0..255 of each class.
+        opacity: Weight of the colors, from 0 (the image alone) to 1. Defaults to 0.5.
 
     Returns:
-        np.ndarray: RGB image (H, W, 3), uint8.
+        RGB image (H, W, 3), uint8.
 
     Raises:
         ValueError: Image and label map differ in size, or opacity is not within 0..1.
@@ -91,13 +91,13 @@ def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]
     """Put a legend to the right of a picture.
 
     Args:
-        picture (np.ndarray): RGB image (H, W, 3), uint8.
-        entries (Sequence): Text and RGB color of each line. What does not fit in the height goes
+        picture: RGB image (H, W, 3), uint8.
+        entries: Text and RGB color of each line. What does not fit in the height goes
             on in further columns.
-        font_size (int, optional): In pixels. Defaults to a fortieth of the height, at least 12.
+        font_size: In pixels. Defaults to a fortieth of the height, at least 12.
 
     Returns:
-        np.ndarray: RGB image of at least the same height, and wider; the picture itself when
+        RGB image of at least the same height, and wider; the picture itself when
         there are no entries.
     """
     if not entries:
@@ -129,12 +129,12 @@ def panel(pictures: Sequence[np.ndarray], titles: Sequence[str],
     """Put pictures side by side, each under its title.
 
     Args:
-        pictures (Sequence[np.ndarray]): RGB images, uint8, of any sizes.
-        titles (Sequence[str]): One for each.
-        font_size (int, optional): In pixels. Defaults to a twentieth of the height, at least 12.
+        pictures: RGB images, uint8, of any sizes.
+        titles: One for each.
+        font_size: In pixels. Defaults to a twentieth of the height, at least 12.
 
     Returns:
-        np.ndarray: RGB image.
+        RGB image.
 
     Raises:
         ValueError: There are not as many titles as pictures, or none.

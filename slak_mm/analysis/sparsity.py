@@ -23,10 +23,10 @@ class LayerSparsity:
     """Zeros of one weight.
 
     Attributes:
-        name (str): Name of the weight.
-        shape (tuple[int, ...]): Its shape.
-        zeros (int): Number of exact zeros.
-        total (int): Number of elements.
+        name: Name of the weight.
+        shape: Its shape.
+        zeros: Number of exact zeros.
+        total: Number of elements.
     """
 
     name: str
@@ -53,10 +53,10 @@ def layer_sparsity(state_dict: Mapping[str, Tensor]) -> list[LayerSparsity]:
     """Count the zeros of every weight.
 
     Args:
-        state_dict (Mapping): Tensors by name.
+        state_dict: Tensors by name.
 
     Returns:
-        list[LayerSparsity]: One for each floating-point tensor with two or more dimensions, in
+        One for each floating-point tensor with two or more dimensions, in
         the order of the state dict.
     """
     return [LayerSparsity(name, tuple(value.shape), value.numel() - int(value.count_nonzero()),
@@ -72,11 +72,11 @@ def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     one give a cross.
 
     Args:
-        state_dict (Mapping): Tensors by name; depthwise kernels (C, 1, kh, kw) whose longer side
+        state_dict: Tensors by name; depthwise kernels (C, 1, kh, kw) whose longer side
             is at least 7 count, with the smaller depthwise ones of their stage.
 
     Returns:
-        dict[str, np.ndarray]: 'stage 0', ... -> shares (H, W), 0..1; NaN where no kernel reaches.
+        'stage 0', ... -> shares (H, W), 0..1; NaN where no kernel reaches.
     """
     groups: dict[str, list[Tensor]] = {}
     for name, value in state_dict.items():
@@ -103,11 +103,11 @@ def draw_sparsity(state_dict: Mapping[str, Tensor], title: str = '') -> np.ndarr
     """Draw the share of non-zero weights: a bar for each layer, a heat map for each stage.
 
     Args:
-        state_dict (Mapping): Tensors by name, on the CPU.
-        title (str): Written above. Defaults to nothing.
+        state_dict: Tensors by name, on the CPU.
+        title: Written above. Defaults to nothing.
 
     Returns:
-        np.ndarray: RGB image (H, W, 3), uint8.
+        RGB image (H, W, 3), uint8.
 
     Raises:
         ValueError: There are no weights with two or more dimensions.

@@ -9,10 +9,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out a Markdown table whose columns are aligned as plain text too.
 
     Args:
-        rows (Sequence): Cells of each row, all rows of one length; the first is the header.
+        rows: Cells of each row, all rows of one length; the first is the header.
 
     Returns:
-        list[str]: The lines.
+        The lines.
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ['| ' + ' | '.join(text.ljust(width) for text, width in zip(row, widths)) + ' |'

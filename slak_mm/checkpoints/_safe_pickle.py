@@ -66,7 +66,7 @@ def safe_objects() -> tuple[Any, ...]:
     """Classes and functions that a checkpoint may refer to, beyond torch's own list.
 
     Returns:
-        tuple: Objects in the form that ``torch.serialization.safe_globals`` takes.
+        Objects in the form that ``torch.serialization.safe_globals`` takes.
     """
     core = importlib.import_module(_NUMPY_CORE)
     dtypes = {type(np.dtype(char)) for char in _DTYPE_CHARS}

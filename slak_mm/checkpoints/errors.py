@@ -29,7 +29,7 @@ class UnsafeCheckpoint(CheckpointError):
     """The file asks for Python code to be run while it is read.
 
     Attributes:
-        global_name (str): The dotted name the file asked for, '' where torch did not say it.
+        global_name: The dotted name the file asked for, '' where torch did not say it.
     """
 
     def __init__(self, message: str, global_name: str = '') -> None:
@@ -41,17 +41,17 @@ class CheckpointMismatch(CheckpointError):
     """The checkpoint does not fit the model.
 
     Args:
-        message (str): One sentence that says what was compared.
-        missing (Sequence[str]): Keys the model has and the checkpoint has not.
-        unexpected (Sequence[str]): Keys the checkpoint has and the model has not.
-        shape_mismatches (Sequence[tuple]): ``(key, shape in the checkpoint, shape in the model)``.
-        causes (Sequence[str]): Likely causes, the most telling first, each with its remedy.
+        message: One sentence that says what was compared.
+        missing: Keys the model has and the checkpoint has not.
+        unexpected: Keys the checkpoint has and the model has not.
+        shape_mismatches: ``(key, shape in the checkpoint, shape in the model)``.
+        causes: Likely causes, the most telling first, each with its remedy.
 
     Attributes:
-        missing (list[str]): As the argument.
-        unexpected (list[str]): As the argument.
-        shape_mismatches (list[tuple[str, tuple, tuple]]): As the argument.
-        causes (list[str]): As the argument.
+        missing: As the argument.
+        unexpected: As the argument.
+        shape_mismatches: As the argument.
+        causes: As the argument.
     """
 
     #: How many keys of each kind the message shows.

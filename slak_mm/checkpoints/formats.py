@@ -24,15 +24,15 @@ class Family:
     """Spellings of one family of backbones.
 
     Attributes:
-        name (str): The value of the backbones' ``checkpoint_family``.
-        columns (tuple[str, ...]): Names of the spellings, in the order of the table's columns
+        name: The value of the backbones' ``checkpoint_family``.
+        columns: Names of the spellings, in the order of the table's columns
             after the first.
-        table (tuple): Rows ``(ours, spelling 1, spelling 2, ...)``. ``{i}`` and ``{j}`` stand for
+        table: Rows ``(ours, spelling 1, spelling 2, ...)``. ``{i}`` and ``{j}`` stand for
             numbers; a name that ends in a dot stands for everything below it. ``=`` is our name,
             ``-`` means that this spelling has no such tensor.
-        formats (tuple): ``(format, pattern of a telling key, spellings to read it with)``, the
+        formats: ``(format, pattern of a telling key, spellings to read it with)``, the
             first match decides.
-        generated (str): Pattern of tensors of ours which the other code does not store, because
+        generated: Pattern of tensors of ours which the other code does not store, because
             they follow from its arguments; '' for none.
     """
 
@@ -146,10 +146,10 @@ class ConversionNotes:
     """What :func:`convert_state_dict` did.
 
     Attributes:
-        format (str): As :func:`detect_format` names it.
-        renamed (dict[str, str]): Name in the source -> our name, of tensors whose name changed.
-        reshaped (list[str]): Our names of 1x1 convolutions that became linear weights.
-        unrecognized (list[str]): Names that belong to no tensor of the family; left as they are.
+        format: As :func:`detect_format` names it.
+        renamed: Name in the source -> our name, of tensors whose name changed.
+        reshaped: Our names of 1x1 convolutions that became linear weights.
+        unrecognized: Names that belong to no tensor of the family; left as they are.
     """
 
     format: str
@@ -185,12 +185,12 @@ def detect_format(state_dict: Mapping[str, Any], prefix: str = '') -> str:
     """Name the code base whose spelling a backbone's state dict has.
 
     Args:
-        state_dict (Mapping): Tensors by name; only the names are looked at.
-        prefix (str): Look at the keys below this prefix only. Defaults to '', which looks at all
+        state_dict: Tensors by name; only the names are looked at.
+        prefix: Look at the keys below this prefix only. Defaults to '', which looks at all
             and finds the backbone at any depth.
 
     Returns:
-        str: 'official-LoRA', 'official-Decom', 'official-lkb' (a square kernel),
+        'official-LoRA', 'official-Decom', 'official-lkb' (a square kernel),
         'official-merged' (a re-parameterized square kernel), 'ours', 'ours-deployed',
         'convnext-facebook', 'convnext-timm', 'convnext-mmpretrain', 'shiftwise' or 'unknown'.
     """
@@ -201,11 +201,11 @@ def detect_family(state_dict: Mapping[str, Any], prefix: str = '') -> str:
     """Name the family of a backbone's state dict in any spelling.
 
     Args:
-        state_dict (Mapping): Tensors by name; only the names are looked at.
-        prefix (str): As for :func:`detect_format`. Defaults to ''.
+        state_dict: Tensors by name; only the names are looked at.
+        prefix: As for :func:`detect_format`. Defaults to ''.
 
     Returns:
-        str: A key of :data:`FAMILIES`; 'slak' where no name tells.
+        A key of :data:`FAMILIES`; 'slak' where no name tells.
     """
     return _detect(state_dict, prefix)[1]
 
@@ -231,13 +231,13 @@ def convert_state_dict(
     knows (see :attr:`ConversionNotes.unrecognized`). Nothing is dropped and nothing is copied.
 
     Args:
-        state_dict (Mapping): Tensors by name.
-        prefix (str): Prefix of the backbone's names, such as 'backbone.'. Defaults to ''.
-        family (str, optional): A key of :data:`FAMILIES`. Defaults to ``None``, for which the
+        state_dict: Tensors by name.
+        prefix: Prefix of the backbone's names, such as 'backbone.'. Defaults to ''.
+        family: A key of :data:`FAMILIES`. Defaults to ``None``, for which the
             names decide.
 
     Returns:
-        tuple[dict, ConversionNotes]: Tensors by our names, and what was done. The ``_metadata``
+        Tensors by our names, and what was done. The ``_metadata``
         of a state dict is passed on.
 
     Raises:
@@ -281,17 +281,17 @@ def to_official(state_dict: Mapping[str, Any],
     """Rename the tensors of one backbone from our names to another code base's.
 
     Args:
-        state_dict (Mapping): Tensors by our names, or by any known ones.
-        spelling (str, optional): For SLaK 'LoRA' (the official code), 'Decom' (its state of July
+        state_dict: Tensors by our names, or by any known ones.
+        spelling: For SLaK 'LoRA' (the official code), 'Decom' (its state of July
             2022), and for the ConvNeXt mode 'facebook', 'timm' or 'mmpretrain'; for ShiftWise
             'LoRAs' (the official code) or 'LoRA' (the same with merged filter paths; several
             paths are summed). Defaults to ``None``, the official code.
-        prefix (str): Prefix of the backbone's names. Defaults to ''.
-        family (str, optional): A key of :data:`FAMILIES`. Defaults to ``None``, for which the
+        prefix: Prefix of the backbone's names. Defaults to ''.
+        family: A key of :data:`FAMILIES`. Defaults to ``None``, for which the
             names decide.
 
     Returns:
-        dict: Tensors by the other names.
+        Tensors by the other names.
 
     Raises:
         CheckpointError: The other code has no place for some tensor, as the official code has

@@ -40,25 +40,25 @@ class LoadReport:
     """What became of every tensor of a checkpoint and of a model.
 
     Attributes:
-        source (str): Path, address or name the checkpoint came from.
-        format (str): Spelling of the names, see :func:`detect_format`.
-        wrapper (str): Entry of the checkpoint that was read, '' for a bare state dict.
-        variant (str): The backbone in words.
-        loaded (list[str]): Tensors of the model that were taken from the checkpoint.
-        converted (dict[str, str]): Name in the checkpoint -> name in the model, where they
+        source: Path, address or name the checkpoint came from.
+        format: Spelling of the names, see :func:`detect_format`.
+        wrapper: Entry of the checkpoint that was read, '' for a bare state dict.
+        variant: The backbone in words.
+        loaded: Tensors of the model that were taken from the checkpoint.
+        converted: Name in the checkpoint -> name in the model, where they
             differ by more than a prefix.
-        dropped (dict[str, str]): Name in the checkpoint -> why it was left out.
-        newly_initialized (list[str]): Tensors of the model that the checkpoint cannot have and
+        dropped: Name in the checkpoint -> why it was left out.
+        newly_initialized: Tensors of the model that the checkpoint cannot have and
             that keep the values they had.
-        missing (list[str]): Tensors of the model the checkpoint should have; not with
+        missing: Tensors of the model the checkpoint should have; not with
             ``strict=True``.
-        mismatched (list[str]): Tensors left out because of their shape; not with ``strict=True``.
-        zeros (dict[str, tuple[int, int]]): Weights of the backbone with two or more dimensions ->
+        mismatched: Tensors left out because of their shape; not with ``strict=True``.
+        zeros: Weights of the backbone with two or more dimensions ->
             number of exact zeros, number of elements.
-        is_ema (bool): Whether the weights are a moving average.
-        remarks (list[str]): Sentences on what was fitted to the model without a change of the
+        is_ema: Whether the weights are a moving average.
+        remarks: Sentences on what was fitted to the model without a change of the
             computed function, such as generated index tables.
-        other_copy (str): What is said of a second copy of the weights in the checkpoint that was
+        other_copy: What is said of a second copy of the weights in the checkpoint that was
             not taken, '' if there is none.
     """
 
@@ -138,20 +138,20 @@ def load_pretrained(
     which keep their dtype and device.
 
     Args:
-        model (nn.Module): A backbone of this project, or any model (wrapped for distributed
+        model: A backbone of this project, or any model (wrapped for distributed
             training or not) that contains exactly one.
-        source (str | os.PathLike | Mapping): A path, an address, a zoo name, or a checkpoint
+        source: A path, an address, a zoo name, or a checkpoint
             already read; see :func:`read_checkpoint`.
-        strict (bool): Whether every tensor must find its place. If ``False``, what matches is
+        strict: Whether every tensor must find its place. If ``False``, what matches is
             loaded and the rest is listed in a logged warning. Defaults to ``True``.
-        prefix (str, optional): Take only the tensors below this prefix, as the backbone.
+        prefix: Take only the tensors below this prefix, as the backbone.
             Defaults to ``None``, which finds the backbone.
-        use_ema (bool): Whether to take the moving average of the weights, which official
+        use_ema: Whether to take the moving average of the weights, which official
             checkpoints may hold under ``model_ema`` and which the official downstream code never
             uses. Defaults to ``False``.
 
     Returns:
-        LoadReport: What was loaded, converted, dropped and left new; it is logged as well.
+        What was loaded, converted, dropped and left new; it is logged as well.
 
     Raises:
         CheckpointNotFound: There is no such file.
@@ -186,15 +186,15 @@ def prepare_checkpoint(
     :func:`load_pretrained`.
 
     Args:
-        model (nn.Module): The model it is meant for.
-        checkpoint (dict): The content of the file; changed in place, unless an error is raised.
-        strict (bool): As in :func:`load_pretrained`. Defaults to ``True``.
-        source (str): Name of the file for messages. Defaults to 'the checkpoint'.
-        require_heads (bool): Whether to refuse a checkpoint that holds only a backbone, as for
+        model: The model it is meant for.
+        checkpoint: The content of the file; changed in place, unless an error is raised.
+        strict: As in :func:`load_pretrained`. Defaults to ``True``.
+        source: Name of the file for messages. Defaults to 'the checkpoint'.
+        require_heads: Whether to refuse a checkpoint that holds only a backbone, as for
             testing, where untrained heads are of no use. Defaults to ``False``.
 
     Returns:
-        LoadReport: What will be loaded; it is logged as well.
+        What will be loaded; it is logged as well.
 
     Raises:
         CheckpointMismatch: The checkpoint does not fit.
@@ -222,10 +222,10 @@ def find_backbones(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find the backbones of this project in a model.
 
     Args:
-        model (nn.Module): Any module.
+        model: Any module.
 
     Returns:
-        list[tuple[str, nn.Module]]: Dotted name ('' for the module itself) and backbone.
+        Dotted name ('' for the module itself) and backbone.
     """
     return [(name, module) for name, module in model.named_modules()
             if isinstance(getattr(module, 'checkpoint_family', None), str)]
@@ -570,7 +570,7 @@ def _dry_run(
     Runs on a copy of the model whose tensors have shapes but no memory.
 
     Returns:
-        tuple[list, list] | None: ``None`` if the model cannot be copied or shapes differ.
+        ``None`` if the model cannot be copied or shapes differ.
     """
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {

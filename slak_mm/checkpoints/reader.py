@@ -56,7 +56,7 @@ def cache_dir() -> Path:
     The folder is not created by this function.
 
     Returns:
-        pathlib.Path: The folder.
+        The folder.
     """
     return cache_folder() / 'checkpoints'
 
@@ -65,10 +65,10 @@ def cached_path(source: str) -> Path:
     """Path in the cache that belongs to a zoo name or an address.
 
     Args:
-        source (str): A zoo name or a URL.
+        source: A zoo name or a URL.
 
     Returns:
-        pathlib.Path: Where a download is kept, and where a file fetched by hand is looked for.
+        Where a download is kept, and where a file fetched by hand is looked for.
     """
     info = find_model(source)
     if info is not None:
@@ -90,15 +90,15 @@ def read_checkpoint(source: str | os.PathLike | Mapping[str, Any],
     understood, and safetensors where that package is installed.
 
     Args:
-        source (str | os.PathLike | Mapping): A path, an ``http(s)://`` or ``file://`` address, a
+        source: A path, an ``http(s)://`` or ``file://`` address, a
             zoo name (:data:`slak_mm.checkpoints.ZOO`), or a checkpoint already read, which is
             copied (the dict, not the tensors). An address or a zoo name is downloaded once, to
             :func:`cached_path`; when the default process group exists, by one process per node,
             and then every process has to make this call.
-        map_location (str | torch.device): Where to put the tensors. Defaults to 'cpu'.
+        map_location: Where to put the tensors. Defaults to 'cpu'.
 
     Returns:
-        dict: The content of the file, wrappers and all.
+        The content of the file, wrappers and all.
 
     Raises:
         CheckpointNotFound: No such file, or it could not be downloaded.
@@ -115,10 +115,10 @@ def resolve(source: str | os.PathLike) -> Path:
     """Turn a path, an address or a zoo name into the path of a local file.
 
     Args:
-        source (str | os.PathLike): As for :func:`read_checkpoint`.
+        source: As for :func:`read_checkpoint`.
 
     Returns:
-        pathlib.Path: An existing file.
+        An existing file.
 
     Raises:
         CheckpointNotFound: No such file, or it could not be downloaded.
@@ -149,10 +149,10 @@ def fetch(source: str) -> Path:
     every process, so that none is left waiting.
 
     Args:
-        source (str): A zoo name or a URL.
+        source: A zoo name or a URL.
 
     Returns:
-        pathlib.Path: The file in the cache.
+        The file in the cache.
 
     Raises:
         CheckpointNotFound: It could not be downloaded; says where to get it and where to put it.

@@ -21,10 +21,10 @@ def merge_paths(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Sum the filter paths of every operator; the computed function stays the same.
 
     Args:
-        state_dict (Mapping): Tensors by our names, with any prefix.
+        state_dict: Tensors by our names, with any prefix.
 
     Returns:
-        dict: The same with ``filters.0`` only.
+        The same with ``filters.0`` only.
     """
     return fit_paths(state_dict, 1)[0]
 
@@ -38,12 +38,12 @@ def fit_paths(
     are zero. Several paths are not distributed over another number of them.
 
     Args:
-        state_dict (Mapping): Tensors by our names, with any prefix.
-        num_paths (int): The number wanted.
-        prefix (str): Leave names alone that do not begin with it. Defaults to ''.
+        state_dict: Tensors by our names, with any prefix.
+        num_paths: The number wanted.
+        prefix: Leave names alone that do not begin with it. Defaults to ''.
 
     Returns:
-        tuple[dict, str]: The state dict, its order kept, and a sentence on what was done, '' if
+        The state dict, its order kept, and a sentence on what was done, '' if
         nothing was.
     """
     fitted: dict[str, Any] = {}
@@ -87,11 +87,11 @@ def without_generated_tables(
     """Leave out the index tables, which the official code generates and does not store.
 
     Args:
-        state_dict (Mapping): Tensors by our names, with any prefix.
-        pattern (re.Pattern): Matches the tables' names.
+        state_dict: Tensors by our names, with any prefix.
+        pattern: Matches the tables' names.
 
     Returns:
-        dict: The rest.
+        The rest.
 
     Raises:
         CheckpointError: A table is not the one that the official code would generate.

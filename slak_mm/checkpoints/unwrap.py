@@ -28,13 +28,13 @@ class Unwrapped:
     """The weights found in a checkpoint.
 
     Attributes:
-        state_dict (dict[str, Tensor]): Tensors by name, without the prefixes that wrappers of a
+        state_dict: Tensors by name, without the prefixes that wrappers of a
             whole model put in front.
-        wrapper (str): The entry they came from, '' if the checkpoint is the state dict itself.
-        is_ema (bool): Whether they are the moving average.
-        other_copy (str): What is said of a second copy in the checkpoint that was not taken, ''
+        wrapper: The entry they came from, '' if the checkpoint is the state dict itself.
+        is_ema: Whether they are the moving average.
+        other_copy: What is said of a second copy in the checkpoint that was not taken, ''
             if there is none.
-        ignored (list[str]): Entries beside the tensors, such as counters.
+        ignored: Entries beside the tensors, such as counters.
     """
 
     state_dict: dict[str, Tensor]
@@ -52,12 +52,12 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
     EMAHook has been at work, ``state_dict`` holds the average already.
 
     Args:
-        checkpoint (Mapping): The content of a checkpoint file.
-        weights (str): 'model' for the weights that the official loaders take, 'ema' for their
+        checkpoint: The content of a checkpoint file.
+        weights: 'model' for the weights that the official loaders take, 'ema' for their
             moving average, or the name of an entry of the checkpoint. Defaults to 'model'.
 
     Returns:
-        Unwrapped: The weights and where they came from.
+        The weights and where they came from.
 
     Raises:
         CheckpointMismatch: There is no such copy of the weights.
@@ -114,10 +114,10 @@ def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
     """Prefixes below which a backbone of a known layout lies.
 
     Args:
-        state_dict (Mapping): Tensors by name.
+        state_dict: Tensors by name.
 
     Returns:
-        list[str]: For instance ``['']`` for a bare backbone or ``['backbone.']``.
+        For instance ``['']`` for a bare backbone or ``['backbone.']``.
     """
     roots = {match.group(1) for key in state_dict if (match := _STEM.match(key))}
     return sorted(root for root in roots

@@ -33,26 +33,26 @@ class Variant:
     """Which backbone a set of tensors belongs to, as far as names and shapes tell.
 
     Attributes:
-        depths (tuple[int, ...]): Blocks per stage.
-        dims (tuple[int, ...]): Channels per stage, ``width_factor`` included.
-        arch (str | None): 'tiny', 'small', 'base' or 'large', ``None`` for anything else.
-        width_factor (float | None): The factor that explains ``dims``, if ``arch`` is known.
-        in_channels (int | None): Channels of the image.
-        kernel_sizes (tuple[int, ...]): Large kernel of each stage; for ShiftWise its length in
+        depths: Blocks per stage.
+        dims: Channels per stage, ``width_factor`` included.
+        arch: 'tiny', 'small', 'base' or 'large', ``None`` for anything else.
+        width_factor: The factor that explains ``dims``, if ``arch`` is known.
+        in_channels: Channels of the image.
+        kernel_sizes: Large kernel of each stage; for ShiftWise its length in
             taps, a multiple of the small kernel, which is all that the tensors tell.
-        small_kernel (int | None): Size of the small kernel.
-        decomposed (bool | None): Tall and wide kernels, or a square one.
-        branch_norm (bool): Whether the branches have batch norms.
-        conv_bias (bool): Whether the branches' convolutions have biases.
-        layer_scale (bool): Whether blocks have ``gamma``.
-        deploy (bool): Whether the branches are folded.
-        output_norms (tuple[int, ...]): Stages with an output norm.
-        num_classes (int | None): Size of a classification head.
-        family (str): 'slak', 'shiftwise' or 'unknown'.
-        version (int | None): Version of ShiftWise.
-        num_paths (int | None): Filter paths of ShiftWise.
-        num_reps (int | None): Random orders of ShiftWise's filters, where the tables are there.
-        convolved (tuple[int, ...]): Channels of each stage that ShiftWise convolves, which are
+        small_kernel: Size of the small kernel.
+        decomposed: Tall and wide kernels, or a square one.
+        branch_norm: Whether the branches have batch norms.
+        conv_bias: Whether the branches' convolutions have biases.
+        layer_scale: Whether blocks have ``gamma``.
+        deploy: Whether the branches are folded.
+        output_norms: Stages with an output norm.
+        num_classes: Size of a classification head.
+        family: 'slak', 'shiftwise' or 'unknown'.
+        version: Version of ShiftWise.
+        num_paths: Filter paths of ShiftWise.
+        num_reps: Random orders of ShiftWise's filters, where the tables are there.
+        convolved: Channels of each stage that ShiftWise convolves, which are
             those that are no ghosts.
     """
 
@@ -123,10 +123,10 @@ def describe(state_dict: Mapping[str, Any]) -> Variant:
     """Read the constructor arguments of a backbone off its tensors.
 
     Args:
-        state_dict (Mapping): Tensors of one backbone by our names, without a prefix.
+        state_dict: Tensors of one backbone by our names, without a prefix.
 
     Returns:
-        Variant: What names and shapes tell.
+        What names and shapes tell.
     """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()
               if hasattr(value, 'shape')}
@@ -227,11 +227,11 @@ def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
     """Say in which arguments a checkpoint's backbone and a model's differ.
 
     Args:
-        theirs (Variant): The checkpoint's backbone.
-        ours (Variant): The model's backbone.
+        theirs: The checkpoint's backbone.
+        ours: The model's backbone.
 
     Returns:
-        list[str]: One sentence per difference, with its remedy; the most telling first. Empty if
+        One sentence per difference, with its remedy; the most telling first. Empty if
         the two are built alike.
     """
     if theirs.family != ours.family:

@@ -26,12 +26,12 @@ def convert_checkpoint(
     of optimizers and schedules are left out.
 
     Args:
-        checkpoint (Mapping): The content of a checkpoint file.
-        to (str): 'ours', 'official', or a spelling of :func:`to_official`. Defaults to 'ours'.
-        use_ema (bool): Whether to take the moving average. Defaults to ``False``.
+        checkpoint: The content of a checkpoint file.
+        to: 'ours', 'official', or a spelling of :func:`to_official`. Defaults to 'ours'.
+        use_ema: Whether to take the moving average. Defaults to ``False``.
 
     Returns:
-        dict: ``model`` for a bare backbone in another spelling than ours, as the official files
+        ``model`` for a bare backbone in another spelling than ours, as the official files
         have it, else ``state_dict``; and ``meta`` where there was one.
 
     Raises:
@@ -65,13 +65,13 @@ def write_checkpoint(
     """Write a checkpoint so that a reader sees the whole file or none.
 
     Args:
-        checkpoint (Mapping): As :func:`convert_checkpoint` returns it.
-        path (str | os.PathLike): The file. A name that ends in '.safetensors' gets the tensors
+        checkpoint: As :func:`convert_checkpoint` returns it.
+        path: The file. A name that ends in '.safetensors' gets the tensors
             alone, in that format.
-        overwrite (bool): Whether an existing file may be replaced. Defaults to ``False``.
+        overwrite: Whether an existing file may be replaced. Defaults to ``False``.
 
     Returns:
-        pathlib.Path: The file.
+        The file.
 
     Raises:
         CheckpointError: The file exists, or the format's package is not installed.

@@ -24,18 +24,18 @@ class ModelInfo:
     """One published checkpoint.
 
     Attributes:
-        name (str): The name by which ``load_pretrained`` and ``init_cfg`` know it.
-        url (str | None): Direct download address; ``None`` where none was published.
-        task (str): 'classification', 'segmentation' or 'detection'.
-        backbone (Mapping): Arguments of our backbone class that fit the weights.
-        config (str): The config of this project it belongs to, '' for a bare backbone.
-        figures (Mapping): Published figures, units in the names: ``top1_percent``,
+        name: The name by which ``load_pretrained`` and ``init_cfg`` know it.
+        url: Direct download address; ``None`` where none was published.
+        task: 'classification', 'segmentation' or 'detection'.
+        backbone: Arguments of our backbone class that fit the weights.
+        config: The config of this project it belongs to, '' for a bare backbone.
+        figures: Published figures, units in the names: ``top1_percent``,
             ``miou_percent`` (single scale), ``box_ap_percent``, ``mask_ap_percent``,
             ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
-        source (str): Where address and figures are from.
-        size (int | None): Size in bytes, where published.
-        sha256 (str | None): Hash, where published.
-        notes (str): What a user should know.
+        source: Where address and figures are from.
+        size: Size in bytes, where published.
+        sha256: Hash, where published.
+        notes: What a user should know.
     """
 
     name: str
@@ -157,10 +157,10 @@ def normalize_url(url: str) -> str:
     shares; every other address is returned as it is.
 
     Args:
-        url (str): An address as people paste it.
+        url: An address as people paste it.
 
     Returns:
-        str: The address to download from.
+        The address to download from.
     """
     match = _DRIVE_ID.match(url)
     if match:
@@ -178,10 +178,10 @@ def find_model(source: str) -> ModelInfo | None:
     """Look up a zoo entry by its name or by one of its addresses.
 
     Args:
-        source (str): A name of :data:`ZOO`, or a URL.
+        source: A name of :data:`ZOO`, or a URL.
 
     Returns:
-        ModelInfo | None: The entry, or ``None``.
+        The entry, or ``None``.
     """
     if source in ZOO:
         return ZOO[source]
@@ -203,7 +203,7 @@ def zoo_table() -> list[list[str]]:
     """The zoo as rows of text: a header, then one row per model.
 
     Returns:
-        list[list[str]]: Name, task, published figures, address, source.
+        Name, task, published figures, address, source.
     """
     units = dict(top1_percent='{:g}% top-1', miou_percent='{:g}% mIoU ss',
                  box_ap_percent='{:g} box AP', mask_ap_percent='{:g} mask AP',

@@ -15,11 +15,11 @@ def framework_configs(package: str, *names: str) -> list[str]:
             'mmseg', 'datasets/ade20k.py', 'default_runtime.py')
 
     Args:
-        package (str): Import name, ``'mmseg'`` or ``'mmdet'``.
-        names (str): Paths below the framework's ``configs/_base_``.
+        package: Import name, ``'mmseg'`` or ``'mmdet'``.
+        names: Paths below the framework's ``configs/_base_``.
 
     Returns:
-        list[str]: One existing absolute path for each name, in order.
+        One existing absolute path for each name, in order.
 
     Raises:
         ImportError: The package is not installed.

@@ -52,7 +52,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
     defect and keeps its traceback. An interrupt ends with exit code 130.
 
     Args:
-        main (Callable): Does the work; returns the exit code, None for 0.
+        main: Does the work; returns the exit code, None for 0.
     """
     code = 1
     try:
@@ -200,8 +200,8 @@ def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> N
     """Add the overrides of :mod:`slak_mm.engine.overrides`.
 
     Args:
-        parser (argparse.ArgumentParser): The parser.
-        training (bool): Whether to add those that only concern training.
+        parser: The parser.
+        training: Whether to add those that only concern training.
     """
     group = parser.add_argument_group('changes to the config')
     group.add_argument('--data-root', metavar='DIR', help='folder with the data set')
@@ -232,10 +232,10 @@ def load_config(path: str) -> Config:
     """Read a config.
 
     Args:
-        path (str): Config file.
+        path: Config file.
 
     Returns:
-        Config: The config.
+        The config.
 
     Raises:
         ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is
@@ -271,8 +271,8 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
     scaled by ``--max-iters``.
 
     Args:
-        cfg (Config): Changed in place.
-        args (argparse.Namespace): Parsed arguments; those a tool does not have are skipped.
+        cfg: Changed in place.
+        args: Parsed arguments; those a tool does not have are skipped.
 
     Raises:
         ConfigOverrideError: An override or option does not fit the config.
@@ -304,7 +304,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
     """Test with the config's ``tta_model`` and ``tta_pipeline``.
 
     Args:
-        cfg (Config): Changed in place; left as it is where its model is one already.
+        cfg: Changed in place; left as it is where its model is one already.
 
     Raises:
         ConfigOverrideError: The config has no test-time augmentation.
@@ -331,8 +331,8 @@ def check_weights(cfg: Config, config_path: str) -> None:
     """Fetch the weights that a config names, before anything is built.
 
     Args:
-        cfg (Config): Changed in place: ``load_from`` becomes the path of a local file.
-        config_path (str): For messages.
+        cfg: Changed in place: ``load_from`` becomes the path of a local file.
+        config_path: For messages.
 
     Raises:
         ConfigOverrideError: The config names no weights.
@@ -365,12 +365,12 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     """Find and check the checkpoint to resume from.
 
     Args:
-        cfg (Config): Changed in place: ``resume``, ``load_from``, the seed of the earlier run,
+        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run,
             and no pretrained weights any more, since all weights come from the checkpoint.
-        resume (str): A file, or 'auto' for the newest checkpoint of the work dir.
+        resume: A file, or 'auto' for the newest checkpoint of the work dir.
 
     Returns:
-        str | None: The file; None if the work dir has no checkpoint ('auto' only): the run then
+        The file; None if the work dir has no checkpoint ('auto' only): the run then
         begins at the beginning.
 
     Raises:
@@ -417,8 +417,8 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
     without one the process group is made here, from the same environment variables.
 
     Args:
-        cfg (Config): Changed in place, see :func:`slak_mm.engine.overrides.adapt_to_device`.
-        args (argparse.Namespace): Parsed arguments, with ``launcher`` and ``local_rank``.
+        cfg: Changed in place, see :func:`slak_mm.engine.overrides.adapt_to_device`.
+        args: Parsed arguments, with ``launcher`` and ``local_rank``.
 
     Raises:
         ConfigOverrideError: The process was not started by that launcher, or by torchrun without
@@ -481,12 +481,12 @@ def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
     """Build a model, or a part of one, outside of a runner.
 
     Args:
-        cfg (Config): A complete config, adapted to the device; weights that it names are left
+        cfg: A complete config, adapted to the device; weights that it names are left
             out, in place.
-        node (ConfigDict): Its model, or a part of that.
+        node: Its model, or a part of that.
 
     Returns:
-        nn.Module: With random weights.
+        With random weights.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -503,12 +503,12 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     """Build a runner and everything it is going to use.
 
     Args:
-        cfg (Config): A complete config; :class:`StrictCheckpointHook` is added, and for training
+        cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
             what :mod:`slak_mm.engine.reproducible` has.
-        loops (Sequence[str]): Which of 'train', 'val' and 'test' to build.
+        loops: Which of 'train', 'val' and 'test' to build.
 
     Returns:
-        Runner: With its model and those loops built, and the optimizer for training.
+        With its model and those loops built, and the optimizer for training.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.

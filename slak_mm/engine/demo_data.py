@@ -194,11 +194,11 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, n
     """Draw one scene.
 
     Args:
-        rng (np.random.Generator): The only source of randomness.
-        size (int): Side of the square image in pixels. Defaults to 160.
+        rng: The only source of randomness.
+        size: Side of the square image in pixels. Defaults to 160.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: RGB image (size, size, 3) and annotation (size, size),
+        RGB image (size, size, 3) and annotation (size, size),
         both uint8; the annotation has the values of :data:`DEMO_CLASSES`, and 0 where nothing is
         labeled.
     """
@@ -244,15 +244,15 @@ def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, si
     """Write the data set as ADE20K has it.
 
     Args:
-        root (str | Path): Folder to write to, created if missing; it gets
+        root: Folder to write to, created if missing; it gets
             ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png``.
-        num_train (int): Number of training scenes. Defaults to 48.
-        num_val (int): Number of held-out scenes. Defaults to 12.
-        size (int): Side of the images in pixels. Defaults to 160.
-        seed (int): Scenes are a function of the seed. Defaults to 0.
+        num_train: Number of training scenes. Defaults to 48.
+        num_val: Number of held-out scenes. Defaults to 12.
+        size: Side of the images in pixels. Defaults to 160.
+        seed: Scenes are a function of the seed. Defaults to 0.
 
     Returns:
-        Path: The root.
+        The root.
     """
     root = Path(root)
     for split, count, stream in (('training', num_train, 0), ('validation', num_val, 1)):
@@ -321,10 +321,10 @@ class DemoObject(NamedTuple):
     """An object in an image.
 
     Attributes:
-        name (str): One of :data:`DEMO_OBJECTS`.
-        polygons (list[np.ndarray]): Its outline: (n, 2) points x, y in pixels. It covers their
+        name: One of :data:`DEMO_OBJECTS`.
+        polygons: Its outline: (n, 2) points x, y in pixels. It covers their
             union.
-        box (tuple[float, float, float, float]): Left, top, right and bottom in pixels.
+        box: Left, top, right and bottom in pixels.
     """
 
     name: str
@@ -336,11 +336,11 @@ def draw_objects(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray,
     """Draw one to three objects, whole and apart from each other.
 
     Args:
-        rng (np.random.Generator): The only source of randomness.
-        size (int): Side of the square image in pixels. Defaults to 160.
+        rng: The only source of randomness.
+        size: Side of the square image in pixels. Defaults to 160.
 
     Returns:
-        tuple[np.ndarray, list[DemoObject]]: RGB image (size, size, 3), uint8, and what it shows.
+        RGB image (size, size, 3), uint8, and what it shows.
     """
     canvas = _Canvas(size, rng)
     horizon = rng.uniform(0.4, 0.7) * size
@@ -394,17 +394,17 @@ def write_demo_voc(root: str | Path, num_train: int = 24, num_test: int = 8, siz
     """Write a detection set as VOC has it.
 
     Args:
-        root (str | Path): Folder to write to, created if missing, which stands for ``VOCdevkit``;
+        root: Folder to write to, created if missing, which stands for ``VOCdevkit``;
             it gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists
             ``trainval`` and ``test``.
-        num_train (int): Number of images to train on, in each year. Defaults to 24.
-        num_test (int): Number of images to test on; only 2007 has them. Defaults to 8.
-        size (int): Side of the images in pixels. Defaults to 160.
-        seed (int): Images are a function of the seed. Defaults to 0.
-        years (Sequence[int]): Which years to write. Defaults to 2007 alone.
+        num_train: Number of images to train on, in each year. Defaults to 24.
+        num_test: Number of images to test on; only 2007 has them. Defaults to 8.
+        size: Side of the images in pixels. Defaults to 160.
+        seed: Images are a function of the seed. Defaults to 0.
+        years: Which years to write. Defaults to 2007 alone.
 
     Returns:
-        Path: The root.
+        The root.
     """
     root = Path(root)
     for year in years:
@@ -452,15 +452,15 @@ def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, siz
     """Write an instance segmentation set as COCO 2017 has it; needs mmdet for COCO's categories.
 
     Args:
-        root (str | Path): Folder to write to, created if missing; it gets
+        root: Folder to write to, created if missing; it gets
             ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``.
-        num_train (int): Number of images to train on. Defaults to 24.
-        num_val (int): Number of images to test on. Defaults to 8.
-        size (int): Side of the images in pixels. Defaults to 160.
-        seed (int): Images are a function of the seed. Defaults to 0.
+        num_train: Number of images to train on. Defaults to 24.
+        num_val: Number of images to test on. Defaults to 8.
+        size: Side of the images in pixels. Defaults to 160.
+        seed: Images are a function of the seed. Defaults to 0.
 
     Returns:
-        Path: The root.
+        The root.
     """
     from mmdet.datasets import CocoDataset
     # All 80, since their order gives the labels. The numbers are not COCO's, which have gaps.

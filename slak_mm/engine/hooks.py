@@ -27,13 +27,13 @@ def load_whole_model(model: nn.Module, checkpoint: dict, source: str) -> LoadRep
     """Load every weight of a model, heads included, or none.
 
     Args:
-        model (nn.Module): A segmentor or detector, wrapped or not.
-        checkpoint (dict): Content of a checkpoint file; its weights may have official names. It
+        model: A segmentor or detector, wrapped or not.
+        checkpoint: Content of a checkpoint file; its weights may have official names. It
             is changed.
-        source (str): Name of the file for messages.
+        source: Name of the file for messages.
 
     Returns:
-        LoadReport | None: What was loaded; None for a model without a backbone of this package,
+        What was loaded; None for a model without a backbone of this package,
         for which nothing is converted.
 
     Raises:
@@ -72,9 +72,9 @@ class StrictCheckpointHook(Hook):
     the model's names and verified before the runner copies it.
 
     Args:
-        strict (bool): Whether a checkpoint must have every weight of the model and nothing else.
+        strict: Whether a checkpoint must have every weight of the model and nothing else.
             Defaults to True; False is for fine-tuning with another head, from ``load_from``.
-        require_heads (bool): Whether to refuse a checkpoint of a backbone alone, as for resuming.
+        require_heads: Whether to refuse a checkpoint of a backbone alone, as for resuming.
             Defaults to False.
 
     Raises:

@@ -67,11 +67,11 @@ def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS
     """The innermost datasets of data loaders.
 
     Args:
-        cfg (Config): A whole config.
-        loaders (tuple[str]): Names of the loaders to look into.
+        cfg: A whole config.
+        loaders: Names of the loaders to look into.
 
     Yields:
-        tuple[str, ConfigDict]: Where the data set stands in the config, and its config. Wrapping
+        Where the data set stands in the config, and its config. Wrapping
         data sets (``dataset=``, ``datasets=``) are opened, not yielded.
     """
     def leaves(path: str, node: Any) -> Iterator[tuple[str, ConfigDict]]:
@@ -98,10 +98,10 @@ def set_data_root(cfg: Config, root: str) -> None:
     """Let every data set and evaluator read below another folder.
 
     Args:
-        cfg (Config): Changed in place: ``data_root`` at the top and in every data set of every
+        cfg: Changed in place: ``data_root`` at the top and in every data set of every
             loader, wrapped or not, and all paths in loaders and evaluators (``ann_file``) that
             are written out below the old root.
-        root (str): Folder with the layout that the data sets of the config expect.
+        root: Folder with the layout that the data sets of the config expect.
 
     Raises:
         ConfigOverrideError: The folder does not exist, or the config has no or several roots.
@@ -158,8 +158,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
     """Look for the data before anything is built.
 
     Args:
-        cfg (Config): A whole config; not changed.
-        loaders (tuple[str]): The loaders that are going to be used.
+        cfg: A whole config; not changed.
+        loaders: The loaders that are going to be used.
 
     Raises:
         ConfigOverrideError: Names the first folder or file that is missing, the first folder
@@ -269,11 +269,11 @@ def dataset_class(dataset: dict, scope: str | None) -> type | None:
     """The class of a data set.
 
     Args:
-        dataset (dict): Its config.
-        scope (str, optional): Framework whose registry is asked, 'mmseg' or 'mmdet'.
+        dataset: Its config.
+        scope: Framework whose registry is asked, 'mmseg' or 'mmdet'.
 
     Returns:
-        type | None: The class; None if nothing is registered under that name.
+        The class; None if nothing is registered under that name.
     """
     kind = dataset.get('type')
     if not isinstance(kind, str):
@@ -301,8 +301,8 @@ def set_batch_size(cfg: Config, batch_size: int) -> None:
     """Set the number of training images per process.
 
     Args:
-        cfg (Config): Changed in place. The learning rate is not touched: see ``auto_scale_lr``.
-        batch_size (int): At least 1.
+        cfg: Changed in place. The learning rate is not touched: see ``auto_scale_lr``.
+        batch_size: At least 1.
 
     Raises:
         ConfigOverrideError: The config has no training data loader.
@@ -316,9 +316,9 @@ def set_num_workers(cfg: Config, num_workers: int) -> None:
     """Set the number of worker processes of every data loader.
 
     Args:
-        cfg (Config): Changed in place. With 0 workers the options that need workers
+        cfg: Changed in place. With 0 workers the options that need workers
             (``persistent_workers``, ``prefetch_factor``, ``timeout``) are switched off.
-        num_workers (int): At least 0.
+        num_workers: At least 0.
     """
     for name in LOADERS:
         loader = cfg.get(name)
@@ -345,8 +345,8 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
     config that counts epochs becomes one that counts iterations.
 
     Args:
-        cfg (Config): Changed in place.
-        max_iters (int): Number of optimization steps, at least 1.
+        cfg: Changed in place.
+        max_iters: Number of optimization steps, at least 1.
 
     Raises:
         ConfigOverrideError: The config does not train, or its loop is not one of mmengine's.
@@ -482,8 +482,8 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     crop and stride of the sliding window.
 
     Args:
-        cfg (Config): Changed in place.
-        size (tuple[int, int]): Height and width in pixels. Scales follow the shorter side.
+        cfg: Changed in place.
+        size: Height and width in pixels. Scales follow the shorter side.
 
     Raises:
         ConfigOverrideError: The config does not crop, or crops to several sizes.
@@ -541,8 +541,8 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     preprocessor pads or resizes batches to.
 
     Args:
-        cfg (Config): Changed in place.
-        size (tuple[int, int]): Most that the longer side and the shorter side may have, in
+        cfg: Changed in place.
+        size: Most that the longer side and the shorter side may have, in
             pixels; a longer side of 0 is in proportion to the shorter one.
 
     Raises:
@@ -606,7 +606,7 @@ def named_weights(cfg: Config) -> list[tuple[str, str]]:
     """The pretrained weights that a config names.
 
     Returns:
-        list[tuple[str, str]]: Place in the config and source of each, without ``load_from``.
+        Place in the config and source of each, without ``load_from``.
     """
     found: list[tuple[str, str]] = []
 
@@ -631,10 +631,10 @@ def remove_weights(cfg: Config) -> list[tuple[str, str]]:
     """Remove every mention of pretrained weights, ``load_from`` included.
 
     Args:
-        cfg (Config): Changed in place.
+        cfg: Changed in place.
 
     Returns:
-        list[tuple[str, str]]: What was removed, as :func:`named_weights`.
+        What was removed, as :func:`named_weights`.
     """
     removed = named_weights(cfg)
     if cfg.get('load_from'):
@@ -671,8 +671,8 @@ def set_sparse(cfg: Config, choice: str) -> None:
     0.4, or for a preset from its own distribution.
 
     Args:
-        cfg (Config): Changed in place.
-        choice (str): One of :data:`SPARSE_CHOICES`.
+        cfg: Changed in place.
+        choice: One of :data:`SPARSE_CHOICES`.
     """
     present = _sparsity_hooks(cfg)
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook not in present]
@@ -693,8 +693,8 @@ def set_sparsity(cfg: Config, sparsity: float) -> None:
     """Let the ``SparsityHook`` of a config draw masks of a sparsity, whatever the weights are.
 
     Args:
-        cfg (Config): Changed in place.
-        sparsity (float): Share of weights to set to zero, 0 < sparsity < 1.
+        cfg: Changed in place.
+        sparsity: Share of weights to set to zero, 0 < sparsity < 1.
 
     Raises:
         ConfigOverrideError: The config has no such hook.
@@ -715,7 +715,7 @@ def masks_from_scratch(cfg: Config) -> None:
     """Let the ``SparsityHook`` of a config draw masks, for weights without zeros.
 
     Args:
-        cfg (Config): Changed in place: what the hook has under ``from_scratch`` replaces its
+        cfg: Changed in place: what the hook has under ``from_scratch`` replaces its
             arguments of the same names.
 
     Raises:
@@ -748,8 +748,8 @@ def adapt_to_device(cfg: Config,
     that there is no device to put the model on.
 
     Args:
-        cfg (Config): Changed in place.
-        has_gpu (Callable): Says whether there is a GPU. Defaults to
+        cfg: Changed in place.
+        has_gpu: Says whether there is a GPU. Defaults to
             ``torch.cuda.is_available``.
 
     Raises:

@@ -46,8 +46,8 @@ class Archive:
     """A file to download.
 
     Attributes:
-        urls (tuple[str, ...]): Addresses of the same file, the preferred one first.
-        checksum (str): ``md5:…`` or ``sha1:…`` as published, '' where there is none.
+        urls: Addresses of the same file, the preferred one first.
+        checksum: ``md5:…`` or ``sha1:…`` as published, '' where there is none.
     """
 
     urls: tuple[str, ...]
@@ -64,11 +64,11 @@ class Files:
     """Files that a complete data set has.
 
     Attributes:
-        folder (str): Below the folder of the data set.
-        pattern (str): Name of a file; ``{}`` stands for a name of the list, ``{:08d}`` or the
+        folder: Below the folder of the data set.
+        pattern: Name of a file; ``{}`` stands for a name of the list, ``{:08d}`` or the
             like for numbers from 1.
-        count (int): How many there are.
-        listed_in (str): A file below the folder of the data set with their names: a text with
+        count: How many there are.
+        listed_in: A file below the folder of the data set with their names: a text with
             one on each line, or COCO's JSON. '' for numbers.
     """
 
@@ -83,9 +83,9 @@ class Part:
     """What is unpacked together.
 
     Attributes:
-        target (str): Its place below the folder of the data set, '' for that folder itself.
-        inside (str): The folder within the archives that becomes it.
-        archives (tuple[Archive, ...]): All of them are unpacked into one folder.
+        target: Its place below the folder of the data set, '' for that folder itself.
+        inside: The folder within the archives that becomes it.
+        archives: All of them are unpacked into one folder.
     """
 
     target: str
@@ -98,10 +98,10 @@ class DataSet:
     """A data set.
 
     Attributes:
-        folder (str): Its folder below the root.
-        kind (str): Data set class of the configs that read it.
-        parts (tuple[Part, ...]): What is downloaded.
-        files (tuple[Files, ...]): What has to be there.
+        folder: Its folder below the root.
+        kind: Data set class of the configs that read it.
+        parts: What is downloaded.
+        files: What has to be there.
     """
 
     folder: str
@@ -163,10 +163,10 @@ def hint(data_set: Mapping[str, Any]) -> str:
     """The command that gets a data set.
 
     Args:
-        data_set (Mapping): Config of a data set of mmsegmentation or mmdetection.
+        data_set: Config of a data set of mmsegmentation or mmdetection.
 
     Returns:
-        str: A sentence that begins with a space; '' for a data set that is not one of
+        A sentence that begins with a space; '' for a data set that is not one of
         :data:`DATA_SETS`.
     """
     root = str(data_set.get('data_root') or '').rstrip('/')
@@ -193,12 +193,12 @@ def check(name: str, root: str | os.PathLike,
     """Look whether a data set is complete.
 
     Args:
-        name (str): A key of ``data_sets``.
-        root (str): Folder that data sets are kept in, 'data' in the configs.
-        data_sets (Mapping): The known data sets. Defaults to :data:`DATA_SETS`.
+        name: A key of ``data_sets``.
+        root: Folder that data sets are kept in, 'data' in the configs.
+        data_sets: The known data sets. Defaults to :data:`DATA_SETS`.
 
     Returns:
-        str | None: The first thing that is missing, as a sentence without its end; None if
+        The first thing that is missing, as a sentence without its end; None if
         everything is there.
     """
     data_set = data_sets[name]
@@ -262,16 +262,16 @@ def prepare(name: str, root: str | os.PathLike, *, keep_archives: bool = False,
     """Download, unpack and verify a data set; go on where an earlier call was interrupted.
 
     Args:
-        name (str): A key of ``data_sets``.
-        root (str): Folder that data sets are kept in; created if need be.
-        keep_archives (bool): Keep the downloaded archives, in ``.downloads`` below the root.
+        name: A key of ``data_sets``.
+        root: Folder that data sets are kept in; created if need be.
+        keep_archives: Keep the downloaded archives, in ``.downloads`` below the root.
             Defaults to False.
-        report (Callable): Called again and again with what is done, how much of it and how much
+        report: Called again and again with what is done, how much of it and how much
             in all (bytes or files; 0 where that is not known).
-        data_sets (Mapping): The known data sets. Defaults to :data:`DATA_SETS`.
+        data_sets: The known data sets. Defaults to :data:`DATA_SETS`.
 
     Returns:
-        Path: Folder of the complete data set.
+        Folder of the complete data set.
 
     Raises:
         DataError: It cannot be downloaded, an archive is damaged or wants to write outside its

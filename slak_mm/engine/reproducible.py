@@ -36,7 +36,7 @@ def seed_everything(*key: int) -> None:
     """Seed torch, numpy and python from a tuple of non-negative integers.
 
     Args:
-        key (int): What the seed depends on, for example seed, rank and iteration.
+        key: What the seed depends on, for example seed, rank and iteration.
     """
     words = np.random.SeedSequence(key).generate_state(3)
     torch.manual_seed(int(words[0]))
@@ -51,7 +51,7 @@ class KeyedIndex(int):
     ``ConcatDataset`` by a difference, its ``RepeatDataset`` by a remainder. Both keep the key.
 
     Attributes:
-        key (tuple[int, int] | None): Seed and place.
+        key: Seed and place.
     """
 
     key: tuple[int, int] | None = None
@@ -80,9 +80,9 @@ class KeyedInfiniteSampler(InfiniteSampler):
     """mmengine's ``InfiniteSampler``, with :class:`KeyedIndex` as indices.
 
     Args:
-        dataset (Sized): The data set.
-        shuffle (bool): Whether to shuffle. Defaults to True.
-        seed (int, optional): Seed of the order. Defaults to the one that mmengine gives.
+        dataset: The data set.
+        shuffle: Whether to shuffle. Defaults to True.
+        seed: Seed of the order. Defaults to the one that mmengine gives.
     """
 
     def _indices_of_rank(self) -> Iterator[int]:
@@ -95,10 +95,10 @@ class KeyedDefaultSampler(DefaultSampler):
     """mmengine's ``DefaultSampler``, with :class:`KeyedIndex` as indices.
 
     Args:
-        dataset (Sized): The data set.
-        shuffle (bool): Whether to shuffle. Defaults to True.
-        seed (int, optional): Seed of the order. Defaults to the one that mmengine gives.
-        round_up (bool): Whether to repeat samples so that all processes have as many.
+        dataset: The data set.
+        shuffle: Whether to shuffle. Defaults to True.
+        seed: Seed of the order. Defaults to the one that mmengine gives.
+        round_up: Whether to repeat samples so that all processes have as many.
             Defaults to True.
     """
 
@@ -152,7 +152,7 @@ def make_reproducible(cfg: Config) -> None:
     """Let a config train with the parts of this module.
 
     Args:
-        cfg (Config): Changed in place: samplers of mmengine become their keyed versions, training
+        cfg: Changed in place: samplers of mmengine become their keyed versions, training
             pipelines begin with :class:`SeedBySample`, and :class:`IterationSeedHook` is added.
             Other samplers are left as they are, and so are wrapping data sets that look the index
             up in a table (``ClassBalancedDataset``): their augmentations then depend on the
@@ -176,8 +176,8 @@ def add_hook(cfg: Config, kind: str, **arguments: Any) -> None:
     """Add a custom hook to a config unless it has one of that type.
 
     Args:
-        cfg (Config): Changed in place.
-        kind (str): Registered name.
+        cfg: Changed in place.
+        kind: Registered name.
         arguments: Further arguments of the hook.
     """
     hooks = list(cfg.get('custom_hooks') or [])

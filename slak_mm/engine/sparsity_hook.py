@@ -65,45 +65,45 @@ class SparsityHook(Hook):
     refused.
 
     Args:
-        mode (str, optional): 'static' keeps the masks; 'set' replaces the smallest weights by
+        mode: 'static' keeps the masks; 'set' replaces the smallest weights by
             random ones (SET, Mocanu et al. 2018, as SLaK and ShiftWise), 'rigl' by those with the
             largest gradients (RigL, Evci et al. 2020), 'momentum' by those with the largest
             momentum. Defaults to that of the preset, else 'static'.
-        distribution (str, optional): Where the first masks come from: 'from_weights' takes the
+        distribution: Where the first masks come from: 'from_weights' takes the
             zeros of the weights that training starts with, 'uniform', 'erk' and 'snip' draw
             masks with ``sparsity`` zeros; SNIP needs one batch of the training data, which
             training does not miss, and runs it without dropout and drop path. Defaults to that of
             the preset, else 'from_weights'.
-        sparsity (float, optional): Share of zeros among the selected weights. With
+        sparsity: Share of zeros among the selected weights. With
             'from_weights', the share that the weights should have, of which half must be
             found. Defaults to that of the preset, else 0.4 where masks are drawn.
-        update_interval (int, optional): Optimizer steps between two changes of the masks.
+        update_interval: Optimizer steps between two changes of the masks.
             Defaults to that of the preset, else 100.
-        prune_rate (float, optional): Share of each layer's weights that the first change
+        prune_rate: Share of each layer's weights that the first change
             replaces; it falls along half a cosine. Defaults to that of the preset, else 0.3.
-        stop_fraction (float, optional): The masks do not change after this share of the training.
+        stop_fraction: The masks do not change after this share of the training.
             Defaults to that of the preset, else 0.75.
-        include (str | Sequence[str], optional): Regular expressions; a weight is selected if one
+        include: Regular expressions; a weight is selected if one
             is found in its name or is the type of its module. Defaults to the weights of the
             backbone.
-        exclude (str | Sequence[str], optional): The same, to leave weights out.
-        selection (str, optional): Selection of
+        exclude: The same, to leave weights out.
+        selection: Selection of
             :func:`~slak_mm.sparsity.select_parameters`: 'backbone', 'large_kernel',
             'shiftwise_filters' or 'all'. Defaults to that of the preset where it is narrower
             than the backbone, else to the backbone.
-        preset (str, optional): Published training: 'slak_t', 'slak_s', 'slak_b' or 'shiftwise'.
+        preset: Published training: 'slak_t', 'slak_s', 'slak_b' or 'shiftwise'.
             Arguments given beside it have precedence. Defaults to None.
-        seed (int): Seed of all that is drawn. Defaults to 0.
-        from_scratch (dict, optional): Arguments that ``tools/train.py --from-scratch`` puts in
+        seed: Seed of all that is drawn. Defaults to 0.
+        from_scratch: Arguments that ``tools/train.py --from-scratch`` puts in
             place of those here, as there are no weights to take masks from. Not used by the
             hook itself.
         **options: Further arguments of :class:`~slak_mm.sparsity.SparseTraining`, such as
             ``sampling`` or ``sparse_gap``.
 
     Attributes:
-        masks (dict[str, Tensor]): From the start of training on: name of each sparse parameter of
+        masks: From the start of training on: name of each sparse parameter of
             the model -> boolean tensor of its shape, True where it is not pruned.
-        training (SparseTraining | None): The masks' keeper.
+        training: The masks' keeper.
 
     Raises:
         SparsityError: An argument is unknown or out of its range.
@@ -398,10 +398,10 @@ def saved_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks that a checkpoint has from a :class:`SparsityHook`.
 
     Args:
-        checkpoint (Mapping): Content of a checkpoint file.
+        checkpoint: Content of a checkpoint file.
 
     Returns:
-        dict[str, Tensor]: Parameter name -> boolean tensor of the parameter's shape, or of
+        Parameter name -> boolean tensor of the parameter's shape, or of
         (filters, 1, 1, 1) where whole filters are pruned. Empty without a hook's state.
     """
     state = checkpoint.get(SPARSITY_KEY)
@@ -412,11 +412,11 @@ def finalize_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a training checkpoint alone, with the pruned ones verified to be zero.
 
     Args:
-        checkpoint (Mapping): Content of a checkpoint file, with or without the state of a
+        checkpoint: Content of a checkpoint file, with or without the state of a
             :class:`SparsityHook`.
 
     Returns:
-        dict[str, Any]: ``state_dict``, and ``meta`` where there was one.
+        ``state_dict``, and ``meta`` where there was one.
 
     Raises:
         SparsityError: A weight that its mask prunes is not zero.

@@ -68,14 +68,14 @@ def add_measurement_arguments(
     ``--device --size --batch --dtype --repeats --no-memory --json --plot``.
 
     Args:
-        parser (argparse.ArgumentParser): Parser of the sub-command.
-        sizes (Sequence[tuple[int, int]]): Default image sizes (height, width); without any there
+        parser: Parser of the sub-command.
+        sizes: Default image sizes (height, width); without any there
             is no ``--size``.
-        batches (Sequence[int]): Default batch sizes; without any there is no ``--batch``.
-        repeats (int): Default of ``--repeats``.
-        dtypes (Sequence[str]): Choices of ``--dtype``, keys of :data:`DTYPES`; the first is the
+        batches: Default batch sizes; without any there is no ``--batch``.
+        repeats: Default of ``--repeats``.
+        dtypes: Choices of ``--dtype``, keys of :data:`DTYPES`; the first is the
             default.
-        memory (bool): Whether there is ``--no-memory``. Defaults to True.
+        memory: Whether there is ``--no-memory``. Defaults to True.
     """
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     if sizes:
@@ -101,7 +101,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything is measured, what would fail after it.
 
     Args:
-        args (argparse.Namespace): With any of ``device``, ``json`` and ``plot``.
+        args: With any of ``device``, ``json`` and ``plot``.
 
     Raises:
         BenchmarkError: There is no such device, no such folder, or no matplotlib.
@@ -146,13 +146,13 @@ def measure_times(
     """Time contenders that take turns, so that a busy moment of the machine meets all of them.
 
     Args:
-        steps (Mapping): The contenders by name.
-        repeats (int): Timed runs of each, after one that warms up. A contender whose first run
+        steps: The contenders by name.
+        repeats: Timed runs of each, after one that warms up. A contender whose first run
             takes over :data:`LONG_SECONDS` is not run again.
-        device (str): 'cpu' or 'cuda'. Defaults to 'cpu'.
+        device: 'cpu' or 'cuda'. Defaults to 'cpu'.
 
     Returns:
-        tuple: Median seconds of each, and what the first run of each returned.
+        Median seconds of each, and what the first run of each returned.
     """
     def timed(step: Callable[[], Any]) -> tuple[float, Any]:
         synchronize(device)
@@ -185,9 +185,9 @@ def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor],
     """Names of the contenders whose results are not those of the reference.
 
     Args:
-        results (Mapping): Tensors of each contender.
-        want (Sequence[Tensor]): Those of the reference.
-        tolerance (float): Largest difference, as a fraction of a tensor's largest value.
+        results: Tensors of each contender.
+        want: Those of the reference.
+        tolerance: Largest difference, as a fraction of a tensor's largest value.
     """
     return [name for name, got in results.items()
             if not worst_difference(got, want) <= tolerance]
@@ -200,11 +200,11 @@ def describe_machine(device: str = 'cpu', **settings: Any) -> dict[str, Any]:
     """What the figures depend on.
 
     Args:
-        device (str): 'cpu' or 'cuda'. Defaults to 'cpu'.
+        device: 'cpu' or 'cuda'. Defaults to 'cpu'.
         **settings: Further entries, such as ``dtype`` and ``repeats``.
 
     Returns:
-        dict[str, Any]: Processor, cores, threads, load, device, version of torch, date, and the
+        Processor, cores, threads, load, device, version of torch, date, and the
         settings.
     """
     processor = platform.processor() or platform.machine()
@@ -256,11 +256,11 @@ def plot_bars(path: str | None, groups: Sequence[str],
     """Draw groups of bars on a logarithmic axis, if there is a path; needs matplotlib.
 
     Args:
-        path (str | None): File to write; the suffix tells the format.
-        groups (Sequence[str]): Labels of the groups, such as one for each image size.
-        series (Mapping): For each contender its value in each group; None or NaN draws nothing.
-        title (str): Title.
-        unit (str): Name of the axis, such as 'ms'.
+        path: File to write; the suffix tells the format.
+        groups: Labels of the groups, such as one for each image size.
+        series: For each contender its value in each group; None or NaN draws nothing.
+        title: Title.
+        unit: Name of the axis, such as 'ms'.
     """
     if not path:
         return

@@ -227,8 +227,8 @@ def peak_step(*, contender: str, size: Sequence[int], **options: Any
     """What :func:`~slak_mm.analysis.benchmarks.peak.measure_peak` measures.
 
     Args:
-        contender (str): One of :data:`NETWORKS`.
-        size (Sequence[int]): Height and width of the images.
+        contender: One of :data:`NETWORKS`.
+        size: Height and width of the images.
         **options: Other arguments of :class:`Case`.
     """
     Case(contender, (64, 64), **{**options, 'batch': 2}).step()

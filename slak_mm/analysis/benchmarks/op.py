@@ -243,8 +243,8 @@ def peak_step(*, contender: str, passing: str, **options: Any) -> Callable[[], l
     """What :func:`~slak_mm.analysis.benchmarks.peak.measure_peak` measures.
 
     Args:
-        contender (str): One of :data:`CONTENDERS`.
-        passing (str): One of :data:`PASSES`.
+        contender: One of :data:`CONTENDERS`.
+        passing: One of :data:`PASSES`.
         **options: Arguments of :class:`Case`.
     """
     Case(**{**options, 'size': (128, 128), 'batch': 1, 'channels': 8}).step(contender, passing)()

@@ -26,11 +26,11 @@ def measure_peak(module: str, case: dict[str, Any]) -> float | None:
     """Peak memory of a pass above what was there before it.
 
     Args:
-        module (str): Full name of the module that has ``peak_step``.
-        case (dict[str, Any]): Its keyword arguments, all JSON; ``device`` among them.
+        module: Full name of the module that has ``peak_step``.
+        case: Its keyword arguments, all JSON; ``device`` among them.
 
     Returns:
-        float | None: MiB, or None where the system does not tell.
+        MiB, or None where the system does not tell.
 
     Raises:
         BenchmarkError: The process failed, with its last line.

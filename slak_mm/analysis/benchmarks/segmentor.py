@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure; see the module.
 
     Args:
-        args (argparse.Namespace): Of the sub-command.
+        args: Of the sub-command.
 
     Yields:
         Lines of the report.
