@@ -62,15 +62,20 @@ def read_readme():
 setup(
     name='slak-mm',
     version=read_version(),
-    description=(
-        'Large-kernel backbones (SLaK, ShiftWise) for OpenMMLab: segmentation and detection'
-    ),
+    description=('Large-kernel backbones (SLaK, ShiftWise) for OpenMMLab: segmentation and detection'),
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     license_files=['LICENSE'],
-    keywords=['SLaK', 'ShiftWise', 'large kernels', 'sparse training', 'semantic segmentation',
-              'object detection', 'OpenMMLab'],
+    keywords=[
+        'SLaK',
+        'ShiftWise',
+        'large kernels',
+        'sparse training',
+        'semantic segmentation',
+        'object detection',
+        'OpenMMLab',
+    ],
     classifiers=[
         'Development Status :: 4 - Beta',
         'Operating System :: OS Independent',
@@ -111,13 +116,7 @@ setup(
             'regex',
             'numpy<2',
         ],
-        'dev': [
-            'timm>=1.0',
-            'pytest>=8',
-            'hypothesis>=6.100',
-            'ruff>=0.9',
-            'mypy>=1.11',
-        ],
+        'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11'],
         # tools/export.py --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],
     },

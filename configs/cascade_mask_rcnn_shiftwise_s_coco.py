@@ -5,12 +5,17 @@ _base_ = './_base_/cascade_mask_rcnn_coco.py'
 
 model = dict(
     backbone=dict(type='ShiftWise', arch='small', version=2, drop_path_rate=0.6),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 
-optim_wrapper = dict(
-    optimizer=dict(lr=1e-4), paramwise_cfg=dict(decay_rate=0.8, num_layers=12))
+optim_wrapper = dict(optimizer=dict(lr=1e-4), paramwise_cfg=dict(decay_rate=0.8, num_layers=12))
 
 # As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
 custom_hooks = [
-    dict(type='SparsityHook', mode='static', distribution='from_weights',
-         from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]
+    dict(
+        type='SparsityHook',
+        mode='static',
+        distribution='from_weights',
+        from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3),
+    )
+]

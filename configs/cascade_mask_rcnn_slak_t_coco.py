@@ -4,4 +4,5 @@ _base_ = './_base_/cascade_mask_rcnn_coco.py'
 
 model = dict(
     backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='slak_t_in1k_300e')),
-    neck=dict(in_channels=[124, 249, 499, 998]))
+    neck=dict(in_channels=[124, 249, 499, 998]),
+)

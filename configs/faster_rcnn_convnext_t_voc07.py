@@ -10,8 +10,10 @@ model = dict(
         decomposed=False,
         branch_norm=False,
         conv_bias=True,
-        init_cfg=dict(type='Pretrained', checkpoint='convnext_t_in1k_300e')),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+        init_cfg=dict(type='Pretrained', checkpoint='convnext_t_in1k_300e'),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 
 # Its ImageNet weights are dense.
 custom_hooks = []

@@ -15,6 +15,9 @@ train_dataloader = dict(
                 ann_file=f'VOC{year}/ImageSets/Main/trainval.txt',
                 data_prefix=dict(sub_data_root=f'VOC{year}/'),
                 filter_cfg=dict(filter_empty_gt=True, min_size=32),
-                pipeline=pipeline)
+                pipeline=pipeline,
+            )
             for year, pipeline in [(2007, _base_.train_pipeline), (2012, _base_.train_pipeline)]
-        ]))
+        ],
+    )
+)

@@ -13,9 +13,11 @@ model = dict(
         conv_bias=True,
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='convnext_t_in1k_300e')),
+        init_cfg=dict(type='Pretrained', checkpoint='convnext_t_in1k_300e'),
+    ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
-    auxiliary_head=dict(in_channels=384))
+    auxiliary_head=dict(in_channels=384),
+)
 
 # Its ImageNet weights are dense.
 custom_hooks = []

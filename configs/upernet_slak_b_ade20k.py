@@ -6,9 +6,11 @@ model = dict(
         arch='base',
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='slak_b_in1k_300e')),
+        init_cfg=dict(type='Pretrained', checkpoint='slak_b_in1k_300e'),
+    ),
     decode_head=dict(in_channels=[166, 332, 665, 1331]),
-    auxiliary_head=dict(in_channels=665))
+    auxiliary_head=dict(in_channels=665),
+)
 
 # 12 as in the official config; see upernet_slak_s_ade20k.py.
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

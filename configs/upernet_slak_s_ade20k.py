@@ -6,9 +6,11 @@ model = dict(
         arch='small',
         drop_path_rate=0.3,
         layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='slak_s_in1k_300e')),
+        init_cfg=dict(type='Pretrained', checkpoint='slak_s_in1k_300e'),
+    ),
     decode_head=dict(in_channels=[124, 249, 499, 998]),
-    auxiliary_head=dict(in_channels=499))
+    auxiliary_head=dict(in_channels=499),
+)
 
 # The third stage has 27 blocks. Only the layer-wise rule needs 12 layer ids for them; the
 # official config gives 12 to the stage-wise rule as well, which lowers the rates of all stages.

@@ -6,6 +6,8 @@ model = dict(
         arch='tiny',
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='slak_t_in1k_300e')),
+        init_cfg=dict(type='Pretrained', checkpoint='slak_t_in1k_300e'),
+    ),
     decode_head=dict(in_channels=[124, 249, 499, 998]),
-    auxiliary_head=dict(in_channels=499))
+    auxiliary_head=dict(in_channels=499),
+)

@@ -4,6 +4,13 @@
 _base_ = './upernet_slak_t_ade20k.py'
 
 custom_hooks = [
-    dict(type='SparsityHook', mode='rigl', distribution='from_weights', update_interval=100,
-         prune_rate=0.3, stop_fraction=0.75,
-         from_scratch=dict(distribution='snip', sparsity=0.4))]
+    dict(
+        type='SparsityHook',
+        mode='rigl',
+        distribution='from_weights',
+        update_interval=100,
+        prune_rate=0.3,
+        stop_fraction=0.75,
+        from_scratch=dict(distribution='snip', sparsity=0.4),
+    )
+]

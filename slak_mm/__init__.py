@@ -9,12 +9,4 @@ from .checkpoints import CheckpointMismatch, LoadReport, load_pretrained
 from .models import switch_to_deploy
 from .version import __version__
 
-__all__ = [
-    'CheckpointMismatch',
-    'LoadReport',
-    '__version__',
-    'engine',
-    'load_pretrained',
-    'models',
-    'switch_to_deploy',
-]
+__all__ = ['CheckpointMismatch', 'LoadReport', '__version__', 'engine', 'load_pretrained', 'models', 'switch_to_deploy']

@@ -18,31 +18,52 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # SLaK with one block per stage and 7x7 crosses: iterations take some hundredths of a second.
 TINY_BACKBONE = (
-    'model.backbone.arch._delete_=True', 'model.backbone.arch.depths=[1,1,1,1]',
-    'model.backbone.arch.dims=[8,16,24,32]', 'model.backbone.kernel_sizes=(7,7,7,7)')
+    'model.backbone.arch._delete_=True',
+    'model.backbone.arch.depths=[1,1,1,1]',
+    'model.backbone.arch.dims=[8,16,24,32]',
+    'model.backbone.kernel_sizes=(7,7,7,7)',
+)
 TINY_SLAK = ('model.backbone.width_factor=1.0', 'model.backbone.small_kernel=3')
 TINY = (
-    *TINY_BACKBONE, *TINY_SLAK,
-    'model.decode_head.in_channels=[8,16,24,32]', 'model.decode_head.channels=16',
-    'model.auxiliary_head.in_channels=24', 'model.auxiliary_head.channels=16')
+    *TINY_BACKBONE,
+    *TINY_SLAK,
+    'model.decode_head.in_channels=[8,16,24,32]',
+    'model.decode_head.channels=16',
+    'model.auxiliary_head.in_channels=24',
+    'model.auxiliary_head.channels=16',
+)
 
 
 # The same backbone with narrow necks and heads, and few boxes to look at.
 TINY_DETECTOR = (
-    *TINY_BACKBONE, 'model.neck.in_channels=[8,16,24,32]', 'model.neck.out_channels=16',
-    'model.rpn_head.in_channels=16', 'model.rpn_head.feat_channels=16',
+    *TINY_BACKBONE,
+    'model.neck.in_channels=[8,16,24,32]',
+    'model.neck.out_channels=16',
+    'model.rpn_head.in_channels=16',
+    'model.rpn_head.feat_channels=16',
     'model.roi_head.bbox_roi_extractor.out_channels=16',
-    'model.train_cfg.rpn_proposal.max_per_img=64', 'model.test_cfg.rpn.max_per_img=64',
-    'model.test_cfg.rcnn.max_per_img=20')
+    'model.train_cfg.rpn_proposal.max_per_img=64',
+    'model.test_cfg.rpn.max_per_img=64',
+    'model.test_cfg.rcnn.max_per_img=20',
+)
 TINY_FASTER_RCNN = (
-    *TINY_DETECTOR, 'model.roi_head.bbox_head.in_channels=16',
-    'model.roi_head.bbox_head.fc_out_channels=32', 'model.train_cfg.rcnn.sampler.num=32')
+    *TINY_DETECTOR,
+    'model.roi_head.bbox_head.in_channels=16',
+    'model.roi_head.bbox_head.fc_out_channels=32',
+    'model.train_cfg.rcnn.sampler.num=32',
+)
 TINY_CASCADE = (
-    *TINY_DETECTOR, 'model.roi_head.mask_roi_extractor.out_channels=16',
-    'model.roi_head.mask_head.in_channels=16', 'model.roi_head.mask_head.conv_out_channels=16',
-    *(f'model.roi_head.bbox_head.{stage}.{key}' for stage in range(3)
-      for key in ('in_channels=16', 'conv_out_channels=16', 'fc_out_channels=32')),
-    *(f'model.train_cfg.rcnn.{stage}.sampler.num=32' for stage in range(3)))
+    *TINY_DETECTOR,
+    'model.roi_head.mask_roi_extractor.out_channels=16',
+    'model.roi_head.mask_head.in_channels=16',
+    'model.roi_head.mask_head.conv_out_channels=16',
+    *(
+        f'model.roi_head.bbox_head.{stage}.{key}'
+        for stage in range(3)
+        for key in ('in_channels=16', 'conv_out_channels=16', 'fc_out_channels=32')
+    ),
+    *(f'model.train_cfg.rcnn.{stage}.sampler.num=32' for stage in range(3)),
+)
 
 
 @pytest.fixture(scope='session')
@@ -60,9 +81,11 @@ def tiny():
 @pytest.fixture(scope='session')
 def tiny_detector():
     """Gives ``--cfg-options`` that make the model of a detection config tiny, by its name."""
+
     def options(name):
         detector = list(TINY_FASTER_RCNN if name.startswith('faster') else TINY_CASCADE)
         return detector if 'shiftwise' in name or 'convnext' in name else [*detector, *TINY_SLAK]
+
     return options
 
 
@@ -78,11 +101,13 @@ def build_tiny(config_path, tiny):
         cfg = Config.fromfile(config_path)
         overrides.remove_weights(cfg)
         overrides.adapt_to_device(cfg, has_gpu=lambda: False)
-        cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in
-                             (option.split('=', 1) for option in tiny)})
+        cfg.merge_from_dict(
+            {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in tiny)}
+        )
         cfg.merge_from_dict(changes)
         init_default_scope('mmseg')
         return MODELS.build(cfg.model)
+
     return build
 
 
@@ -90,6 +115,7 @@ def build_tiny(config_path, tiny):
 def demo_data(tmp_path_factory):
     """A small generated data set in ADE20K's layout."""
     from slak_mm.engine.demo_data import write_demo_data
+
     return str(write_demo_data(tmp_path_factory.mktemp('demo'), 8, 2, size=96, seed=3))
 
 
@@ -97,8 +123,8 @@ def demo_data(tmp_path_factory):
 def demo_voc(tmp_path_factory):
     """A small generated data set in VOC's layout, of both years."""
     from slak_mm.engine.demo_data import write_demo_voc
-    return str(write_demo_voc(tmp_path_factory.mktemp('VOCdevkit'), 6, 2, size=96, seed=3,
-                              years=(2007, 2012)))
+
+    return str(write_demo_voc(tmp_path_factory.mktemp('VOCdevkit'), 6, 2, size=96, seed=3, years=(2007, 2012)))
 
 
 @pytest.fixture(scope='session')
@@ -106,6 +132,7 @@ def demo_coco(tmp_path_factory):
     """A small generated data set in COCO's layout."""
     pytest.importorskip('mmdet')
     from slak_mm.engine.demo_data import write_demo_coco
+
     return str(write_demo_coco(tmp_path_factory.mktemp('coco'), 6, 2, size=96, seed=3))
 
 
@@ -123,14 +150,23 @@ def coco_data(tmp_path_factory):
             name = f'{index:012d}.jpg'
             Image.fromarray(rng.integers(0, 256, (64, 80, 3), np.uint8)).save(root / split / name)
             images.append(dict(id=index, file_name=name, height=64, width=80))
-            annotations.append(dict(id=index + 1, image_id=index, category_id=1, iscrowd=0,
-                                    bbox=[10, 12, 40, 30], area=1200,
-                                    segmentation=[[10, 12, 50, 12, 50, 42, 10, 42]]))
+            annotations.append(
+                dict(
+                    id=index + 1,
+                    image_id=index,
+                    category_id=1,
+                    iscrowd=0,
+                    bbox=[10, 12, 40, 30],
+                    area=1200,
+                    segmentation=[[10, 12, 50, 12, 50, 42, 10, 42]],
+                )
+            )
         from mmdet.datasets import CocoDataset
-        categories = [dict(id=number, name=name) for number, name
-                      in enumerate(CocoDataset.METAINFO['classes'], 1)]
-        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(
-            dict(images=images, annotations=annotations, categories=categories)))
+
+        categories = [dict(id=number, name=name) for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)]
+        (root / 'annotations' / f'instances_{split}.json').write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories))
+        )
     return str(root)
 
 
@@ -183,8 +219,9 @@ def call_tool(monkeypatch, capfd):
         with pytest.raises(SystemExit) as exit_info:
             run_tool(tool_main(name))
         captured = capfd.readouterr()
-        return SimpleNamespace(code=exit_info.value.code, out=captured.out, err=captured.err,
-                               text=captured.out + captured.err)
+        return SimpleNamespace(
+            code=exit_info.value.code, out=captured.out, err=captured.err, text=captured.out + captured.err
+        )
 
     return call
 
@@ -199,9 +236,12 @@ def start_tool():
         for variable in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
             env.pop(variable, None)
         process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'),
-             *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+            [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
         processes.append(process)
         return process
 

@@ -64,13 +64,9 @@ class Goldens:
 
     def names(self, case: str) -> list[str]:
         """Names of the arrays of one file."""
-        return [
-            k.split('/')[1] for k in self._arrays.files
-            if k.startswith(case + '/') and not k.endswith('/stats')]  # fmt: skip
+        return [k.split('/')[1] for k in self._arrays.files if k.startswith(case + '/') and not k.endswith('/stats')]
 
-    def assert_close(
-        self, case: str, name: str, got: Tensor, tolerance: float, least_scale: float = 0.0
-    ) -> None:
+    def assert_close(self, case: str, name: str, got: Tensor, tolerance: float, least_scale: float = 0.0) -> None:
         """Compare the kept values, the mean and the deviation of all values.
 
         Args:

@@ -10,9 +10,7 @@ from slak_mm.analysis.benchmarks.shifted_sum import activation_space, shift_and_
 __all__ = ['activation_space', 'draw_tables', 'shift_and_add']
 
 
-def draw_tables(
-    channels: int, kernel_size: int, small_kernel: int, num_reps: int
-) -> tuple[Tensor, Tensor]:
+def draw_tables(channels: int, kernel_size: int, small_kernel: int, num_reps: int) -> tuple[Tensor, Tensor]:
     """The tables, drawn in the documented order one entry at a time."""
     nk = -(-kernel_size // small_kernel)
     generator = torch.Generator().manual_seed(123)

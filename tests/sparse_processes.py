@@ -6,13 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from slak_mm.sparsity import (
-    SparseTraining,
-    average_,
-    broadcast_masks,
-    same_on_all_ranks,
-    select_parameters,
-)
+from slak_mm.sparsity import SparseTraining, average_, broadcast_masks, same_on_all_ranks, select_parameters
 
 STEPS = 6
 
@@ -28,14 +22,20 @@ def make_net():
 
 def batches():
     g = torch.Generator().manual_seed(1)
-    return [(torch.randn(8, 6, generator=g).double(), torch.randint(0, 3, (8,), generator=g))
-            for _ in range(STEPS)]
+    return [(torch.randn(8, 6, generator=g).double(), torch.randint(0, 3, (8,), generator=g)) for _ in range(STEPS)]
 
 
 def train(net, model, mode, seed, part):
     sparse = SparseTraining(
-        select_parameters(net), mode=mode, distribution='uniform', sparsity=0.5,
-        total_steps=STEPS, update_interval=2, stop_fraction=1.0, seed=seed)
+        select_parameters(net),
+        mode=mode,
+        distribution='uniform',
+        sparsity=0.5,
+        total_steps=STEPS,
+        update_interval=2,
+        stop_fraction=1.0,
+        seed=seed,
+    )
     sparse.initialize()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     sparse.attach(optimizer)
@@ -47,16 +47,16 @@ def train(net, model, mode, seed, part):
 
 
 def process(rank, folder):
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     torch.set_num_threads(1)
     mean = torch.full((3,), float(rank))
     average_([mean])
     mask = torch.arange(11) % 2 == rank
     other = torch.arange(6).view(2, 3) % 3 == rank
     broadcast_masks([mask, other])
-    found = dict(mean=mean, masks=(mask, other), same=same_on_all_ranks('ab' * 32),
-                 differ=same_on_all_ranks(f'{rank}b' * 32))
+    found = dict(
+        mean=mean, masks=(mask, other), same=same_on_all_ranks('ab' * 32), differ=same_on_all_ranks(f'{rank}b' * 32)
+    )
     for mode in ('static', 'set', 'rigl'):
         net = make_net()
         half = slice(4 * rank, 4 * rank + 4)

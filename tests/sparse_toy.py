@@ -47,13 +47,16 @@ class Images(Dataset):
 class Toy(BaseModel):
     """Three convolutions and a head; smooth, so that no gradient is exactly zero."""
 
-    def __init__(self, norm: bool = False, dropout: float = 0.) -> None:
+    def __init__(self, norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8) if norm else nn.Tanh(),
-            nn.Conv2d(8, 10, 3), nn.Sequential(nn.Dropout(dropout), nn.Tanh()),
-            nn.Conv2d(10, 6, (2, 1)))
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8) if norm else nn.Tanh(),
+            nn.Conv2d(8, 10, 3),
+            nn.Sequential(nn.Dropout(dropout), nn.Tanh()),
+            nn.Conv2d(10, 6, (2, 1)),
+        )
         self.head = nn.Linear(6, 4)
         self.seen: list[dict[str, Tensor]] = []
 
@@ -62,8 +65,7 @@ class Toy(BaseModel):
         if mode == 'loss':
             return dict(loss=nn.functional.cross_entropy(logits, labels))
         # What is validated, for the tests to look at.
-        self.seen.append({name: dict(self.named_parameters())[name].detach().clone()
-                          for name in NAMES})
+        self.seen.append({name: dict(self.named_parameters())[name].detach().clone() for name in NAMES})
         return [logits]
 
 
@@ -88,7 +90,7 @@ class ScaledWrapper(OptimWrapper):
 
     def __init__(self, inf_at=(), **kwargs) -> None:
         super().__init__(**kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 8, growth_interval=5)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2.0**8, growth_interval=5)
         self.inf_at = inf_at
 
     def backward(self, loss, **kwargs):
@@ -124,32 +126,52 @@ class Probe(Hook):
         self.function(runner)
 
 
-def make_runner(work_dir, hooks=(), iters=8, optimizer='AdamW', wrapper=None, batch_size=4,
-                model=None, checkpoint_interval=1000, val_interval=1000, resume=False,
-                load_from=None, log_level='WARNING', **wrapper_options) -> Runner:
+def make_runner(
+    work_dir,
+    hooks=(),
+    iters=8,
+    optimizer='AdamW',
+    wrapper=None,
+    batch_size=4,
+    model=None,
+    checkpoint_interval=1000,
+    val_interval=1000,
+    resume=False,
+    load_from=None,
+    log_level='WARNING',
+    **wrapper_options,
+) -> Runner:
     """A runner over the toy model, ready to train; ``optimizer`` may end in '-fused'."""
     kind, _, fused = optimizer.partition('-')
     options = dict(AdamW=dict(lr=0.01, weight_decay=0.05), SGD=dict(lr=0.1, momentum=0.9))[kind]
     optim_wrapper = dict(
-        type=wrapper or OptimWrapper, **wrapper_options,
-        optimizer=dict(options, type=kind, **(dict(fused=True) if fused else {})))
-    loader = dict(dataset=Images(), batch_size=batch_size, num_workers=0,
-                  collate_fn=dict(type='default_collate'))
+        type=wrapper or OptimWrapper,
+        **wrapper_options,
+        optimizer=dict(options, type=kind, **(dict(fused=True) if fused else {})),
+    )
+    loader = dict(dataset=Images(), batch_size=batch_size, num_workers=0, collate_fn=dict(type='default_collate'))
     return Runner(
-        model=model or Toy(), work_dir=str(work_dir), resume=resume,
-        load_from=load_from, experiment_name=f'toy{uuid.uuid4().hex}',
+        model=model or Toy(),
+        work_dir=str(work_dir),
+        resume=resume,
+        load_from=load_from,
+        experiment_name=f'toy{uuid.uuid4().hex}',
         train_dataloader=dict(loader, sampler=dict(type='InfiniteSampler', shuffle=False)),
-        val_dataloader=dict(loader, dataset=Images(8),
-                            sampler=dict(type='DefaultSampler', shuffle=False)),
-        val_cfg=dict(), val_evaluator=[NoMetric()],
+        val_dataloader=dict(loader, dataset=Images(8), sampler=dict(type='DefaultSampler', shuffle=False)),
+        val_cfg=dict(),
+        val_evaluator=[NoMetric()],
         train_cfg=dict(by_epoch=False, max_iters=iters, val_interval=val_interval),
-        optim_wrapper=optim_wrapper, custom_hooks=list(hooks),
+        optim_wrapper=optim_wrapper,
+        custom_hooks=list(hooks),
         default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=checkpoint_interval,
-                            save_last=True),
-            logger=dict(type='LoggerHook', interval=1)),
-        log_processor=dict(by_epoch=False), env_cfg=dict(dist_cfg=dict(backend='gloo')),
-        randomness=dict(seed=0), log_level=log_level)
+            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=checkpoint_interval, save_last=True),
+            logger=dict(type='LoggerHook', interval=1),
+        ),
+        log_processor=dict(by_epoch=False),
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        randomness=dict(seed=0),
+        log_level=log_level,
+    )
 
 
 def main() -> None:
@@ -168,10 +190,16 @@ def train_variant(out: str, rank: int, distribution: str, mode: str) -> None:
     model = MMDistributedDataParallel(Toy())
     runner = make_runner(f'{out}/{rank}', [hook], model=model, batch_size=2)
     runner.train()
-    torch.save(dict(masks=hook.masks, state=model.module.state_dict(),
-                    hash=hook.training.hash(), updates=hook.training.updates,
-                    taken=runner.train_dataloader.dataset.taken),
-               f'{out}/{distribution}{rank}.pth')
+    torch.save(
+        dict(
+            masks=hook.masks,
+            state=model.module.state_dict(),
+            hash=hook.training.hash(),
+            updates=hook.training.updates,
+            taken=runner.train_dataloader.dataset.taken,
+        ),
+        f'{out}/{distribution}{rank}.pth',
+    )
 
 
 if __name__ == '__main__':

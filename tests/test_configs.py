@@ -12,13 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from slak_mm.checkpoints import ZOO
 from slak_mm.engine.bases import framework_configs
-from slak_mm.engine.overrides import (
-    adapt_to_device,
-    datasets_of,
-    model_of,
-    named_weights,
-    remove_weights,
-)
+from slak_mm.engine.overrides import adapt_to_device, datasets_of, model_of, named_weights, remove_weights
 
 FOLDER = Path(__file__).resolve().parent.parent / 'configs'
 CONFIGS = sorted(path.name for path in FOLDER.glob('*.py'))
@@ -27,12 +21,20 @@ VOC = [name for name in CONFIGS if name.startswith('faster_rcnn')]
 COCO = [name for name in CONFIGS if name.startswith('cascade_mask_rcnn')]
 
 # Widths of the published architectures times 1.3, rounded down; ConvNeXt-T as published.
-CHANNELS = dict(slak_t=[124, 249, 499, 998], slak_s=[124, 249, 499, 998],
-                slak_b=[166, 332, 665, 1331], convnext_t=[96, 192, 384, 768],
-                shiftwise_t=[80, 160, 320, 640], shiftwise_s=[96, 192, 384, 768])
+CHANNELS = dict(
+    slak_t=[124, 249, 499, 998],
+    slak_s=[124, 249, 499, 998],
+    slak_b=[166, 332, 665, 1331],
+    convnext_t=[96, 192, 384, 768],
+    shiftwise_t=[80, 160, 320, 640],
+    shiftwise_s=[96, 192, 384, 768],
+)
 # No ImageNet weights were published for them.
-WITHOUT_WEIGHTS = ('upernet_shiftwise_s_ade20k.py', 'upernet_shiftwise_s_ade20k_ms.py',
-                   'cascade_mask_rcnn_shiftwise_s_coco.py')
+WITHOUT_WEIGHTS = (
+    'upernet_shiftwise_s_ade20k.py',
+    'upernet_shiftwise_s_ade20k_ms.py',
+    'cascade_mask_rcnn_shiftwise_s_coco.py',
+)
 
 
 def read(name):
@@ -40,8 +42,9 @@ def read(name):
 
 
 def test_the_expected_configs_are_there():
-    assert {f'upernet_{model}_ade20k{variant}.py' for model in CHANNELS
-            for variant in ('', '_ms')} | {'upernet_slak_t_ade20k_80k.py'} <= set(CONFIGS)
+    assert {f'upernet_{model}_ade20k{variant}.py' for model in CHANNELS for variant in ('', '_ms')} | {
+        'upernet_slak_t_ade20k_80k.py'
+    } <= set(CONFIGS)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -100,13 +103,14 @@ def test_recipe_of_the_official_runs(name):
     elif variant.startswith('shiftwise'):
         assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
         assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
-            decay_rate=1.0, decay_type='layer_wise',
-            num_layers=9 if variant == 'shiftwise_t' else 12)
+            decay_rate=1.0, decay_type='layer_wise', num_layers=9 if variant == 'shiftwise_t' else 12
+        )
     else:
         assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
         num_layers = 12 if variant in ('slak_s', 'slak_b') else 6
         assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
-            decay_rate=0.9, decay_type='stage_wise', num_layers=num_layers)
+            decay_rate=0.9, decay_type='stage_wise', num_layers=num_layers
+        )
     # 4 processes with 4 images each; the short run 4 with 8.
     assert cfg.auto_scale_lr.base_batch_size == 4 * cfg.train_dataloader.batch_size
     assert cfg.train_dataloader.batch_size == (8 if short else 4)
@@ -121,15 +125,22 @@ def test_multi_scale_is_the_published_protocol(name):
     pipeline = cfg.test_dataloader.dataset.pipeline
     resizes, flips = pipeline[1].transforms[:2]
     assert [tuple(resize.scale) for resize in resizes] == [
-        (1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896)]
+        (1024, 256),
+        (1536, 384),
+        (2048, 512),
+        (2560, 640),
+        (3072, 768),
+        (3584, 896),
+    ]
     assert all(resize.keep_ratio for resize in resizes)
     assert [flip.prob for flip in flips] == [0, 1]
     # Validation during training stays single-scale.
     assert cfg.val_dataloader.dataset.pipeline == plain.val_dataloader.dataset.pipeline
 
 
-@pytest.mark.parametrize('name', ['upernet_slak_t_ade20k.py', 'upernet_convnext_t_ade20k.py',
-                                  'upernet_shiftwise_t_ade20k.py'])
+@pytest.mark.parametrize(
+    'name', ['upernet_slak_t_ade20k.py', 'upernet_convnext_t_ade20k.py', 'upernet_shiftwise_t_ade20k.py']
+)
 def test_model_is_built_and_its_parts_fit(name):
     cfg = read(name)
     remove_weights(cfg)
@@ -145,10 +156,12 @@ def test_model_is_built_and_its_parts_fit(name):
 
 
 def test_the_expected_detection_configs_are_there():
-    assert set(VOC) == {f'faster_rcnn_{model}_voc07.py' for model in
-                        ('slak_t', 'shiftwise_t', 'convnext_t')} | {'faster_rcnn_slak_t_voc0712.py'}
+    assert set(VOC) == {f'faster_rcnn_{model}_voc07.py' for model in ('slak_t', 'shiftwise_t', 'convnext_t')} | {
+        'faster_rcnn_slak_t_voc0712.py'
+    }
     assert set(COCO) == {f'cascade_mask_rcnn_{model}_coco.py' for model in CHANNELS} | {
-        f'cascade_mask_rcnn_slak_{size}_coco_1x.py' for size in 'tsb'}
+        f'cascade_mask_rcnn_slak_{size}_coco_1x.py' for size in 'tsb'
+    }
 
 
 def check_detector(cfg, name):
@@ -168,17 +181,14 @@ def check_detector(cfg, name):
     epochs = 12 if '1x' in name else 36
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('EpochBasedTrainLoop', epochs)
     warm_up, steps = cfg.param_scheduler
-    assert (warm_up.type, warm_up.by_epoch, warm_up.end, warm_up.start_factor) == (
-        'LinearLR', False, 500, 0.001)
-    assert (steps.type, steps.by_epoch, steps.end, steps.gamma) == (
-        'MultiStepLR', True, epochs, 0.1)
+    assert (warm_up.type, warm_up.by_epoch, warm_up.end, warm_up.start_factor) == ('LinearLR', False, 500, 0.001)
+    assert (steps.type, steps.by_epoch, steps.end, steps.gamma) == ('MultiStepLR', True, epochs, 0.1)
     assert steps.milestones == ([8, 11] if '1x' in name else [27, 33])
     hooks = [hook.type for hook in cfg.custom_hooks]
     assert hooks == ([] if 'convnext' in name else ['SparsityHook'])
     for loader in ('val_dataloader', 'test_dataloader'):
         resize = cfg[loader].dataset.pipeline[1]
-        assert (resize.type, tuple(resize.scale), resize.keep_ratio) == (
-            'Resize', (1333, 800), True)
+        assert (resize.type, tuple(resize.scale), resize.keep_ratio) == ('Resize', (1333, 800), True)
     return variant
 
 
@@ -195,8 +205,8 @@ def test_recipe_of_voc(name):
     assert cfg.model.backbone.drop_path_rate == 0.4
     train = [dataset for _, dataset in datasets_of(cfg, ('train_dataloader',))]
     assert [dataset.ann_file for dataset in train] == [
-        f'VOC{year}/ImageSets/Main/trainval.txt'
-        for year in ((2007, 2012) if '0712' in name else (2007,))]
+        f'VOC{year}/ImageSets/Main/trainval.txt' for year in ((2007, 2012) if '0712' in name else (2007,))
+    ]
     assert 'RepeatDataset' not in str(cfg.train_dataloader)
     for dataset in train:
         assert (dataset.type, dataset.data_root) == ('VOCDataset', 'data/VOCdevkit/')
@@ -207,8 +217,7 @@ def test_recipe_of_voc(name):
     for loader in ('val_dataloader', 'test_dataloader'):
         assert cfg[loader].dataset.ann_file == 'VOC2007/ImageSets/Main/test.txt'
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
-        assert (evaluator.type, evaluator.metric, evaluator.eval_mode) == (
-            'VOCMetric', 'mAP', '11points')
+        assert (evaluator.type, evaluator.metric, evaluator.eval_mode) == ('VOCMetric', 'mAP', '11points')
 
 
 @pytest.mark.parametrize('name', COCO)
@@ -218,31 +227,42 @@ def test_recipe_of_coco(name):
     assert cfg.model.type == 'CascadeRCNN'
     heads = cfg.model.roi_head.bbox_head
     assert [head.bbox_coder.target_stds for head in heads] == [
-        [0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+        [0.1, 0.1, 0.2, 0.2],
+        [0.05, 0.05, 0.1, 0.1],
+        [0.033, 0.033, 0.067, 0.067],
+    ]
     for head in heads:
-        assert (head.type, head.num_shared_convs, head.num_shared_fcs, head.num_classes) == (
-            'ConvFCBBoxHead', 4, 1, 80)
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs, head.num_classes) == ('ConvFCBBoxHead', 4, 1, 80)
         assert (head.conv_out_channels, head.fc_out_channels) == (256, 1024)
-        assert (head.norm_cfg.type, head.reg_class_agnostic, head.reg_decoded_bbox) == (
-            'SyncBN', False, True)
+        assert (head.norm_cfg.type, head.reg_class_agnostic, head.reg_decoded_bbox) == ('SyncBN', False, True)
         assert head.loss_bbox.to_dict() == dict(type='GIoULoss', loss_weight=10.0)
     # The published drop path, layer decay and layer count of ShiftWise-T, SLaK-T, ConvNeXt-T/S/B.
     drop_path, decay, layers = dict(
-        shiftwise_t=(0.4, 0.8, 12), shiftwise_s=(0.6, 0.8, 12), slak_t=(0.4, 0.7, 6),
-        slak_s=(0.6, 0.7, 12), slak_b=(0.7, 0.8, 12), convnext_t=(0.4, 0.7, 6))[variant]
+        shiftwise_t=(0.4, 0.8, 12),
+        shiftwise_s=(0.6, 0.8, 12),
+        slak_t=(0.4, 0.7, 6),
+        slak_s=(0.6, 0.7, 12),
+        slak_b=(0.7, 0.8, 12),
+        convnext_t=(0.4, 0.7, 6),
+    )[variant]
     assert cfg.model.backbone.drop_path_rate == drop_path
     assert cfg.optim_wrapper.optimizer.lr == (1e-4 if 'shiftwise' in name else 2e-4)
     assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
-        decay_rate=decay, decay_type='layer_wise', num_layers=layers)
+        decay_rate=decay, decay_type='layer_wise', num_layers=layers
+    )
     pipeline = cfg.train_dataloader.dataset.pipeline
     assert [transform.type for transform in pipeline] == [
-        'LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'RandomChoice', 'PackDetInputs']
+        'LoadImageFromFile',
+        'LoadAnnotations',
+        'RandomFlip',
+        'RandomChoice',
+        'PackDetInputs',
+    ]
     assert pipeline[1].with_mask
     (alone,), (first, crop, second) = pipeline[3].transforms
     assert alone.scales == second.scales == MULTI_SCALE
     assert first.scales == [(400, 1333), (500, 1333), (600, 1333)]
-    assert (crop.crop_type, tuple(crop.crop_size), crop.allow_negative_crop) == (
-        'absolute_range', (384, 600), True)
+    assert (crop.crop_type, tuple(crop.crop_size), crop.allow_negative_crop) == ('absolute_range', (384, 600), True)
     assert cfg.test_evaluator.metric == ['bbox', 'segm']
 
 
@@ -259,26 +279,25 @@ def test_detector_is_built_and_its_parts_fit(name):
         features = model.backbone(torch.zeros(1, 3, 64, 96))
         pyramid = model.neck(features)
     assert [feature.shape[1] for feature in features] == list(cfg.model.neck.in_channels)
-    assert [tuple(level.shape[2:]) for level in pyramid] == [
-        (16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert [tuple(level.shape[2:]) for level in pyramid] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
     wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
     rates = [group['lr'] for group in wrapper.optimizer.param_groups]
     assert max(rates) == cfg.optim_wrapper.optimizer.lr
     decay = cfg.optim_wrapper.paramwise_cfg
-    assert min(rates) == pytest.approx(
-        max(rates) * decay.decay_rate ** (decay.get('num_layers', 0) + 1))
+    assert min(rates) == pytest.approx(max(rates) * decay.decay_rate ** (decay.get('num_layers', 0) + 1))
 
 
 def test_missing_framework_is_named(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec',
-                        lambda name, *args: None if name == 'mmseg' else find_spec(name, *args))
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name, *args: None if name == 'mmseg' else find_spec(name, *args)
+    )
     with pytest.raises(ImportError, match='"mmseg", which is not installed'):
         read('upernet_slak_t_ade20k.py')
 
 
 def test_framework_configs_names_what_it_lacks():
-    path, = framework_configs('mmseg', 'datasets/ade20k.py')
+    (path,) = framework_configs('mmseg', 'datasets/ade20k.py')
     assert Path(path).is_file()
     with pytest.raises(FileNotFoundError, match='no base config "datasets/nowhere.py"'):
         framework_configs('mmseg', 'datasets/nowhere.py')

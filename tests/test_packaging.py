@@ -21,11 +21,7 @@ FILES = ('LICENSE', 'MANIFEST.in', 'README.md', 'model-index.yml', 'pyproject.to
 
 def run(command, **kwargs):
     result = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **kwargs,
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
     )
     assert result.returncode == 0, result.stdout
     return result.stdout
@@ -102,8 +98,7 @@ def test_extras(metadata):
         name = re.match(r'[\w-]+', requirement)[0]
         extra = re.search(r'extra == .(\w+).', requirement)[1]
         by_extra.setdefault(extra, set()).add(name)
-    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {
-        'onedl', 'openmmlab', 'dev', 'export'}
+    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev', 'export'}
     onedl = {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     original = {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
     torch = {'torch', 'torchvision'}

@@ -46,22 +46,14 @@ def make_checkout(root):
 class TestPins:
     def test_names_versions_markers_and_comments(self):
         pins = setup_env.parse_pins(
-            '# a comment\n'
-            'Foo_Bar.baz==1.2.3   # why\n'
-            '\n'
-            'torch===2.13.0\n'
-            "tomli==2.0 ; python_version < '3.11'\n"
+            "# a comment\nFoo_Bar.baz==1.2.3   # why\n\ntorch===2.13.0\ntomli==2.0 ; python_version < '3.11'\n"
         )
         assert pins == {
             'foo-bar-baz': 'Foo_Bar.baz==1.2.3',
             'torch': 'torch===2.13.0',
             'tomli': "tomli==2.0 ; python_version < '3.11'",
         }
-        assert [setup_env.pinned_version(pin) for pin in pins.values()] == [
-            '1.2.3',
-            '2.13.0',
-            '2.0',
-        ]
+        assert [setup_env.pinned_version(pin) for pin in pins.values()] == ['1.2.3', '2.13.0', '2.0']
 
     @pytest.mark.parametrize('line', ['numpy', 'numpy>=2', 'numpy==2,<3', '-r other.txt'])
     def test_what_is_not_pinned_is_an_error(self, line):
@@ -71,14 +63,7 @@ class TestPins:
     def test_files_of_the_project(self):
         """Every file is pinned, nothing is pinned twice, and OpenCV comes in one build."""
         files = sorted((ROOT / 'requirements').glob('*.txt'))
-        assert [path.stem for path in files] == [
-            'build',
-            'constraints',
-            'dev',
-            'openmmlab',
-            'runtime',
-            'torch',
-        ]
+        assert [path.stem for path in files] == ['build', 'constraints', 'dev', 'openmmlab', 'runtime', 'torch']
         names = []
         for path in files:
             names += setup_env.parse_pins(path.read_text())
@@ -375,12 +360,7 @@ class TestProgress:
         code = 'for i in range(100): print("line", i)\nraise SystemExit(3)'
         with pytest.raises(setup_env.SetupError, match=f'It failed. .* {log}'):
             setup_env.run_logged(
-                [sys.executable, '-c', code],
-                'building',
-                log,
-                os.environ,
-                setup_env.NinjaProgress(),
-                'It failed.',
+                [sys.executable, '-c', code], 'building', log, os.environ, setup_env.NinjaProgress(), 'It failed.'
             )
         shown = capfd.readouterr().out.splitlines()
         assert shown == [f'line {i}' for i in range(75, 100)]
@@ -408,10 +388,7 @@ def test_a_half_written_package_is_removed(tmp_path):
     (site / '__editable__.slak_mm-0.1.0.pth').touch()
     setup.remove_installed('mmcv', 'onedl_mmcv')
     setup.remove_installed('slak_mm', 'slak_mm')
-    assert sorted(path.name for path in site.iterdir()) == [
-        'mmcv_other',
-        'onedl_mmengine-1.dist-info',
-    ]
+    assert sorted(path.name for path in site.iterdir()) == ['mmcv_other', 'onedl_mmengine-1.dist-info']
 
 
 class TestEnsure:
@@ -523,9 +500,7 @@ class TestEnsure:
             digests = setup_env.environment_digest, setup_env.project_digest
             environment, project = (digest(setup.root) for digest in digests)
             done = {'mmcv': 'noops', 'request': '', 'project': project}
-            setup_env.write_stamp(
-                setup.venv, {**setup_env.read_stamp(setup.venv), 'environment': environment, **done}
-            )
+            setup_env.write_stamp(setup.venv, {**setup_env.read_stamp(setup.venv), 'environment': environment, **done})
             other.release()
             return builder(with_operators)
 
@@ -563,9 +538,7 @@ class TestMakeAndCi:
         """Run .ci/run with a `make` that prints a text and ends with a code."""
         (tmp_path / 'text').write_text(text)
         fake = tmp_path / 'make'
-        fake.write_text(
-            f'#!/bin/sh\n[ "$*" = test ] || exit 99\ncat {tmp_path}/text\nexit {code}\n'
-        )
+        fake.write_text(f'#!/bin/sh\n[ "$*" = test ] || exit 99\ncat {tmp_path}/text\nexit {code}\n')
         fake.chmod(0o755)
         environ = {**os.environ, 'PATH': f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'}
         command = [ROOT / '.ci' / 'run']

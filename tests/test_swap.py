@@ -17,16 +17,20 @@ from slak_mm.engine.bases import framework_configs
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
-    SLaK=['model.backbone.type=SLaK', 'model.backbone.width_factor=1.0',
-          'model.backbone.kernel_sizes=(13,11,9,7)', 'model.backbone.small_kernel=3'],
-    ShiftWise=['model.backbone.type=ShiftWise', 'model.backbone.kernel_sizes=(13,11,9,7)'])
+    SLaK=[
+        'model.backbone.type=SLaK',
+        'model.backbone.width_factor=1.0',
+        'model.backbone.kernel_sizes=(13,11,9,7)',
+        'model.backbone.small_kernel=3',
+    ],
+    ShiftWise=['model.backbone.type=ShiftWise', 'model.backbone.kernel_sizes=(13,11,9,7)'],
+)
 # In place of `arch=tiny` and its widths.
 SMALL = ['model.backbone.arch.depths=[1,1,1,1]', f'model.backbone.arch.dims={CHANNELS}']
 
 NECK = ['model.neck.in_channels=[8,16,24,32]']
 HEAD = ['model.pretrained=None', 'model.decode_head.in_channels=[8,16,24,32]']
-LAST = ['model.pretrained=None', 'model.decode_head.in_channels=32',
-        'model.auxiliary_head.in_channels=24']
+LAST = ['model.pretrained=None', 'model.decode_head.in_channels=32', 'model.auxiliary_head.in_channels=24']
 CONFIGS = {
     'mmdet/retinanet/retinanet_r50_fpn_1x_coco': NECK,
     'mmdet/atss/atss_r50_fpn_1x_coco': NECK,
@@ -34,17 +38,12 @@ CONFIGS = {
     'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco': NECK,
     'mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco': NECK,
     # Its neck takes the last stage alone.
-    'mmdet/detr/detr_r50_8xb2-150e_coco': ['model.neck.in_channels=[32]',
-                                           'model.backbone.out_indices=(3,)'],
-    'mmdet/mask2former/mask2former_r50_8xb2-lsj-50e_coco': [
-        'model.panoptic_head.in_channels=[8,16,24,32]'],
-    'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512': [
-        *LAST, 'model.decode_head.c1_in_channels=8'],
+    'mmdet/detr/detr_r50_8xb2-150e_coco': ['model.neck.in_channels=[32]', 'model.backbone.out_indices=(3,)'],
+    'mmdet/mask2former/mask2former_r50_8xb2-lsj-50e_coco': ['model.panoptic_head.in_channels=[8,16,24,32]'],
+    'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512': [*LAST, 'model.decode_head.c1_in_channels=8'],
     'mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512': LAST,
-    'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512': [
-        'model.pretrained=None', *NECK],
-    'mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512': [
-        *HEAD, 'model.auxiliary_head.in_channels=24'],
+    'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512': ['model.pretrained=None', *NECK],
+    'mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512': [*HEAD, 'model.auxiliary_head.in_channels=24'],
     'mmseg/segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512': HEAD,
 }
 
@@ -54,29 +53,30 @@ def load(name, backbone):
     package, _, path = name.partition('/')
     cfg = Config.fromfile(framework_configs(package, f'../{path}.py')[0])
     options = ['model.backbone._delete_=True', *BACKBONES[backbone], *SMALL, *CONFIGS[name]]
-    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in
-                         (option.split('=', 1) for option in options)})
+    cfg.merge_from_dict(
+        {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
+    )
     overrides.adapt_to_device(cfg, has_gpu=lambda: False)
     return cfg
 
 
 def detection_batch(size, with_mask):
     from mmdet.testing import demo_mm_inputs
-    return demo_mm_inputs(1, [(3, size, size)], num_items=[2], num_classes=10,
-                          with_mask=with_mask)
+
+    return demo_mm_inputs(1, [(3, size, size)], num_items=[2], num_classes=10, with_mask=with_mask)
 
 
 def segmentation_batch(size):
     from mmseg.structures import SegDataSample
+
     generator = torch.Generator().manual_seed(0)
     images, samples = [], []
     for _ in range(2):
-        images.append(torch.randint(0, 256, (3, size, size), dtype=torch.uint8,
-                                    generator=generator))
-        sample = SegDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size),
-                                             pad_shape=(size, size), padding_size=[0] * 4))
-        sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, size, size),
-                                                         generator=generator))
+        images.append(torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator))
+        sample = SegDataSample(
+            metainfo=dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size), padding_size=[0] * 4)
+        )
+        sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, size, size), generator=generator))
         samples.append(sample)
     return dict(inputs=images, data_samples=samples)
 
@@ -111,8 +111,11 @@ def test_stock_config(name, backbone):
                 assert torch.isfinite(result.pred_instances.scores).all()
         model.train()
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-        weight = model.backbone.stages[0][0].pwconv1.weight if backbone == 'SLaK' \
+        weight = (
+            model.backbone.stages[0][0].pwconv1.weight
+            if backbone == 'SLaK'
             else model.backbone.stages[0][0].ffn.fc1.weight
+        )
         before = weight.detach().clone()
         logs = model.train_step(batch, optimizer)
     losses = {key: float(value) for key, value in logs.items() if 'loss' in key}

@@ -10,6 +10,7 @@ Examples:
     python tools/benchmark.py segmentor configs/upernet_slak_t_ade20k.py --size 256x256
     python tools/benchmark.py sparse --size 512x512 --batch 1 2 --mode rigl
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,8 +25,7 @@ COMMANDS = (op, model, segmentor, sparse)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     for command in COMMANDS:
         command.add_parser(commands)

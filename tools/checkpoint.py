@@ -7,6 +7,7 @@ Examples:
     python tools/checkpoint.py convert ours.pth official.pth --to official
     python tools/checkpoint.py zoo
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,24 +45,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
     inspect = commands.add_parser(
-        'inspect', help='what a checkpoint holds: format, variant, shapes and zeros per layer')
+        'inspect', help='what a checkpoint holds: format, variant, shapes and zeros per layer'
+    )
     inspect.add_argument('checkpoint', help='path, address or zoo name')
     inspect.add_argument('--ema', action='store_true', help='look at the moving average')
-    inspect.add_argument('--picture', metavar='FILE.png', help='draw the non-zero weights of '
-                         'each layer, and of each tap of the large kernels')
+    inspect.add_argument(
+        '--picture',
+        metavar='FILE.png',
+        help='draw the non-zero weights of each layer, and of each tap of the large kernels',
+    )
     inspect.set_defaults(run=run_inspect)
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
     convert.add_argument('checkpoint', help='path, address or zoo name')
     convert.add_argument('out', help='file to write; .safetensors writes that format')
-    spellings = dict.fromkeys(c for family in FAMILIES.values() for c in family.columns
-                              if c != 'merged')
-    convert.add_argument('--to', choices=['ours', 'official', *spellings], default='ours',
-                         help='whose names to write (default: ours)')
+    spellings = dict.fromkeys(c for family in FAMILIES.values() for c in family.columns if c != 'merged')
+    convert.add_argument(
+        '--to', choices=['ours', 'official', *spellings], default='ours', help='whose names to write (default: ours)'
+    )
     convert.add_argument('--ema', action='store_true', help='take the moving average')
     convert.add_argument('--force', action='store_true', help='replace an existing file')
     convert.set_defaults(run=run_convert)
-    final = commands.add_parser(
-        'finalize', help='write the weights alone, with the zeros of sparse training checked')
+    final = commands.add_parser('finalize', help='write the weights alone, with the zeros of sparse training checked')
     final.add_argument('checkpoint', help='path of a training checkpoint')
     final.add_argument('out', help='file to write; .safetensors writes that format')
     final.add_argument('--force', action='store_true', help='replace an existing file')
@@ -78,51 +82,61 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(f'file        {args.checkpoint}')
     if taken.wrapper:
         print(f'entries     {", ".join(map(str, checkpoint))}')
-    print(f'weights     {len(taken.state_dict)} tensors '
-          + (f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict')
-          + (', moving average' if taken.is_ema else ''))
+    print(
+        f'weights     {len(taken.state_dict)} tensors '
+        + (f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict')
+        + (', moving average' if taken.is_ema else '')
+    )
     print(f'second copy {taken.other_copy or "none"}')
     masks = saved_masks(checkpoint)
     if masks:
         state = checkpoint[SPARSITY_KEY]
-        print(f'sparsity    {len(masks)} masks (mode {state["settings"]["mode"]}, changed '
-              f'{state["updates"]} times in {state["step"]} steps)')
+        print(
+            f'sparsity    {len(masks)} masks (mode {state["settings"]["mode"]}, changed '
+            f'{state["updates"]} times in {state["step"]} steps)'
+        )
     roots = find_roots(taken.state_dict)
     for root in roots:
-        part = {k[len(root):]: v for k, v in taken.state_dict.items() if k.startswith(root)}
+        part = {k[len(root) :]: v for k, v in taken.state_dict.items() if k.startswith(root)}
         ours, notes = convert_state_dict(part)
         print(f'\nbackbone    {root.rstrip(".") or "(the whole file)"}')
         print(f'format      {notes.format}')
         print(f'variant     {describe(ours)}')
         if notes.unrecognized:
-            print(f'unknown     {len(notes.unrecognized)} names: '
-                  f'{", ".join(notes.unrecognized[:4])}')
-        print_sparsity(part, {k[len(root):]: v for k, v in masks.items() if k.startswith(root)})
+            print(f'unknown     {len(notes.unrecognized)} names: {", ".join(notes.unrecognized[:4])}')
+        print_sparsity(part, {k[len(root) :]: v for k, v in masks.items() if k.startswith(root)})
     if not roots:
         print('\nbackbone    none of SLaK, ShiftWise or ConvNeXt; all weights of the file:')
         print_sparsity(taken.state_dict, masks)
     if args.picture:
-        parts = {k[len(root):]: v for root in roots[:1] or [''] for k, v in
-                 taken.state_dict.items() if k.startswith(root)}
+        parts = {
+            k[len(root) :]: v for root in roots[:1] or [''] for k, v in taken.state_dict.items() if k.startswith(root)
+        }
         picture = draw_sparsity(parts, Path(args.checkpoint).name)
         try:
             Image.fromarray(picture).save(args.picture)
         except ValueError as error:
-            raise CheckpointError(f'{args.picture} has no suffix of a picture format; use one '
-                                  'such as .png.') from error
+            raise CheckpointError(f'{args.picture} has no suffix of a picture format; use one such as .png.') from error
         print(f'\npicture     {args.picture}')
 
 
-def print_sparsity(state_dict: Mapping[str, torch.Tensor],
-                   masks: Mapping[str, torch.Tensor]) -> None:
+def print_sparsity(state_dict: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> None:
     """Print the zeros of each weight, and what its mask keeps where there is one."""
     layers = layer_sparsity(state_dict)
     sparsity, total = of_all(layers)
-    rows = [['weight', 'shape', 'zeros', 'pruned by its mask'],
-            *([layer.name, 'x'.join(map(str, layer.shape)), f'{layer.sparsity:.2%}',
-               f'{1 - float(masks[layer.name].float().mean()):.2%}'
-               if layer.name in masks else '-'] for layer in layers),
-            ['all of these', f'{total}', f'{sparsity:.2%}', '']]
+    rows = [
+        ['weight', 'shape', 'zeros', 'pruned by its mask'],
+        *(
+            [
+                layer.name,
+                'x'.join(map(str, layer.shape)),
+                f'{layer.sparsity:.2%}',
+                f'{1 - float(masks[layer.name].float().mean()):.2%}' if layer.name in masks else '-',
+            ]
+            for layer in layers
+        ),
+        ['all of these', f'{total}', f'{sparsity:.2%}', ''],
+    ]
     print(*table(rows if masks else [row[:3] for row in rows]), sep='\n')
 
 
@@ -138,8 +152,7 @@ def run_finalize(args: argparse.Namespace) -> None:
     final = finalize_checkpoint(checkpoint)
     path = write_checkpoint(final, args.out, args.force)
     sparsity, total = of_all(layer_sparsity(final['state_dict']))
-    print(f'Wrote {len(final["state_dict"])} tensors to {path}; {sparsity:.2%} of {total} weights '
-          'are zero.')
+    print(f'Wrote {len(final["state_dict"])} tensors to {path}; {sparsity:.2%} of {total} weights are zero.')
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -154,10 +167,16 @@ def run_zoo(args: argparse.Namespace) -> None:
     """Print the table of published checkpoints."""
     header, *rows = zoo_table()
     cached = ['yes' if cached_path(name).is_file() else 'no' for name in ZOO]
-    print(*table([[header[0], 'in the cache', *header[1:]],
-                  *([row[0], here, *row[1:]] for row, here in zip(rows, cached))]), sep='\n')
-    print(f'\nFigures as published by the source; none of them was measured here.\n'
-          f'Cache: {cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
+    print(
+        *table(
+            [[header[0], 'in the cache', *header[1:]], *([row[0], here, *row[1:]] for row, here in zip(rows, cached))]
+        ),
+        sep='\n',
+    )
+    print(
+        f'\nFigures as published by the source; none of them was measured here.\n'
+        f'Cache: {cache_dir()}\nA file fetched by hand goes there as <name>.pth.'
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

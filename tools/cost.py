@@ -10,6 +10,7 @@ Examples:
     python tools/cost.py slak_t_in1k_300e --sparsity 0.4 --distribution erk
     python tools/cost.py configs/upernet_slak_t_ade20k.py --checkpoint work_dirs/iter_160000.pth
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,20 +31,33 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('networks', nargs='*', metavar='CONFIG_OR_NAME',
-                        help='config files, or zoo names of ImageNet checkpoints (default: all)')
-    parser.add_argument('--size', type=image_size, metavar='HxW',
-                        help='image (default: 224x224 for ImageNet, 512x2048 for segmentation, '
-                        '800x1280 for detection)')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'networks',
+        nargs='*',
+        metavar='CONFIG_OR_NAME',
+        help='config files, or zoo names of ImageNet checkpoints (default: all)',
+    )
+    parser.add_argument(
+        '--size',
+        type=image_size,
+        metavar='HxW',
+        help='image (default: 224x224 for ImageNet, 512x2048 for segmentation, 800x1280 for detection)',
+    )
     masks = parser.add_mutually_exclusive_group()
     masks.add_argument('--checkpoint', help='leave out the zeros of this checkpoint')
-    masks.add_argument('--sparsity', type=float, metavar='FRACTION',
-                       help="leave out this fraction of the weights (default: the config's, else "
-                       'that of the published weights)')
-    parser.add_argument('--distribution', choices=['uniform', 'erk'], default='uniform',
-                        help='of --sparsity over the layers (default: uniform)')
+    masks.add_argument(
+        '--sparsity',
+        type=float,
+        metavar='FRACTION',
+        help="leave out this fraction of the weights (default: the config's, else that of the published weights)",
+    )
+    parser.add_argument(
+        '--distribution',
+        choices=['uniform', 'erk'],
+        default='uniform',
+        help='of --sparsity over the layers (default: uniform)',
+    )
     parser.add_argument('--parts', action='store_true', help='list backbone, neck and heads too')
     parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
@@ -55,25 +69,38 @@ def main() -> None:
     if args.checkpoint and len(args.networks) != 1:
         raise ConfigOverrideError('--checkpoint belongs to one network: name its config.')
     if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ConfigOverrideError(
-            f'There is no folder {Path(args.json).parent} to write --json into.')
+        raise ConfigOverrideError(f'There is no folder {Path(args.json).parent} to write --json into.')
     networks = args.networks or [
         *(info.name for info in ZOO.values() if info.task == 'classification'),
-        *(str(path) for path in sorted(CONFIGS.glob('*.py')) if not path.stem.endswith('_ms'))]
+        *(str(path) for path in sorted(CONFIGS.glob('*.py')) if not path.stem.endswith('_ms')),
+    ]
     # What replaces SyncBN and the like is of no concern here.
     MMLogger.get_current_instance().setLevel('WARNING')
-    costs = [count(name, args.size, checkpoint=args.checkpoint, sparsity=args.sparsity,
-                   distribution=args.distribution) for name in networks]
-    notes = [key for key in CONVENTIONS
-             if any(cost.published and cost.published.counted == key for cost in costs)]
-    rows = [['network', 'image', 'parameters', 'FLOPs', 'masks', 'not masked', 'FLOPs',
-             'published', 'counted the same way', 'difference', 'note']]
+    costs = [
+        count(name, args.size, checkpoint=args.checkpoint, sparsity=args.sparsity, distribution=args.distribution)
+        for name in networks
+    ]
+    notes = [key for key in CONVENTIONS if any(cost.published and cost.published.counted == key for cost in costs)]
+    rows = [
+        [
+            'network',
+            'image',
+            'parameters',
+            'FLOPs',
+            'masks',
+            'not masked',
+            'FLOPs',
+            'published',
+            'counted the same way',
+            'difference',
+            'note',
+        ]
+    ]
     rows += [row(cost, notes) for cost in costs]
     print('Parameters in millions, FLOPs in 10^9 multiply-adds.\n')
     print('\n'.join(table(rows)))
     if notes:
-        print('\nWhat the published figures count (whole millions of parameters are often cut off, '
-              'not rounded):')
+        print('\nWhat the published figures count (whole millions of parameters are often cut off, not rounded):')
         for number, key in enumerate(notes, 1):
             print(f'  {number}. {CONVENTIONS[key]}.')
     if args.parts:
@@ -87,28 +114,43 @@ def main() -> None:
 
 def row(cost: Cost, notes: list[str]) -> list[str]:
     """A row of the table."""
-    texts = [Path(cost.name).stem, f'{cost.size[0]}x{cost.size[1]}',
-             f'{cost.parameters / 1e6:.2f}', f'{cost.flops / 1e9:.2f}', cost.masks]
-    texts += [f'{(cost.parameters - cost.masked_parameters) / 1e6:.2f}',
-              f'{(cost.flops - cost.masked_flops) / 1e9:.2f}'] if cost.masks != 'none' else ['', '']
+    texts = [
+        Path(cost.name).stem,
+        f'{cost.size[0]}x{cost.size[1]}',
+        f'{cost.parameters / 1e6:.2f}',
+        f'{cost.flops / 1e9:.2f}',
+        cost.masks,
+    ]
+    texts += (
+        [f'{(cost.parameters - cost.masked_parameters) / 1e6:.2f}', f'{(cost.flops - cost.masked_flops) / 1e9:.2f}']
+        if cost.masks != 'none'
+        else ['', '']
+    )
     if cost.published is None:
         return [*texts, '', '', '', '']
     if cost.masks == 'none' and cost.published.counted in ('nonzero', 'no_large_kernels'):
-        return [*texts, f'{cost.published.parameters_m:g} / {cost.published.flops_g:g}', '', '',
-                str(notes.index(cost.published.counted) + 1)]
+        return [
+            *texts,
+            f'{cost.published.parameters_m:g} / {cost.published.flops_g:g}',
+            '',
+            '',
+            str(notes.index(cost.published.counted) + 1),
+        ]
     published = cost.published.parameters_m, cost.published.flops_g
     counted = [value / scale for value, scale in zip(cost.as_published(), (1e6, 1e9))]
-    return [*texts, ' / '.join(f'{value:g}' for value in published),
-            ' / '.join(f'{value:.2f}' for value in counted),
-            ' / '.join(f'{value / other - 1:+.1%}' for value, other in zip(counted, published)),
-            str(notes.index(cost.published.counted) + 1)]
+    return [
+        *texts,
+        ' / '.join(f'{value:g}' for value in published),
+        ' / '.join(f'{value:.2f}' for value in counted),
+        ' / '.join(f'{value / other - 1:+.1%}' for value, other in zip(counted, published)),
+        str(notes.index(cost.published.counted) + 1),
+    ]
 
 
 def entry(cost: Cost) -> dict[str, object]:
     """A cost for JSON."""
     parameters, flops = cost.as_published()
-    return dict(asdict(cost), counted_as_published=dict(parameters=parameters, flops=flops)
-                if cost.published else None)
+    return dict(asdict(cost), counted_as_published=dict(parameters=parameters, flops=flops) if cost.published else None)
 
 
 if __name__ == '__main__':

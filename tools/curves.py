@@ -16,13 +16,17 @@ from slak_mm.engine.overrides import ConfigOverrideError
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR',
-                        help='work directory of a run; NAME=WORK_DIR names it in the legend')
-    parser.add_argument('--out', default='curves.png', metavar='FILE',
-                        help='picture to write (default: %(default)s)')
-    parser.add_argument('--keys', nargs='+', metavar='KEY',
-                        help='scalars to draw, such as loss lr "sparsity/*" (default: loss, '
-                        'density, exploration, churn, lr and validation metrics)')
+    parser.add_argument(
+        'work_dirs', nargs='+', metavar='WORK_DIR', help='work directory of a run; NAME=WORK_DIR names it in the legend'
+    )
+    parser.add_argument('--out', default='curves.png', metavar='FILE', help='picture to write (default: %(default)s)')
+    parser.add_argument(
+        '--keys',
+        nargs='+',
+        metavar='KEY',
+        help='scalars to draw, such as loss lr "sparsity/*" (default: loss, '
+        'density, exploration, churn, lr and validation metrics)',
+    )
     parser.add_argument('--title', help='written above the curves')
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
@@ -52,8 +56,7 @@ def main() -> None:
     try:
         Image.fromarray(picture).save(out)
     except ValueError as error:
-        raise ConfigOverrideError(
-            f'{out} has no suffix of a picture format; use one such as .png.') from error
+        raise ConfigOverrideError(f'{out} has no suffix of a picture format; use one such as .png.') from error
     height, width = picture.shape[:2]
     print(f'{len(runs)} runs: {out} ({width}x{height})')
 

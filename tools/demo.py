@@ -26,31 +26,36 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs' / 'upernet_slak_t_ade20k.py'
 
 # What a run of minutes from random weights needs and one of days from ImageNet weights does not.
-SHORT_RUN = {
-    'optim_wrapper.optimizer.lr': '5e-4',
-    'model.backbone.drop_path_rate': '0.',
-}
+SHORT_RUN = {'optim_wrapper.optimizer.lr': '5e-4', 'model.backbone.drop_path_rate': '0.'}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--work-dir', default='work_dirs/demo', help='(default: %(default)s)')
-    parser.add_argument('--max-iters', type=cli.positive_int, default=200,
-                        help='training iterations (default: %(default)s)')
-    parser.add_argument('--batch-size', type=cli.positive_int, default=4,
-                        help='images per iteration (default: %(default)s)')
-    parser.add_argument('--crop-size', type=cli.crop_size, default=(96, 96), metavar='N',
-                        help='training crop in pixels (default: 96)')
-    parser.add_argument('--num-workers', type=cli.non_negative_int, default=0,
-                        help='data loading processes (default: %(default)s)')
-    parser.add_argument('--num-train', type=cli.positive_int, default=48,
-                        help='generated training images (default: %(default)s)')
-    parser.add_argument('--num-val', type=cli.positive_int, default=12,
-                        help='generated held-out images (default: %(default)s)')
-    parser.add_argument('--seed', type=cli.non_negative_int, default=0,
-                        help='of data and training (default: %(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE',
-                        help='further overrides of the config')
+    parser.add_argument(
+        '--max-iters', type=cli.positive_int, default=200, help='training iterations (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--batch-size', type=cli.positive_int, default=4, help='images per iteration (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--crop-size', type=cli.crop_size, default=(96, 96), metavar='N', help='training crop in pixels (default: 96)'
+    )
+    parser.add_argument(
+        '--num-workers', type=cli.non_negative_int, default=0, help='data loading processes (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--num-train', type=cli.positive_int, default=48, help='generated training images (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--num-val', type=cli.positive_int, default=12, help='generated held-out images (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--seed', type=cli.non_negative_int, default=0, help='of data and training (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='further overrides of the config'
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
@@ -62,8 +67,9 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
     wanted = re.compile(show)
     # The tool must not outlive this process.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    process = subprocess.Popen([sys.executable, '-u', *command], text=True, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, '-u', *command], text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert process.stdout is not None
     try:
         with log.open('w') as file:
@@ -80,8 +86,8 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
         signal.signal(signal.SIGTERM, before)
     if code:
         raise ConfigOverrideError(
-            f'"{command[0]}" ended with exit code {code}; its last words:\n'
-            f'{"".join(lines[-15:])}')
+            f'"{command[0]}" ended with exit code {code}; its last words:\n{"".join(lines[-15:])}'
+        )
     return ''.join(lines)
 
 
@@ -97,8 +103,9 @@ def mean_iou(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
     joint = np.zeros((num_classes, num_classes))
     for truth, predicted in pairs:
         known = truth != 255
-        joint += np.bincount(truth[known].astype(int) * num_classes + predicted[known],
-                             minlength=num_classes ** 2).reshape(num_classes, num_classes)
+        joint += np.bincount(
+            truth[known].astype(int) * num_classes + predicted[known], minlength=num_classes**2
+        ).reshape(num_classes, num_classes)
     union = joint.sum(0) + joint.sum(1) - joint.diagonal()
     return float(100 * (joint.diagonal()[union > 0] / union[union > 0]).mean())
 
@@ -114,6 +121,7 @@ def trivial_prediction(data: Path) -> int:
 def write_pictures(data: Path, predictions: Path, out: Path) -> int:
     """Image, ground truth and prediction side by side, for every held-out image."""
     from mmseg.datasets import ADE20KDataset
+
     palette = ADE20KDataset.METAINFO['palette']
     names = ADE20KDataset.METAINFO['classes']
     out.mkdir(parents=True, exist_ok=True)
@@ -122,9 +130,14 @@ def write_pictures(data: Path, predictions: Path, out: Path) -> int:
         truth = load_labels(data / 'annotations' / 'validation' / f'{path.stem}.png')
         predicted = load_labels(predictions / f'{path.stem}.png')
         # Twice the size, so that the small scenes and their titles can be read.
-        pictures = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in (
-            np.asarray(Image.open(path).convert('RGB')), colorize(truth, palette),
-            colorize(predicted, palette))]
+        pictures = [
+            np.repeat(np.repeat(picture, 2, 0), 2, 1)
+            for picture in (
+                np.asarray(Image.open(path).convert('RGB')),
+                colorize(truth, palette),
+                colorize(predicted, palette),
+            )
+        ]
         both = panel(pictures, ['image', 'ground truth (black: unlabeled)', 'prediction'])
         found = class_shares(np.stack([truth, predicted]), len(names))
         legend = [(names[index], palette[index]) for index, _ in found]
@@ -142,49 +155,86 @@ def main() -> int:
         # Left over from a demo with other numbers.
         shutil.rmtree(old, ignore_errors=True)
     write_demo_data(data, args.num_train, args.num_val, seed=args.seed)
-    print(f'Data: {args.num_train} training and {args.num_val} held-out scenes with '
-          f'{len(DEMO_CLASSES)} of the 150 ADE20K classes, generated in {data}.')
-    print('Model: the real UperNet + SLaK-T of the config. Changed for a run of minutes from '
-          f'random weights: {", ".join(f"{key}={value}" for key, value in SHORT_RUN.items())}.')
+    print(
+        f'Data: {args.num_train} training and {args.num_val} held-out scenes with '
+        f'{len(DEMO_CLASSES)} of the 150 ADE20K classes, generated in {data}.'
+    )
+    print(
+        'Model: the real UperNet + SLaK-T of the config. Changed for a run of minutes from '
+        f'random weights: {", ".join(f"{key}={value}" for key, value in SHORT_RUN.items())}.'
+    )
 
     size = 'x'.join(map(str, args.crop_size))
-    common = ['--data-root', str(data), '--crop-size', size,
-              '--num-workers', str(args.num_workers)]
+    common = ['--data-root', str(data), '--crop-size', size, '--num-workers', str(args.num_workers)]
     options = [f'{key}={value}' for key, value in SHORT_RUN.items()]
-    options += [f'default_hooks.logger.interval={max(1, args.max_iters // 20)}',
-                # The files are 1 GB with the optimizer: one at the end is enough.
-                f'default_hooks.checkpoint.interval={args.max_iters}',
-                'default_hooks.checkpoint.save_optimizer=False',
-                f'train_cfg.val_interval={args.max_iters}', *args.cfg_options]
-    run('Training', ['tools/train.py', str(CONFIG.relative_to(ROOT)), '--from-scratch', *common,
-                     '--max-iters', str(args.max_iters), '--batch-size', str(args.batch_size),
-                     '--seed', str(args.seed), '--work-dir', str(work_dir), '--cfg-options',
-                     *options],
-        work_dir / 'train.log', r'Iter\(train\)|FROM SCRATCH|error:')
+    options += [
+        f'default_hooks.logger.interval={max(1, args.max_iters // 20)}',
+        # The files are 1 GB with the optimizer: one at the end is enough.
+        f'default_hooks.checkpoint.interval={args.max_iters}',
+        'default_hooks.checkpoint.save_optimizer=False',
+        f'train_cfg.val_interval={args.max_iters}',
+        *args.cfg_options,
+    ]
+    run(
+        'Training',
+        [
+            'tools/train.py',
+            str(CONFIG.relative_to(ROOT)),
+            '--from-scratch',
+            *common,
+            '--max-iters',
+            str(args.max_iters),
+            '--batch-size',
+            str(args.batch_size),
+            '--seed',
+            str(args.seed),
+            '--work-dir',
+            str(work_dir),
+            '--cfg-options',
+            *options,
+        ],
+        work_dir / 'train.log',
+        r'Iter\(train\)|FROM SCRATCH|error:',
+    )
     trained = time.time()
-    log = run('Evaluation on held-out images',
-              ['tools/test.py', str(CONFIG.relative_to(ROOT)),
-               str(work_dir / f'iter_{args.max_iters}.pth'), *common, '--out', str(predictions),
-               '--work-dir', str(work_dir / 'test'), '--cfg-options', *args.cfg_options,
-               'default_hooks.logger.interval=50'],
-              work_dir / 'test.log', r'mIoU: |error:')
+    log = run(
+        'Evaluation on held-out images',
+        [
+            'tools/test.py',
+            str(CONFIG.relative_to(ROOT)),
+            str(work_dir / f'iter_{args.max_iters}.pth'),
+            *common,
+            '--out',
+            str(predictions),
+            '--work-dir',
+            str(work_dir / 'test'),
+            '--cfg-options',
+            *args.cfg_options,
+            'default_hooks.logger.interval=50',
+        ],
+        work_dir / 'test.log',
+        r'mIoU: |error:',
+    )
     count = write_pictures(data, predictions, work_dir / 'pictures')
 
-    truths = {path.stem: load_labels(path)
-              for path in (data / 'annotations' / 'validation').glob('*.png')}
+    truths = {path.stem: load_labels(path) for path in (data / 'annotations' / 'validation').glob('*.png')}
     constant = trivial_prediction(data)
     trivial = mean_iou([(truth, np.full_like(truth, constant)) for truth in truths.values()])
     mious = re.findall(r'mIoU: ([\d.]+)', log)
     if not mious:
         raise ConfigOverrideError(f'{work_dir / "test.log"} has no mIoU.')
     model = float(mious[-1])
-    rows = [('predictor', 'mIoU on held-out images'),
-            ('UperNet + SLaK-T, from scratch', f'{model:.1f} %'),
-            (f'always "{DEMO_CLASSES[constant + 1]}"', f'{trivial:.1f} %')]
+    rows = [
+        ('predictor', 'mIoU on held-out images'),
+        ('UperNet + SLaK-T, from scratch', f'{model:.1f} %'),
+        (f'always "{DEMO_CLASSES[constant + 1]}"', f'{trivial:.1f} %'),
+    ]
     width = max(len(row[0]) for row in rows)
     print('\n' + '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows))
-    print(f'\n{count} pictures: {work_dir / "pictures"}\n'
-          f'Training took {trained - start:.0f} s, all of it {time.time() - start:.0f} s.')
+    print(
+        f'\n{count} pictures: {work_dir / "pictures"}\n'
+        f'Training took {trained - start:.0f} s, all of it {time.time() - start:.0f} s.'
+    )
     if model < 2 * trivial:
         print('error: the model is not twice as good as the trivial predictor.', file=sys.stderr)
         return 1

@@ -22,19 +22,24 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='file, address or zoo name')
-    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx',
-                        help='(default: %(default)s)')
-    parser.add_argument('--part', choices=['model', 'backbone'],
-                        help='default: the model of a segmentation config, else the backbone')
-    parser.add_argument('--size', type=cli.crop_size, default=(512, 512), metavar='HxW',
-                        help='of the images (default: 512x512)')
-    parser.add_argument('--dynamic', choices=['none', 'batch', 'size'], default='batch',
-                        help='what may vary later: nothing, the number of images, or height and '
-                        'width as well, in multiples of 32 (default: %(default)s)')
-    parser.add_argument('--out', help='file to write (default: named like the config, in the '
-                        'current folder)')
-    parser.add_argument('--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE',
-                        help='override any key of the config')
+    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx', help='(default: %(default)s)')
+    parser.add_argument(
+        '--part', choices=['model', 'backbone'], help='default: the model of a segmentation config, else the backbone'
+    )
+    parser.add_argument(
+        '--size', type=cli.crop_size, default=(512, 512), metavar='HxW', help='of the images (default: 512x512)'
+    )
+    parser.add_argument(
+        '--dynamic',
+        choices=['none', 'batch', 'size'],
+        default='batch',
+        help='what may vary later: nothing, the number of images, or height and '
+        'width as well, in multiples of 32 (default: %(default)s)',
+    )
+    parser.add_argument('--out', help='file to write (default: named like the config, in the current folder)')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override any key of the config'
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
@@ -47,7 +52,8 @@ def main() -> None:
     part = args.part or ('model' if is_segmentor else 'backbone')
     if part == 'model' and not is_segmentor:
         raise overrides.ConfigOverrideError(
-            'Detectors choose boxes by rules that no graph holds: export --part backbone.')
+            'Detectors choose boxes by rules that no graph holds: export --part backbone.'
+        )
     network = build(cfg, args.checkpoint, part)
     name = Path(args.config).stem + ('' if part == 'model' else '_backbone')
     out = Path(args.out or name + SUFFIXES[args.format])
@@ -56,8 +62,7 @@ def main() -> None:
     except ExportError as error:
         raise overrides.ConfigOverrideError(str(error)) from error
     megabytes = out.stat().st_size / 2**20
-    print(f'{out}: {megabytes:.1f} MiB, differs from the network by {difference:.1e} of the '
-          'largest value')
+    print(f'{out}: {megabytes:.1f} MiB, differs from the network by {difference:.1e} of the largest value')
 
 
 def build(cfg: overrides.Config, source: str, part: str) -> nn.Module:

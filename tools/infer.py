@@ -35,19 +35,23 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='file, address or zoo name')
-    parser.add_argument('images', nargs='+', metavar='IMAGE_OR_DIR',
-                        help='image files, or folders that are searched for images')
-    parser.add_argument('--out-dir', default='./infer_results',
-                        help='where the pictures go (default: %(default)s)')
-    parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu',
-                        help='(default: %(default)s)')
-    parser.add_argument('--opacity', type=opacity, default=0.5,
-                        help='of the colors over the image, 0 to 1 (default: %(default)s)')
-    parser.add_argument('--score-thr', type=opacity, default=0.3,
-                        help='detection: draw boxes from this score on (default: %(default)s)')
+    parser.add_argument(
+        'images', nargs='+', metavar='IMAGE_OR_DIR', help='image files, or folders that are searched for images'
+    )
+    parser.add_argument('--out-dir', default='./infer_results', help='where the pictures go (default: %(default)s)')
+    parser.add_argument(
+        '--device', default='cuda:0' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
+    )
+    parser.add_argument(
+        '--opacity', type=opacity, default=0.5, help='of the colors over the image, 0 to 1 (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--score-thr', type=opacity, default=0.3, help='detection: draw boxes from this score on (default: %(default)s)'
+    )
     cli.add_size_arguments(parser)
-    parser.add_argument('--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE',
-                        help='override any key of the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override any key of the config'
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
@@ -57,11 +61,9 @@ def find_images(sources: list[str]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for source in map(Path, sources):
         if source.is_dir():
-            images = sorted(path for path in source.rglob('*')
-                            if path.suffix.lower() in SUFFIXES and path.is_file())
+            images = sorted(path for path in source.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
             if not images:
-                raise overrides.ConfigOverrideError(
-                    f'"{source}" has no images ({", ".join(SUFFIXES)}).')
+                raise overrides.ConfigOverrideError(f'"{source}" has no images ({", ".join(SUFFIXES)}).')
             found += [(path, path.relative_to(source)) for path in images]
         elif source.is_file():
             found.append((source, Path(source.name)))
@@ -89,8 +91,8 @@ def build_model(cfg: overrides.Config, args: argparse.Namespace) -> tuple[nn.Mod
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise overrides.ConfigOverrideError(
-            f'The device "{args.device}" cannot be used here: '
-            f'{str(error).splitlines()[0]}') from error
+            f'The device "{args.device}" cannot be used here: {str(error).splitlines()[0]}'
+        ) from error
     model = cli.build_model(cfg, overrides.model_of(cfg))
     load_whole_model(model, checkpoint, args.checkpoint)
     meta = checkpoint.get('meta') or {}
@@ -107,29 +109,34 @@ def build_model(cfg: overrides.Config, args: argparse.Namespace) -> tuple[nn.Mod
     return model.to(device).eval(), dict(classes)
 
 
-def segment(model: nn.Module, image: np.ndarray, classes: dict, args: argparse.Namespace
-            ) -> tuple[np.ndarray, str]:
+def segment(model: nn.Module, image: np.ndarray, classes: dict, args: argparse.Namespace) -> tuple[np.ndarray, str]:
     """Overlay with legend, and a line about it; ``image`` is BGR."""
     from mmseg.apis import inference_model
+
     labels = inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()
     names = classes['classes']
-    palette = classes.get('palette') or np.random.default_rng(0).integers(
-        40, 256, (len(names), 3)).tolist()
+    palette = classes.get('palette') or np.random.default_rng(0).integers(40, 256, (len(names), 3)).tolist()
     shares = class_shares(labels, len(names))
     entries = [(f'{names[index]} {100 * share:.1f}%', palette[index]) for index, share in shares]
     picture = overlay(image[..., ::-1], labels, palette, args.opacity)
     return with_legend(picture, entries), ', '.join(text for text, _ in entries[:4])
 
 
-def detect(model: nn.Module, image: np.ndarray, classes: dict, args: argparse.Namespace
-           ) -> tuple[np.ndarray, str]:
+def detect(model: nn.Module, image: np.ndarray, classes: dict, args: argparse.Namespace) -> tuple[np.ndarray, str]:
     """Boxes by the framework's visualizer, and a line about them; ``image`` is BGR."""
     from mmdet.apis import inference_detector
+
     result = inference_detector(model, image)
     visualizer: Any = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='infer'))
     visualizer.dataset_meta = classes
-    visualizer.add_datasample('result', np.ascontiguousarray(image[..., ::-1]), result,
-                              draw_gt=False, show=False, pred_score_thr=args.score_thr)
+    visualizer.add_datasample(
+        'result',
+        np.ascontiguousarray(image[..., ::-1]),
+        result,
+        draw_gt=False,
+        show=False,
+        pred_score_thr=args.score_thr,
+    )
     count = int((result.pred_instances.scores >= args.score_thr).sum())
     return visualizer.get_image(), f'{count} objects'
 
@@ -141,8 +148,7 @@ def main() -> int:
     images = find_images(args.images)
     scope = cfg.get('default_scope')
     if scope not in ('mmseg', 'mmdet'):
-        raise overrides.ConfigOverrideError(
-            f'infer.py knows configs of mmseg and mmdet, this one is of "{scope}".')
+        raise overrides.ConfigOverrideError(f'infer.py knows configs of mmseg and mmdet, this one is of "{scope}".')
     if importlib.util.find_spec(scope) is None:
         raise overrides.ConfigOverrideError(f'"{scope}" is not installed.')
     model, classes = build_model(cfg, args)
@@ -164,8 +170,11 @@ def main() -> int:
         mmcv.imwrite(np.ascontiguousarray(picture[..., ::-1]), str(target))
         print(f'{progress} -> {target}: {summary}', flush=True)
     if unreadable:
-        print(f'error: {len(unreadable)} of {len(images)} images could not be read: '
-              f'{", ".join(str(path) for path in unreadable)}', file=sys.stderr)
+        print(
+            f'error: {len(unreadable)} of {len(images)} images could not be read: '
+            f'{", ".join(str(path) for path in unreadable)}',
+            file=sys.stderr,
+        )
     return 1 if unreadable else 0
 
 

@@ -9,6 +9,7 @@ Examples:
     python tools/prepare_data.py voc2007 voc2012 --root data --keep-archives
     python tools/prepare_data.py coco --root data --check
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,16 +24,15 @@ from slak_mm.engine.prepare_data import DATA_SETS, DataError, check, prepare
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('names', nargs='+', choices=list(DATA_SETS), metavar='NAME',
-                        help=', '.join(DATA_SETS))
-    parser.add_argument('--root', default='data', metavar='DIR',
-                        help='folder that data sets are kept in (default: data)')
-    parser.add_argument('--check', action='store_true',
-                        help='only verify, and name the first thing that is missing')
-    parser.add_argument('--keep-archives', action='store_true',
-                        help='keep what was downloaded, in .downloads below the root')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', nargs='+', choices=list(DATA_SETS), metavar='NAME', help=', '.join(DATA_SETS))
+    parser.add_argument(
+        '--root', default='data', metavar='DIR', help='folder that data sets are kept in (default: data)'
+    )
+    parser.add_argument('--check', action='store_true', help='only verify, and name the first thing that is missing')
+    parser.add_argument(
+        '--keep-archives', action='store_true', help='keep what was downloaded, in .downloads below the root'
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
@@ -45,19 +45,23 @@ def main() -> int:
         for name, missing in problems.items():
             print(f'{name}: ' + ('complete' if missing is None else f'NOT complete: {missing}'))
         return int(any(problems.values()))
-    columns = (TextColumn('{task.description}'), BarColumn(),
-               TextColumn('{task.fields[amount]}'), TimeRemainingColumn())
+    columns = (
+        TextColumn('{task.description}'),
+        BarColumn(),
+        TextColumn('{task.fields[amount]}'),
+        TimeRemainingColumn(),
+    )
     for name in names:
         with Progress(*columns, console=Console(file=sys.stderr)) as progress:
             tasks: dict[str, TaskID] = {}
 
-            def report(what: str, done: int, total: int, progress: Progress = progress,
-                       tasks: dict[str, TaskID] = tasks) -> None:
+            def report(
+                what: str, done: int, total: int, progress: Progress = progress, tasks: dict[str, TaskID] = tasks
+            ) -> None:
                 if what not in tasks:
                     tasks[what] = progress.add_task(what, amount='')
                 of = f' of {amount(total)}' if total else ''
-                progress.update(tasks[what], completed=done, total=total or None,
-                                amount=f'{amount(done)}{of}')
+                progress.update(tasks[what], completed=done, total=total or None, amount=f'{amount(done)}{of}')
 
             try:
                 folder = prepare(name, args.root, keep_archives=args.keep_archives, report=report)

@@ -160,10 +160,7 @@ def mmcv_key(version: str, torch: Mapping[str, Any] | None) -> str:
     if torch is None:
         return f'onedl_mmcv-{version}-noops'
     torch_version = torch['version'].replace('+', '_')
-    return (
-        f'onedl_mmcv-{version}-ops-torch_{torch_version}-{python_tag()}-{platform_tag()}'
-        f'-{torch["target"]}'
-    )
+    return f'onedl_mmcv-{version}-ops-torch_{torch_version}-{python_tag()}-{platform_tag()}-{torch["target"]}'
 
 
 def wheel_has_operators(path: Path) -> bool:
@@ -223,9 +220,7 @@ def user_wheel(environ: Mapping[str, str], version: str) -> Path | None:
     try:
         with_operators = wheel_has_operators(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise SetupError(
-            f'SLAK_MM_MMCV_WHEEL names {path}, which cannot be read: {error}.'
-        ) from error
+        raise SetupError(f'SLAK_MM_MMCV_WHEEL names {path}, which cannot be read: {error}.') from error
     if not with_operators:
         raise SetupError(
             f'SLAK_MM_MMCV_WHEEL names {path}, which was built without operators (it has no '
@@ -282,9 +277,7 @@ def environment_digest(root: Path) -> str:
 
 def project_digest(root: Path) -> str:
     """Hash of what decides how slak_mm itself is installed, and of this script."""
-    return tree_digest(
-        root, ['setup.py', 'pyproject.toml', 'slak_mm/version.py', 'tools/setup_env.py']
-    )
+    return tree_digest(root, ['setup.py', 'pyproject.toml', 'slak_mm/version.py', 'tools/setup_env.py'])
 
 
 def operators_request(environ: Mapping[str, str], version: str) -> str:
@@ -357,8 +350,7 @@ class FileLock:
         """Take the lock or convert the one that is held, waiting as long as it takes."""
         if fcntl is None:
             raise SetupError(
-                'The set-up supports Linux and macOS; on Windows, run it in the Windows Subsystem '
-                'for Linux.'
+                'The set-up supports Linux and macOS; on Windows, run it in the Windows Subsystem for Linux.'
             )
         if self.fd is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -547,9 +539,7 @@ def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
 # ---- the steps -----------------------------------------------------------------------------------
 
 
-def available_memory(
-    proc: Path = Path('/proc/meminfo'), cgroup: Path = Path('/sys/fs/cgroup')
-) -> float:
+def available_memory(proc: Path = Path('/proc/meminfo'), cgroup: Path = Path('/sys/fs/cgroup')) -> float:
     """Bytes of memory that may be used, by the system and by the container; infinite if unknown."""
     amounts = [float('inf')]
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -560,9 +550,7 @@ def available_memory(
         limit = int((cgroup / 'memory.max').read_text())
         used = int((cgroup / 'memory.current').read_text())
         # The page cache counts as used, but gives way.
-        match = re.search(
-            r'^inactive_file (\d+)', (cgroup / 'memory.stat').read_text(), re.MULTILINE
-        )
+        match = re.search(r'^inactive_file (\d+)', (cgroup / 'memory.stat').read_text(), re.MULTILINE)
         amounts.append(limit - used + (int(match[1]) if match is not None else 0))
     return max(0.0, min(amounts))
 
@@ -610,9 +598,7 @@ class Setup:
         self.environ['PATH'] = f'{self.venv / "bin"}{os.pathsep}{environ.get("PATH", os.defpath)}'
         self.cache = cache_dir(environ)
         self.log = self.venv / 'setup.log'
-        self.lock = FileLock(
-            root / '.venv.lock', 'Waiting for another make in this checkout to finish ...'
-        )
+        self.lock = FileLock(root / '.venv.lock', 'Waiting for another make in this checkout to finish ...')
         self.requirements = root / 'requirements'
         openmmlab = parse_pins((self.requirements / 'openmmlab.txt').read_text())
         self.mmcv_pin = openmmlab.pop(MMCV)
@@ -673,9 +659,7 @@ class Setup:
         base = Path(getattr(sys, '_base_executable', None) or sys.executable)
         say(f'Making {self.venv} with Python {platform.python_version()} ({base})')
         start = time.monotonic()
-        has_ensurepip = subprocess.run(
-            [base, '-c', 'import ensurepip'], env=self.environ, capture_output=True
-        )
+        has_ensurepip = subprocess.run([base, '-c', 'import ensurepip'], env=self.environ, capture_output=True)
         command: list[str | Path] = [base, '-m', 'venv', self.venv]
         if has_ensurepip.returncode != 0:
             command.insert(3, '--without-pip')
@@ -683,8 +667,7 @@ class Setup:
         if result.returncode != 0:
             print((result.stdout + result.stderr).strip(), flush=True)
             raise SetupError(
-                f'{base} cannot make a virtual environment; on Debian and Ubuntu, install the '
-                'package python3-venv.'
+                f'{base} cannot make a virtual environment; on Debian and Ubuntu, install the package python3-venv.'
             )
         if has_ensurepip.returncode != 0:
             self.fetch_pip()
@@ -707,9 +690,7 @@ class Setup:
                 with urllib.request.urlopen(url, timeout=60) as source, wheel.open('wb') as target:
                     shutil.copyfileobj(source, target)
                 subprocess.run(
-                    [self.python, wheel / 'pip', 'install', '--quiet', '--no-deps', wheel],
-                    env=self.environ,
-                    check=True,
+                    [self.python, wheel / 'pip', 'install', '--quiet', '--no-deps', wheel], env=self.environ, check=True
                 )
         except (OSError, StopIteration, subprocess.CalledProcessError) as error:
             raise SetupError(
@@ -731,9 +712,7 @@ class Setup:
         # Two of these come as source. Building them in isolation keeps torch out of their sight.
         constraint: list[str | Path] = ['--build-constraint', files / 'build.txt']
         title = 'OpenMMLab packages'
-        self.run_pip(
-            title, failure, 'install', '--no-deps', *constraint, *self.without_dependencies
-        )
+        self.run_pip(title, failure, 'install', '--no-deps', *constraint, *self.without_dependencies)
         say(f'{progress.files} files, {progress.mebibytes:.0f} MB downloaded')
 
     def ensure_packages(self, environment: str) -> None:
@@ -749,10 +728,7 @@ class Setup:
             say('The last set-up did not end: starting over with a new .venv')
             usable = False
         elif not stamp and self.venv.exists():
-            raise SetupError(
-                f'{self.venv} was not made by this script: move it away, or remove it by '
-                '`make clean`.'
-            )
+            raise SetupError(f'{self.venv} was not made by this script: move it away, or remove it by `make clean`.')
         elif stamp and stamp.get('interpreter') != interpreter_digest(self.root):
             say('.venv was made by another Python or at another place: making a new one')
             usable = False
@@ -796,9 +772,7 @@ class Setup:
             'print(json.dumps(dict(version=torch.__version__, cuda=torch.version.cuda,'
             ' caps=caps, home=c.CUDA_HOME)))'
         )
-        result = subprocess.run(
-            [self.python, '-c', code], env=self.environ, capture_output=True, text=True
-        )
+        result = subprocess.run([self.python, '-c', code], env=self.environ, capture_output=True, text=True)
         if result.returncode != 0:
             print(result.stderr.strip()[-2000:], flush=True)
             raise SetupError(
@@ -807,9 +781,7 @@ class Setup:
             )
         facts = json.loads(result.stdout.splitlines()[-1])
         nvcc = self.nvcc_version(facts['home'])
-        target, note = choose_target(
-            self.user_environ, facts['cuda'], [tuple(cap) for cap in facts['caps']], nvcc
-        )
+        target, note = choose_target(self.user_environ, facts['cuda'], [tuple(cap) for cap in facts['caps']], nvcc)
         return {'version': facts['version'], 'target': target, 'note': note}
 
     def nvcc_version(self, cuda_home: str | None) -> str | None:
@@ -851,9 +823,7 @@ class Setup:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
             code = 'import sys; sys.path.insert(0, sys.argv[1]); import torch, mmcv._ext'
-            result = subprocess.run(
-                [self.python, '-c', code, folder], env=self.environ, capture_output=True, text=True
-            )
+            result = subprocess.run([self.python, '-c', code, folder], env=self.environ, capture_output=True, text=True)
         if result.returncode == 0:
             return ''
         lines = result.stderr.strip().splitlines()
@@ -1057,9 +1027,7 @@ class Setup:
         if recheck:
             self.check(kind == 'ops')
 
-    def finish(
-        self, found: tuple[Path, str] | None, with_operators: bool, request: str, project: str
-    ) -> None:
+    def finish(self, found: tuple[Path, str] | None, with_operators: bool, request: str, project: str) -> None:
         """Steps 2 to 4, when the wheel of mmcv is there; the caller holds the lock.
 
         Args:
@@ -1087,10 +1055,7 @@ class Setup:
 
 
 def choose_target(
-    environ: Mapping[str, str],
-    torch_cuda: str | None,
-    capabilities: Sequence[tuple[int, int]],
-    nvcc: str | None,
+    environ: Mapping[str, str], torch_cuda: str | None, capabilities: Sequence[tuple[int, int]], nvcc: str | None
 ) -> tuple[str, str]:
     """Decide for which device mmcv's operators are compiled.
 
@@ -1120,9 +1085,7 @@ def choose_target(
         raise SetupError(f"FORCE_CUDA=1 asks for mmcv's CUDA operators, but {problem}.")
     if problem:
         return 'cpu', f"mmcv's operators are compiled for the CPU only, because {problem}."
-    architectures = environ.get('TORCH_CUDA_ARCH_LIST') or '_'.join(
-        f'{major}.{minor}' for major, minor in capabilities
-    )
+    architectures = environ.get('TORCH_CUDA_ARCH_LIST') or '_'.join(f'{major}.{minor}' for major, minor in capabilities)
     return f'cuda{nvcc}-{re.sub(r"[^0-9A-Za-z.+]+", "_", architectures) or "default"}', ''
 
 
@@ -1263,15 +1226,9 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit code; does not return where a command was given and the set-up succeeded.
     """
-    parser = argparse.ArgumentParser(
-        description='Make the environment .venv of this checkout and run a command in it.'
-    )
-    parser.add_argument(
-        '--ops', action='store_true', help="with mmcv's compiled operators, which detection needs"
-    )
-    parser.add_argument(
-        '--check', action='store_true', help='check the components even if nothing is to be done'
-    )
+    parser = argparse.ArgumentParser(description='Make the environment .venv of this checkout and run a command in it.')
+    parser.add_argument('--ops', action='store_true', help="with mmcv's compiled operators, which detection needs")
+    parser.add_argument('--check', action='store_true', help='check the components even if nothing is to be done')
     parser.add_argument('--report', choices=['ops', 'noops'], help=argparse.SUPPRESS)
     parser.add_argument('command', nargs='*', help='command to run afterwards, after "--"')
     options = parser.parse_args(arguments)

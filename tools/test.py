@@ -10,12 +10,11 @@ from slak_mm.engine.hooks import load_whole_model
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
-    parser.add_argument(
-        'checkpoint', help='file, address or zoo name; official checkpoints are converted')
+    parser.add_argument('checkpoint', help='file, address or zoo name; official checkpoints are converted')
     parser.add_argument('--tta', action='store_true', help='multi-scale and flip')
     parser.add_argument(
-        '--out', help='save the predictions: a folder for label maps (segmentation), a .pkl file '
-        '(detection)')
+        '--out', help='save the predictions: a folder for label maps (segmentation), a .pkl file (detection)'
+    )
     parser.add_argument('--show-dir', help='save pictures of the predictions to this folder')
     cli.add_override_arguments(parser, training=False)
     return parser.parse_args()
@@ -37,8 +36,16 @@ def main() -> None:
     # All weights come from the checkpoint.
     overrides.remove_weights(cfg)
     cfg.resume = False
-    for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'val_cfg',
-                'val_dataloader', 'val_evaluator', 'auto_scale_lr'):
+    for key in (
+        'train_cfg',
+        'train_dataloader',
+        'optim_wrapper',
+        'param_scheduler',
+        'val_cfg',
+        'val_dataloader',
+        'val_evaluator',
+        'auto_scale_lr',
+    ):
         cfg.pop(key, None)
 
     runner = cli.build_runner(cfg, ['test'])
@@ -51,7 +58,8 @@ def save_pictures(cfg: overrides.Config, folder: str) -> None:
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None or cfg.get('visualizer') is None:
         raise overrides.ConfigOverrideError(
-            '--show-dir needs a config with a visualizer and default_hooks.visualization.')
+            '--show-dir needs a config with a visualizer and default_hooks.visualization.'
+        )
     hook.draw = True
     hook.interval = 1
     cfg.visualizer.save_dir = folder
@@ -59,12 +67,10 @@ def save_pictures(cfg: overrides.Config, folder: str) -> None:
 
 def save_predictions(cfg: overrides.Config, out: str) -> None:
     """Let the evaluator save what the model predicts."""
-    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) \
-        else [cfg.test_evaluator]
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if cfg.get('default_scope') == 'mmdet':
         if not out.endswith(('.pkl', '.pickle')):
-            raise overrides.ConfigOverrideError(
-                f'--out of a detection config must be a .pkl file, got "{out}".')
+            raise overrides.ConfigOverrideError(f'--out of a detection config must be a .pkl file, got "{out}".')
         evaluators.append(dict(type='DumpDetResults', out_file_path=out))
     else:
         evaluators[0].update(output_dir=out, keep_results=True)

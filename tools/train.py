@@ -12,23 +12,37 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
     parser.add_argument(
-        '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-        help='go on from a checkpoint of an earlier run (default: the newest of the work dir)')
-    parser.add_argument('--from-scratch', action='store_true',
-                        help='start from random weights, whatever weights the config names')
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint of an earlier run (default: the newest of the work dir)',
+    )
     parser.add_argument(
-        '--sparse', choices=overrides.SPARSE_CHOICES, metavar='HOW',
+        '--from-scratch', action='store_true', help='start from random weights, whatever weights the config names'
+    )
+    parser.add_argument(
+        '--sparse',
+        choices=overrides.SPARSE_CHOICES,
+        metavar='HOW',
         help='sparse training: static keeps the masks, set, rigl and momentum change them, slak_t, '
         'slak_s, slak_b and shiftwise are the published trainings, off is dense (default: as the '
-        'config says)')
-    parser.add_argument('--sparsity', type=cli.share, metavar='S',
-                        help='share of weights to set to zero, instead of those that are zero')
+        'config says)',
+    )
+    parser.add_argument(
+        '--sparsity',
+        type=cli.share,
+        metavar='S',
+        help='share of weights to set to zero, instead of those that are zero',
+    )
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate with the batch of all processes')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch of all processes'
+    )
     parser.add_argument('--seed', type=cli.non_negative_int, help='(default: a random one)')
-    parser.add_argument('--deterministic', action='store_true',
-                        help='deterministic GPU kernels, where there are any; slower')
+    parser.add_argument(
+        '--deterministic', action='store_true', help='deterministic GPU kernels, where there are any; slower'
+    )
     cli.add_override_arguments(parser, training=True)
     return parser.parse_args()
 
@@ -39,7 +53,8 @@ def main() -> None:
     if overrides.model_of(cfg) is not cfg.model:
         raise overrides.ConfigOverrideError(
             f'{args.config} is for testing only (its model is test-time augmentation); train '
-            'with the config that it inherits from.')
+            'with the config that it inherits from.'
+        )
     cli.apply_overrides(cfg, args)
     if args.amp:
         use_amp(cfg)
@@ -47,12 +62,12 @@ def main() -> None:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise overrides.ConfigOverrideError(
                 '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch '
-                'that its learning rate is meant for.')
+                'that its learning rate is meant for.'
+            )
         cfg.auto_scale_lr.enable = True
     if args.seed is not None or args.deterministic:
         randomness = dict(cfg.get('randomness') or {}, deterministic=args.deterministic)
-        cfg.randomness = dict(randomness, seed=args.seed if args.seed is not None
-                              else randomness.get('seed'))
+        cfg.randomness = dict(randomness, seed=args.seed if args.seed is not None else randomness.get('seed'))
     cli.init_distributed(cfg, args)
 
     resumed = cli.prepare_resume(cfg, args.resume) if args.resume else None
@@ -68,8 +83,11 @@ def main() -> None:
     runner = cli.build_runner(cfg, ['train', 'val'])
     if args.from_scratch and resumed is None:
         left_out = ', '.join(f'{source} ({place})' for place, source in removed) or 'none named'
-        print_log(f'FROM SCRATCH: training starts from RANDOM weights; left out: {left_out}.',
-                  logger='current', level=logging.WARNING)
+        print_log(
+            f'FROM SCRATCH: training starts from RANDOM weights; left out: {left_out}.',
+            logger='current',
+            level=logging.WARNING,
+        )
     runner.train()
 
 
@@ -78,7 +96,8 @@ def use_amp(cfg: overrides.Config) -> None:
     wrapper = cfg.optim_wrapper
     if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise overrides.ConfigOverrideError(
-            f'--amp cannot be used with the optimizer wrapper "{wrapper.type}" of this config.')
+            f'--amp cannot be used with the optimizer wrapper "{wrapper.type}" of this config.'
+        )
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
 

@@ -1,8 +1,12 @@
 # Cascade Mask R-CNN with FPN on COCO 2017, 3x (36 epochs): everything that the configs of this
 # folder share. The official recipe of ConvNeXt, which SLaK and ShiftWise took over.
 _base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
-    'mmdet', 'models/cascade-mask-rcnn_r50_fpn.py', 'datasets/coco_instance.py',
-    'schedules/schedule_1x.py', 'default_runtime.py')
+    'mmdet',
+    'models/cascade-mask-rcnn_r50_fpn.py',
+    'datasets/coco_instance.py',
+    'schedules/schedule_1x.py',
+    'default_runtime.py',
+)
 
 custom_imports = dict(imports=['slak_mm'], allow_failed_imports=False)
 
@@ -13,7 +17,8 @@ model = dict(
         arch='tiny',
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        norm_cfg=dict(type='SyncBN', requires_grad=True)),
+        norm_cfg=dict(type='SyncBN', requires_grad=True),
+    ),
     roi_head=dict(
         # The three stages differ in how finely they code boxes.
         bbox_head=[
@@ -26,18 +31,17 @@ model = dict(
                 fc_out_channels=1024,
                 roi_feat_size=7,
                 num_classes=80,
-                bbox_coder=dict(
-                    type='DeltaXYWHBBoxCoder',
-                    target_means=[0., 0., 0., 0.],
-                    target_stds=target_stds),
+                bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=target_stds),
                 reg_class_agnostic=False,
                 reg_decoded_bbox=True,
                 norm_cfg=dict(type='SyncBN', requires_grad=True),
                 loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
-                loss_bbox=dict(type='GIoULoss', loss_weight=10.0))
-            for target_stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1],
-                                [0.033, 0.033, 0.067, 0.067])
-        ]))
+                loss_bbox=dict(type='GIoULoss', loss_weight=10.0),
+            )
+            for target_stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
+        ]
+    ),
+)
 
 # Either a resize alone, or a resize, a crop and a second resize.
 scales = [(short, 1333) for short in range(480, 801, 32)]
@@ -49,12 +53,13 @@ train_pipeline = [
         type='RandomChoice',
         transforms=[
             [dict(type='RandomChoiceResize', scales=scales, keep_ratio=True)],
-            [dict(type='RandomChoiceResize', scales=[(400, 1333), (500, 1333), (600, 1333)],
-                  keep_ratio=True),
-             dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600),
-                  allow_negative_crop=True),
-             dict(type='RandomChoiceResize', scales=scales, keep_ratio=True)],
-        ]),
+            [
+                dict(type='RandomChoiceResize', scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
+                dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True),
+                dict(type='RandomChoiceResize', scales=scales, keep_ratio=True),
+            ],
+        ],
+    ),
     dict(type='PackDetInputs'),
 ]
 del scales
@@ -67,13 +72,19 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='LargeKernelLayerDecayConstructor',
-    paramwise_cfg=dict(decay_rate=0.7, decay_type='layer_wise', num_layers=6))
+    paramwise_cfg=dict(decay_rate=0.7, decay_type='layer_wise', num_layers=6),
+)
 
 # The zeros of the sparse ImageNet weights stay zero, as in the official runs. --from-scratch, which
 # has no such weights, draws masks of its own; --sparse changes or removes the hook.
 custom_hooks = [
-    dict(type='SparsityHook', mode='static', distribution='from_weights',
-         from_scratch=dict(distribution='snip', sparsity=0.4))]
+    dict(
+        type='SparsityHook',
+        mode='static',
+        distribution='from_weights',
+        from_scratch=dict(distribution='snip', sparsity=0.4),
+    )
+]
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),

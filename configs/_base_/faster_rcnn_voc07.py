@@ -2,8 +2,8 @@
 # is that of the SLaK paper: AdamW, rate 1e-4, weight decay 0.05, batch 16, 36 epochs, shorter side
 # 480 to 800 and longer side at most 1333 pixels. What it leaves open is said where it is decided.
 _base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
-    'mmdet', 'models/faster-rcnn_r50_fpn.py', 'datasets/voc0712.py', 'schedules/schedule_1x.py',
-    'default_runtime.py')
+    'mmdet', 'models/faster-rcnn_r50_fpn.py', 'datasets/voc0712.py', 'schedules/schedule_1x.py', 'default_runtime.py'
+)
 
 custom_imports = dict(imports=['slak_mm'], allow_failed_imports=False)
 
@@ -16,8 +16,10 @@ model = dict(
         arch='tiny',
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        norm_cfg=dict(type='SyncBN', requires_grad=True)),
-    roi_head=dict(bbox_head=dict(num_classes=20)))
+        norm_cfg=dict(type='SyncBN', requires_grad=True),
+    ),
+    roi_head=dict(bbox_head=dict(num_classes=20)),
+)
 
 # Open in the paper: the steps between 480 and 800, which are those of the official COCO recipe, and
 # the test scale, which is the largest of training, as there.
@@ -35,8 +37,7 @@ test_pipeline = [
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     # After Resize: the metric compares with the boxes of the image as it is.
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs',
-         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 
 # The framework's base repeats 2007 and 2012 three times in an epoch; here an epoch is an epoch. It
@@ -51,7 +52,9 @@ train_dataloader = dict(
         ann_file='VOC2007/ImageSets/Main/trainval.txt',
         data_prefix=dict(sub_data_root='VOC2007/'),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
@@ -63,13 +66,19 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='LargeKernelLayerDecayConstructor',
-    paramwise_cfg=dict(decay_rate=1.0))
+    paramwise_cfg=dict(decay_rate=1.0),
+)
 
 # The zeros of the sparse ImageNet weights stay zero, as in the official runs. --from-scratch, which
 # has no such weights, draws masks of its own; --sparse changes or removes the hook.
 custom_hooks = [
-    dict(type='SparsityHook', mode='static', distribution='from_weights',
-         from_scratch=dict(distribution='snip', sparsity=0.4))]
+    dict(
+        type='SparsityHook',
+        mode='static',
+        distribution='from_weights',
+        from_scratch=dict(distribution='snip', sparsity=0.4),
+    )
+]
 
 # Open in the paper: warm-up and decay steps. Those of the official COCO recipe of 36 epochs.
 param_scheduler = [

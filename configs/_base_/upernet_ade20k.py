@@ -2,8 +2,8 @@
 # The framework's own bases are found by import name, because `mmseg::...` does not resolve with
 # the onedl builds (see slak_mm/engine/bases.py).
 _base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
-    'mmseg', 'models/upernet_swin.py', 'datasets/ade20k.py', 'default_runtime.py',
-    'schedules/schedule_160k.py')
+    'mmseg', 'models/upernet_swin.py', 'datasets/ade20k.py', 'default_runtime.py', 'schedules/schedule_160k.py'
+)
 
 custom_imports = dict(imports=['slak_mm'], allow_failed_imports=False)
 
@@ -14,7 +14,8 @@ model = dict(
     backbone=dict(_delete_=True, type='SLaK', norm_cfg=_base_.norm_cfg),
     decode_head=dict(num_classes=150),
     auxiliary_head=dict(num_classes=150),
-    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)))
+    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)),
+)
 
 # The batch of 16 as the official runs had it: 4 processes with 4 images each.
 train_dataloader = dict(batch_size=4)
@@ -25,13 +26,19 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='LargeKernelLayerDecayConstructor',
-    paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=6))
+    paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=6),
+)
 
 # The zeros of the sparse ImageNet weights stay zero, as in the official runs. --from-scratch, which
 # has no such weights, draws masks of its own; --sparse changes or removes the hook.
 custom_hooks = [
-    dict(type='SparsityHook', mode='static', distribution='from_weights',
-         from_scratch=dict(distribution='snip', sparsity=0.4))]
+    dict(
+        type='SparsityHook',
+        mode='static',
+        distribution='from_weights',
+        from_scratch=dict(distribution='snip', sparsity=0.4),
+    )
+]
 
 # The official recipe (mmseg 0.x) multiplies the warm-up onto a poly schedule that counts from 0;
 # here, as in the framework's own ConvNeXt configs, the poly schedule begins after the warm-up.
@@ -47,11 +54,16 @@ tta_pipeline = [
     dict(
         type='TestTimeAug',
         transforms=[
-            [dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
-             for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)],
-            [dict(type='RandomFlip', prob=0., direction='horizontal'),
-             dict(type='RandomFlip', prob=1., direction='horizontal')],
+            [
+                dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
+                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [
+                dict(type='RandomFlip', prob=0.0, direction='horizontal'),
+                dict(type='RandomFlip', prob=1.0, direction='horizontal'),
+            ],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ]),
+        ],
+    ),
 ]

@@ -29,9 +29,7 @@ from slak_mm.models.shiftwise import ShiftWiseConv
 from slak_mm.models.slak import LargeKernelConv
 from slak_mm.ops.shift_tables import assemble_kernels, shift_tables
 
-__all__ = [
-    'CONVENTIONS', 'DEFAULT_SIZES', 'PUBLISHED', 'SPARSITY', 'Cost', 'Published', 'count'
-]
+__all__ = ['CONVENTIONS', 'DEFAULT_SIZES', 'PUBLISHED', 'SPARSITY', 'Cost', 'Published', 'count']
 
 #: Height and width of the image by task, as published.
 DEFAULT_SIZES = dict(classification=(224, 224), segmentation=(512, 2048), detection=(800, 1280))
@@ -73,7 +71,8 @@ CONVENTIONS = dict(
     'convolved here, have about twice as many multiply-adds',
     filters_det='as for segmentation with ShiftWise (merged paths, small filters), and fewer '
     'parameters for a reason that is not published; the difference is that of the '
-    'squeeze-excite layers (1.59 M in -T, 2.96 M in -S) to 0.1 %')
+    'squeeze-excite layers (1.59 M in -T, 2.96 M in -S) to 0.1 %',
+)
 
 _CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
 _SHIFTWISE_PAPER = 'ShiftWise, tables of ADE20K and COCO'
@@ -90,10 +89,10 @@ PUBLISHED: dict[str, Published] = {
 for _info in ZOO.values():
     if 'flops_g' in _info.figures:
         _sparse = _info.name.startswith(('slak', 'upernet_slak'))
-        _counted = 'all' if not _sparse else (
-            'nonzero' if _info.task == 'classification' else 'no_large_kernels')
+        _counted = 'all' if not _sparse else ('nonzero' if _info.task == 'classification' else 'no_large_kernels')
         PUBLISHED[Path(_info.config).stem or _info.name] = Published(
-            _info.figures['params_m'], _info.figures['flops_g'], _counted, _info.source)
+            _info.figures['params_m'], _info.figures['flops_g'], _counted, _info.source
+        )
 
 
 @dataclass
@@ -137,8 +136,7 @@ class Cost:
         """Parameters and FLOPs counted in the way of :attr:`published`."""
         counted = self.published.counted if self.published else 'all'
         if counted.startswith('filters'):
-            return (self.parameters - self.path_parameters,
-                    self.flops - self.large_flops + self.filter_flops)
+            return (self.parameters - self.path_parameters, self.flops - self.large_flops + self.filter_flops)
         if counted == 'all':
             return self.parameters, self.flops
         parameters = self.parameters - self.masked_parameters
@@ -175,16 +173,15 @@ def _run_parts(model: Any, image: Tensor) -> Iterator[tuple[str, int]]:
         head = getattr(getattr(model, 'roi_head', None), f'{kind}_head', None)
         if head is None:
             continue
-        extractor = getattr(model.roi_head, f'{kind}_roi_extractor', None) \
-            or model.roi_head.bbox_roi_extractor  # shared with the boxes
-        heads, extractors = (list(each) if isinstance(each, nn.ModuleList) else [each]
-                             for each in (head, extractor))
+        extractor = (
+            getattr(model.roi_head, f'{kind}_roi_extractor', None) or model.roi_head.bbox_roi_extractor
+        )  # shared with the boxes
+        heads, extractors = (list(each) if isinstance(each, nn.ModuleList) else [each] for each in (head, extractor))
         total = 0
         for stage, head in enumerate(heads):
             source: Any = extractors[min(stage, len(extractors) - 1)]
             # Pooling has no multiply-adds that the counter knows, and cannot run without values.
-            rois = torch.empty(num_rois, source.out_channels, *source.roi_layers[0].output_size,
-                               device='meta')
+            rois = torch.empty(num_rois, source.out_channels, *source.roi_layers[0].output_size, device='meta')
             total += _count(lambda head=head, rois=rois: head(rois))[0]  # type: ignore[misc]
         yield f'{kind}_head', total
 
@@ -198,6 +195,7 @@ def _uses(backbone: nn.Module, image: Tensor) -> dict[str, int]:
             channels = output.shape[-1 if isinstance(module, nn.Linear) else 1]
             for name in names:
                 found[name] = found.get(name, 0) + output.numel() // channels
+
         return note
 
     handles = []
@@ -206,8 +204,7 @@ def _uses(backbone: nn.Module, image: Tensor) -> dict[str, int]:
         names = [f'{name}.weight']
         if isinstance(module, (LargeKernelConv, ShiftWiseConv)):
             inside.update(module.modules())
-            names = [f'{name}.{own}' for own, parameter in module.named_parameters()
-                     if parameter.dim() > 2]
+            names = [f'{name}.{own}' for own, parameter in module.named_parameters() if parameter.dim() > 2]
         elif not isinstance(module, (_ConvNd, nn.Linear)) or module in inside:
             continue
         handles.append(module.register_forward_hook(hook(names)))
@@ -252,8 +249,7 @@ def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost
                 filters = [torch.as_tensor(masked[own]) for own in names]
                 cost.masked_large_flops += pixels * _num_zero_taps(layer, filters)
             cost.masked_large_parameters += sum(zeros.pop(own, 0) for own in names)
-    cost.masked_flops = cost.masked_large_flops + sum(
-        count * uses[name] for name, count in zeros.items())
+    cost.masked_flops = cost.masked_large_flops + sum(count * uses[name] for name, count in zeros.items())
     return cost
 
 
@@ -275,8 +271,7 @@ def _num_zero_taps(layer: ShiftWiseConv, filters: list[Tensor]) -> int:
     kept = torch.stack([(path != 0).float() for path in filters]).sum(0)
     channels, num_reps = layer.picks.shape
     tables = shift_tables(channels, layer.kernel_size, layer.small_kernel, num_reps)
-    return sum(_num_zeros(kernel)
-               for kernel in assemble_kernels(kept, *tables, layer.kernel_size))
+    return sum(_num_zeros(kernel) for kernel in assemble_kernels(kept, *tables, layer.kernel_size))
 
 
 # ------------------------------------------------------------------------------------- models
@@ -295,9 +290,14 @@ class _Classifier(nn.Module):
         return self.backbone(image)[0].mean((2, 3))
 
 
-def count(name: str, size: tuple[int, int] | None = None, *,
-          checkpoint: str | os.PathLike | None = None, sparsity: float | None = None,
-          distribution: str = 'uniform') -> Cost:
+def count(
+    name: str,
+    size: tuple[int, int] | None = None,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    sparsity: float | None = None,
+    distribution: str = 'uniform',
+) -> Cost:
     """Count one network.
 
     Args:
@@ -328,7 +328,8 @@ def count(name: str, size: tuple[int, int] | None = None, *,
         if info.task != 'classification':
             raise ConfigOverrideError(
                 f'{name} is the checkpoint of a whole model: give its config instead'
-                + (f', configs/{info.config}.' if info.config else '.'))
+                + (f', configs/{info.config}.' if info.config else '.')
+            )
         task, key = 'classification', name
         with device:
             model: Any = _Classifier(dict(info.backbone, norm_cfg=dict(type='BN')))
@@ -341,14 +342,12 @@ def count(name: str, size: tuple[int, int] | None = None, *,
         with DefaultScope.overwrite_default_scope(scope), device:
             model = MODELS.build(overrides.model_of(cfg))
     if not hasattr(model, 'backbone') or not hasattr(model, 'extract_feat'):
-        raise ConfigOverrideError(
-            f'{name} describes a {type(model).__name__}, which has no backbone to be counted.')
+        raise ConfigOverrideError(f'{name} describes a {type(model).__name__}, which has no backbone to be counted.')
     model.eval()
     cost = Cost(name, size or DEFAULT_SIZES[task])
     if cost.size == DEFAULT_SIZES[task]:
         # Variants of a config, such as another schedule, have the figures of the config.
-        cost.published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0])
-                               if stem in PUBLISHED), None)
+        cost.published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0]) if stem in PUBLISHED), None)
     if checkpoint is not None:
         masked = _zeros_of(model, checkpoint)
         cost.masks = f'zeros of {checkpoint}'
@@ -363,7 +362,8 @@ def count(name: str, size: tuple[int, int] | None = None, *,
         raise ConfigOverrideError(
             f'{name} cannot be counted on an image of {cost.size[0]}x{cost.size[1]}: its '
             f'{type(model).__name__} does not compute its heads from the features alone, or '
-            f'needs values ({cli.reason(error)}).') from error
+            f'needs values ({cli.reason(error)}).'
+        ) from error
 
 
 def _zeros_of(model: nn.Module, source: str | os.PathLike) -> dict[str, int | Tensor]:
@@ -380,7 +380,7 @@ def _zeros_of(model: nn.Module, source: str | os.PathLike) -> dict[str, int | Te
 
 def _usual_sparsity(backbone: nn.Module, cfg: Config | None) -> float:
     """The sparsity that a config's hook names, or that of the published weights."""
-    for hook in (cfg.get('custom_hooks') or [] if cfg is not None else []):
+    for hook in cfg.get('custom_hooks') or [] if cfg is not None else []:
         if hook.get('type') == 'SparsityHook':
             named = hook.get('sparsity', (hook.get('from_scratch') or {}).get('sparsity'))
             if named is not None:
@@ -390,23 +390,22 @@ def _usual_sparsity(backbone: nn.Module, cfg: Config | None) -> float:
     return SPARSITY.get(type(backbone).__name__, 0.0)
 
 
-def _drawn_masks(backbone: nn.Module, sparsity: float, distribution: str
-                 ) -> dict[str, int | Tensor]:
+def _drawn_masks(backbone: nn.Module, sparsity: float, distribution: str) -> dict[str, int | Tensor]:
     """As many zeros as masks of that sparsity have; whole filters for ShiftWise."""
     if not 0 <= sparsity < 1:
         raise ConfigOverrideError(f'--sparsity must be from 0 to below 1, got {sparsity:g}.')
     if sparsity == 0:
         return {}
     from slak_mm import sparsity as sparse
+
     is_shiftwise = type(backbone).__name__ == 'ShiftWise'
-    chosen = sparse.select_parameters(
-        backbone, 'shiftwise_filters' if is_shiftwise else 'backbone')
+    chosen = sparse.select_parameters(backbone, 'shiftwise_filters' if is_shiftwise else 'backbone')
     shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
-    densities = dict.fromkeys(shapes, 1 - sparsity) if distribution == 'uniform' \
-        else sparse.erk_densities(shapes, sparsity)
+    densities = (
+        dict.fromkeys(shapes, 1 - sparsity) if distribution == 'uniform' else sparse.erk_densities(shapes, sparsity)
+    )
     if not is_shiftwise:
-        return {name: round((1 - density) * chosen[name].numel())
-                for name, density in densities.items()}
+        return {name: round((1 - density) * chosen[name].numel()) for name, density in densities.items()}
     generator = torch.Generator().manual_seed(0)
     masked: dict[str, int | Tensor] = {}
     for names in sparse.path_groups(chosen).values():

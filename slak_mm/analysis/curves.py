@@ -49,7 +49,8 @@ def read_scalars(work_dir: str | Path) -> Curves:
     if not files:
         raise FileNotFoundError(
             f'{path} has no scalars.json; give the work directory of a training run (with the '
-            'LocalVisBackend, which mmengine uses by default).')
+            'LocalVisBackend, which mmengine uses by default).'
+        )
     found: dict[str, dict[float, float]] = {}
     for file in files:
         entries = list(_entries(file))
@@ -60,8 +61,11 @@ def read_scalars(work_dir: str | Path) -> Curves:
         for step, scalars in entries:
             for key, value in scalars.items():
                 found.setdefault(key, {})[step] = value
-    curves = {key: (np.array(sorted(values)), np.array([values[s] for s in sorted(values)]))
-              for key, values in found.items() if values}
+    curves = {
+        key: (np.array(sorted(values)), np.array([values[s] for s in sorted(values)]))
+        for key, values in found.items()
+        if values
+    }
     if not curves:
         raise ValueError(f'The scalars.json files below {path} have no numbers in them.')
     return curves
@@ -82,9 +86,16 @@ def _entries(file: Path) -> list[tuple[float, dict[str, float]]]:
             trained, by_epoch = step, 'epoch' in content
         elif by_epoch:
             step = trained
-        entries.append((step, {
-            key: float(value) for key, value in content.items()
-            if key not in _NOT_SCALARS and isinstance(value, (int, float))}))
+        entries.append(
+            (
+                step,
+                {
+                    key: float(value)
+                    for key, value in content.items()
+                    if key not in _NOT_SCALARS and isinstance(value, (int, float))
+                },
+            )
+        )
     return entries
 
 
@@ -107,20 +118,31 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
     if wanted:
         chosen: dict[str, None] = {}
         for name in wanted:
-            matches = [key for key in there if key == name or (
-                name.endswith('*') and key.startswith(name[:-1]))]
+            matches = [key for key in there if key == name or (name.endswith('*') and key.startswith(name[:-1]))]
             if not matches:
-                raise ValueError(
-                    f'No run has a scalar "{name}"; there are {", ".join(sorted(there))}.')
+                raise ValueError(f'No run has a scalar "{name}"; there are {", ".join(sorted(there))}.')
             chosen.update(dict.fromkeys(matches))
         return list(chosen)
     # Validation happens seldom, and its names are those that training does not write.
-    training = {key for curves in runs.values() for key, (steps, _) in curves.items()
-                if 'loss' in curves and len(steps) == len(curves['loss'][0])}
-    keys = [key for key in DEFAULT_KEYS if key in there and any(
-        curves[key][1].any() for curves in runs.values() if key in curves)]
-    return keys + [key for key in there if key not in keys and key not in training
-                   and not key.startswith(('sparsity/', 'base_lr')) and 'loss' not in key]
+    training = {
+        key
+        for curves in runs.values()
+        for key, (steps, _) in curves.items()
+        if 'loss' in curves and len(steps) == len(curves['loss'][0])
+    }
+    keys = [
+        key
+        for key in DEFAULT_KEYS
+        if key in there and any(curves[key][1].any() for curves in runs.values() if key in curves)
+    ]
+    return keys + [
+        key
+        for key in there
+        if key not in keys
+        and key not in training
+        and not key.startswith(('sparsity/', 'base_lr'))
+        and 'loss' not in key
+    ]
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
@@ -134,14 +156,13 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
         Shape (N,).
     """
     half = max(0, window // 2)
-    totals = np.concatenate([[0.], np.cumsum(values, dtype=float)])
+    totals = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
     index = np.arange(len(values))
     first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     return (totals[last] - totals[first]) / (last - first)
 
 
-def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None,
-                title: str | None = None) -> np.ndarray:
+def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, title: str | None = None) -> np.ndarray:
     """Draw the curves of one or several runs as one picture, a panel for each scalar.
 
     Losses are drawn as they are, pale, and as a running mean over a twentieth of the run.
@@ -176,16 +197,20 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None,
             if key not in curves:
                 continue
             steps, values = curves[key]
-            look = dict(color=_COLOURS[number % len(_COLOURS)],
-                        linestyle=_STYLES[number % len(_STYLES)],
-                        linewidth=1.6, marker='o' if len(steps) < 12 else None, markersize=4,
-                        # Masks change at once, and stay as they are in between.
-                        drawstyle='steps-post' if key.startswith('sparsity/') else 'default')
+            look = dict(
+                color=_COLOURS[number % len(_COLOURS)],
+                linestyle=_STYLES[number % len(_STYLES)],
+                linewidth=1.6,
+                marker='o' if len(steps) < 12 else None,
+                markersize=4,
+                # Masks change at once, and stay as they are in between.
+                drawstyle='steps-post' if key.startswith('sparsity/') else 'default',
+            )
             window = len(steps) // 20 if 'loss' in key else 0
             if window > 1:
                 axis.plot(steps, values, color=look['color'], alpha=0.25, linewidth=0.8)
                 values = smoothed(values, window)
-            line, = axis.plot(steps, values, **look)
+            (line,) = axis.plot(steps, values, **look)
             legend.setdefault(name, line)
         axis.set_title(key, fontsize=11)
         axis.set_xlabel('iteration', fontsize=9)
@@ -200,10 +225,16 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None,
         if high - low < 1e-3 * max(abs(low), abs(high)):
             middle = (low + high) / 2
             axis.set_ylim(middle - 0.05 * abs(middle), middle + 0.05 * abs(middle))
-    for axis in axes[len(names):]:
+    for axis in axes[len(names) :]:
         axis.set_visible(False)
-    figure.legend(legend.values(), legend.keys(), loc='outside upper center',
-                  ncols=min(len(legend), 4), frameon=False, fontsize=10)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc='outside upper center',
+        ncols=min(len(legend), 4),
+        frameon=False,
+        fontsize=10,
+    )
     if title:
         figure.suptitle(title, fontsize=12)
     canvas.draw()

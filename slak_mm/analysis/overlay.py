@@ -26,14 +26,12 @@ def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]
     Returns:
         Class index and its share of all pixels, 0..1.
     """
-    counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(),
-                         minlength=num_classes)
+    counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(), minlength=num_classes)
     order = np.argsort(-counts, kind='stable')
     return [(int(index), float(counts[index] / labels.size)) for index in order if counts[index]]
 
 
-def colorize(labels: np.ndarray, palette: Palette,
-              unlabeled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+def colorize(labels: np.ndarray, palette: Palette, unlabeled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
     """Paint every class in its color.
 
     Args:
@@ -49,8 +47,7 @@ def colorize(labels: np.ndarray, palette: Palette,
     return colors[np.where(known, labels, len(palette))]
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette,
-            opacity: float = 0.5) -> np.ndarray:
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: float = 0.5) -> np.ndarray:
     """Lay the colors of a label map over its image.
 
     Args:
@@ -86,8 +83,9 @@ def _text_size(text: str, font: Any) -> tuple[int, int]:
     return int(right - left), int(bottom)
 
 
-def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]],
-                font_size: int | None = None) -> np.ndarray:
+def with_legend(
+    picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]], font_size: int | None = None
+) -> np.ndarray:
     """Put a legend to the right of a picture.
 
     Args:
@@ -107,9 +105,8 @@ def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]
     line, gap = round(1.5 * font_size), round(0.5 * font_size)
     height = max(picture.shape[0], line + 2 * gap)
     rows = (height - 2 * gap) // line
-    columns = [entries[start:start + rows] for start in range(0, len(entries), rows)]
-    widths = [max(_text_size(text, font)[0] for text, _ in column) + line + 2 * gap
-              for column in columns]
+    columns = [entries[start : start + rows] for start in range(0, len(entries), rows)]
+    widths = [max(_text_size(text, font)[0] for text, _ in column) + line + 2 * gap for column in columns]
     canvas = Image.new('RGB', (picture.shape[1] + sum(widths) + gap, height), _BACKGROUND)
     canvas.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(canvas)
@@ -117,15 +114,15 @@ def with_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]
     for column, width in zip(columns, widths):
         for row, (text, color) in enumerate(column):
             top = gap + row * line
-            draw.rectangle((left, top, left + font_size, top + font_size),
-                           fill=tuple(int(value) for value in color), outline=_INK)
+            draw.rectangle(
+                (left, top, left + font_size, top + font_size), fill=tuple(int(value) for value in color), outline=_INK
+            )
             draw.text((left + line, top), text, fill=_INK, font=font)
         left += width
     return np.asarray(canvas)
 
 
-def panel(pictures: Sequence[np.ndarray], titles: Sequence[str],
-          font_size: int | None = None) -> np.ndarray:
+def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], font_size: int | None = None) -> np.ndarray:
     """Put pictures side by side, each under its title.
 
     Args:

@@ -14,8 +14,12 @@ __all__ = ['LayerSparsity', 'draw_sparsity', 'layer_sparsity', 'tap_densities']
 _LARGE = 7
 _STAGE = re.compile(r'^(?:.*\.)?stages?\.?(\d+)\.')
 # Okabe and Ito's colors, which color-blind readers can tell apart.
-_COLOURS = {'large kernel': '#0072B2', 'small depthwise kernel': '#56B4E9',
-            'other convolution': '#009E73', 'linear': '#E69F00'}
+_COLOURS = {
+    'large kernel': '#0072B2',
+    'small depthwise kernel': '#56B4E9',
+    'other convolution': '#009E73',
+    'linear': '#E69F00',
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,11 @@ def layer_sparsity(state_dict: Mapping[str, Tensor]) -> list[LayerSparsity]:
         One for each floating-point tensor with two or more dimensions, in
         the order of the state dict.
     """
-    return [LayerSparsity(name, tuple(value.shape), value.numel() - int(value.count_nonzero()),
-                          value.numel())
-            for name, value in state_dict.items()
-            if value.dim() >= 2 and value.is_floating_point()]
+    return [
+        LayerSparsity(name, tuple(value.shape), value.numel() - int(value.count_nonzero()), value.numel())
+        for name, value in state_dict.items()
+        if value.dim() >= 2 and value.is_floating_point()
+    ]
 
 
 def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -92,7 +97,7 @@ def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         alive, there = np.zeros((height, width)), np.zeros((height, width))
         for kernel in kernels:
             top, left = (height - kernel.shape[2]) // 2, (width - kernel.shape[3]) // 2
-            place = np.s_[top:top + kernel.shape[2], left:left + kernel.shape[3]]
+            place = np.s_[top : top + kernel.shape[2], left : left + kernel.shape[3]]
             alive[place] += (kernel != 0).sum(dim=(0, 1)).numpy()
             there[place] += kernel.shape[0]
         maps[stage] = np.where(there > 0, alive / np.maximum(there, 1), np.nan)
@@ -123,16 +128,14 @@ def draw_sparsity(state_dict: Mapping[str, Tensor], title: str = '') -> np.ndarr
     columns = min(4, math.ceil(len(layers) / 12))
     rows = math.ceil(len(layers) / columns)
     heights = [0.2 * rows + 0.6] + ([3.6] if maps else [])
-    figure = Figure(figsize=(max(4.6 * columns, 3.4 * len(maps)), sum(heights) + 0.9), dpi=100,
-                    layout='constrained')
+    figure = Figure(figsize=(max(4.6 * columns, 3.4 * len(maps)), sum(heights) + 0.9), dpi=100, layout='constrained')
     canvas = FigureCanvasAgg(figure)
     parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False))
 
     for column, axis in enumerate(parts[0].subplots(1, columns, squeeze=False)[0]):
-        part = layers[column * rows:(column + 1) * rows]
+        part = layers[column * rows : (column + 1) * rows]
         density = [1 - layer.sparsity for layer in part]
-        axis.barh(range(len(part)), density, color=[_COLOURS[layer.kind] for layer in part],
-                  height=0.75)
+        axis.barh(range(len(part)), density, color=[_COLOURS[layer.kind] for layer in part], height=0.75)
         for place, value in enumerate(density):
             axis.text(min(value, 1) + 0.01, place, f'{value:.1%}', va='center', fontsize=7)
         axis.set_yticks(range(len(part)), [_short(layer.name) for layer in part], fontsize=7)
@@ -143,18 +146,26 @@ def draw_sparsity(state_dict: Mapping[str, Tensor], title: str = '') -> np.ndarr
         axis.spines[['top', 'right']].set_visible(False)
     there = [kind for kind in _COLOURS if any(layer.kind == kind for layer in layers)]
     total, zeros = sum(x.total for x in layers), sum(x.zeros for x in layers)
-    figure.suptitle(f'{title}{": " if title else ""}non-zero weights, {1 - zeros / total:.2%} of '
-                    f'{total / 1e6:.3g} M', fontsize=12)
-    parts[0].legend([Patch(color=_COLOURS[kind]) for kind in there], there, frameon=False,
-                    loc='outside upper center', ncols=len(there), fontsize=9)
+    figure.suptitle(
+        f'{title}{": " if title else ""}non-zero weights, {1 - zeros / total:.2%} of {total / 1e6:.3g} M', fontsize=12
+    )
+    parts[0].legend(
+        [Patch(color=_COLOURS[kind]) for kind in there],
+        there,
+        frameon=False,
+        loc='outside upper center',
+        ncols=len(there),
+        fontsize=9,
+    )
 
     if maps:
         axes = parts[1].subplots(1, len(maps), squeeze=False)[0]
         image = None
         for axis, (stage, shares) in zip(axes, maps.items()):
             bottom, right = (side / 2 for side in shares.shape)  # offsets from the center
-            image = axis.imshow(shares, vmin=0, vmax=1, cmap='viridis', interpolation='nearest',
-                                extent=(-right, right, bottom, -bottom))
+            image = axis.imshow(
+                shares, vmin=0, vmax=1, cmap='viridis', interpolation='nearest', extent=(-right, right, bottom, -bottom)
+            )
             axis.set_title(f'{stage}: taps of {shares.shape[0]}x{shares.shape[1]}', fontsize=10)
             axis.tick_params(labelsize=7)
         bar = parts[1].colorbar(image, ax=axes, shrink=0.8)

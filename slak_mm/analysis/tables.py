@@ -15,6 +15,5 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         The lines.
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['| ' + ' | '.join(text.ljust(width) for text, width in zip(row, widths)) + ' |'
-             for row in rows]
+    lines = ['| ' + ' | '.join(text.ljust(width) for text, width in zip(row, widths)) + ' |' for row in rows]
     return [lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:]]

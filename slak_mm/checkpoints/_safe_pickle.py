@@ -10,6 +10,7 @@ cannot extend their list for one call, so there :class:`RestrictedUnpickler` rea
 the same limits: it never looks a name up by importing it, calls nothing but listed functions and
 sets the state of nothing but listed types.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,8 +43,7 @@ _HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 def _history_statistic(owner: Any, name: Any) -> Any:
     """Stand-in for ``getattr``, which pickles use to name ``HistoryBuffer``'s own methods."""
     if owner is not HistoryBuffer or name not in _HISTORY_STATISTICS:
-        raise pickle.UnpicklingError(
-            f'Unsupported global: GLOBAL builtins.getattr was asked for {name!r} of {owner!r}')
+        raise pickle.UnpicklingError(f'Unsupported global: GLOBAL builtins.getattr was asked for {name!r} of {owner!r}')
     return getattr(HistoryBuffer, name)
 
 
@@ -71,18 +71,27 @@ def safe_objects() -> tuple[Any, ...]:
     core = importlib.import_module(_NUMPY_CORE)
     dtypes = {type(np.dtype(char)) for char in _DTYPE_CHARS}
     renamed = [
-        _named(getattr(core, name), module, name)
-        for module in _NUMPY_CORES for name in ('_reconstruct', 'scalar')
+        _named(getattr(core, name), module, name) for module in _NUMPY_CORES for name in ('_reconstruct', 'scalar')
     ]
     # Counter: the milestones of a MultiStepLR, which torch's own list has only later.
-    return (argparse.Namespace, Counter, HistoryBuffer, slice, np.ndarray, np.dtype, *dtypes,
-            *renamed, _named(_history_statistic, 'builtins', 'getattr'))
+    return (
+        argparse.Namespace,
+        Counter,
+        HistoryBuffer,
+        slice,
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        *renamed,
+        _named(_history_statistic, 'builtins', 'getattr'),
+    )
 
 
 @functools.lru_cache(maxsize=1)
 def _allowed() -> dict[str, Any]:
     """Dotted name -> object, torch's own list included."""
     from torch._weights_only_unpickler import _get_allowed_globals
+
     allowed = dict(_get_allowed_globals())
     for item in safe_objects():
         allowed[f'{item.__module__}.{item.__qualname__}'] = item
@@ -115,16 +124,14 @@ class RestrictedUnpickler(_Base):
     def find_class(self, module: str, name: str) -> Any:
         full_name = f'{module}.{name}'
         if full_name not in _allowed():
-            raise pickle.UnpicklingError(
-                f'Unsupported global: GLOBAL {full_name} was not an allowed global by default')
+            raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {full_name} was not an allowed global by default')
         return _allowed()[full_name]
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
         function = self.stack[-1]
         if not _is_allowed(function):
-            raise pickle.UnpicklingError(
-                f'Trying to call reduce for unrecognized function {function!r}')
+            raise pickle.UnpicklingError(f'Trying to call reduce for unrecognized function {function!r}')
         self.stack[-1] = function(*args)
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -146,8 +153,7 @@ class RestrictedUnpickler(_Base):
             item.set_(*state)
         elif kind in (OrderedDict, argparse.Namespace):
             item.__dict__.update(state)
-        elif kind is torch.nn.Parameter or kind is HistoryBuffer or isinstance(
-                item, (np.ndarray, np.dtype)):
+        elif kind is torch.nn.Parameter or kind is HistoryBuffer or isinstance(item, (np.ndarray, np.dtype)):
             item.__setstate__(state)
         else:
             raise pickle.UnpicklingError(f'Can only build objects of listed types, got {kind!r}')
@@ -201,9 +207,18 @@ class RestrictedUnpickler(_Base):
     def _refuse(self) -> None:
         raise pickle.UnpicklingError('Unsupported operand')
 
-    for _opcode in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2,
-                    pickle.EXT4, pickle.PERSID, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
-                    pickle.READONLY_BUFFER):
+    for _opcode in (
+        pickle.INST,
+        pickle.OBJ,
+        pickle.NEWOBJ_EX,
+        pickle.EXT1,
+        pickle.EXT2,
+        pickle.EXT4,
+        pickle.PERSID,
+        pickle.BYTEARRAY8,
+        pickle.NEXT_BUFFER,
+        pickle.READONLY_BUFFER,
+    ):
         dispatch[_opcode[0]] = _refuse
     del _opcode
 

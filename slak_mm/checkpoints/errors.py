@@ -3,14 +3,12 @@
 Every error is raised before anything in a model is overwritten, and its message is meant to be
 shown to the user as it is: it names the file, says what is wrong and what to do.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = [
-    'CheckpointError', 'CheckpointMismatch', 'CheckpointNotFound', 'CheckpointUnreadable',
-    'UnsafeCheckpoint'
-]
+__all__ = ['CheckpointError', 'CheckpointMismatch', 'CheckpointNotFound', 'CheckpointUnreadable', 'UnsafeCheckpoint']
 
 
 class CheckpointError(RuntimeError):
@@ -63,7 +61,7 @@ class CheckpointMismatch(CheckpointError):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         shape_mismatches: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
-        causes: Sequence[str] = ()
+        causes: Sequence[str] = (),
     ) -> None:
         self.missing = list(missing)
         self.unexpected = list(unexpected)
@@ -71,13 +69,14 @@ class CheckpointMismatch(CheckpointError):
         self.causes = list(causes)
         lines = [message]
         lines += [f'Likely cause: {cause}' for cause in self.causes]
-        shapes = [f'{key} {list(theirs)}, the model has {list(ours)}'
-                  for key, theirs, ours in self.shape_mismatches]
-        for title, entries in (('missing in the checkpoint', self.missing),
-                               ('unexpected in the checkpoint', self.unexpected),
-                               ('of another shape', shapes)):
+        shapes = [f'{key} {list(theirs)}, the model has {list(ours)}' for key, theirs, ours in self.shape_mismatches]
+        for title, entries in (
+            ('missing in the checkpoint', self.missing),
+            ('unexpected in the checkpoint', self.unexpected),
+            ('of another shape', shapes),
+        ):
             if entries:
-                shown = '; '.join(entries[:self.num_shown])
+                shown = '; '.join(entries[: self.num_shown])
                 more = len(entries) - self.num_shown
                 rest = f'; and {more} more' if more > 0 else ''
                 lines.append(f'{len(entries)} {title}: {shown}{rest}')

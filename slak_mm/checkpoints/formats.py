@@ -4,6 +4,7 @@ One table per family holds all spellings: its first column is ours, the others a
 official code and of other projects with the same network. Conversion renames; values are left as
 they are, except that a 1x1 convolution is read as the linear layer it equals.
 """
+
 from __future__ import annotations
 
 import re
@@ -15,8 +16,15 @@ from typing import Any
 from .errors import CheckpointError, CheckpointMismatch
 from .shiftwise import merge_paths, without_generated_tables
 
-__all__ = ['FAMILIES', 'ConversionNotes', 'Family', 'convert_state_dict', 'detect_family',
-           'detect_format', 'to_official']
+__all__ = [
+    'FAMILIES',
+    'ConversionNotes',
+    'Family',
+    'convert_state_dict',
+    'detect_family',
+    'detect_format',
+    'to_official',
+]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,7 @@ class Family:
         """``(ours, theirs)`` of one spelling, in the order of the table."""
         column = 1 + self.columns.index(spelling)
         rows = [(row[0], row[column]) for row in self.table]
-        return [(ours, ours if theirs == '=' else theirs) for ours, theirs in rows
-                if theirs != '-']
+        return [(ours, ours if theirs == '=' else theirs) for ours, theirs in rows if theirs != '-']
 
 
 _BLOCK = 'stages.{i}.{j}.'
@@ -68,14 +75,25 @@ _SLAK = Family(
         (_LARGE + 'tall.', _LARGE + 'LoRA1.', _LARGE + 'Decom1.', '-', '-', '-', '-'),
         (_LARGE + 'wide.', _LARGE + 'LoRA2.', _LARGE + 'Decom2.', '-', '-', '-', '-'),
         (_LARGE + 'small.', _LARGE + 'small_conv.', _LARGE + 'small_conv.', '-', '-', '-', '-'),
-        (_LARGE + 'square.conv.weight', _LARGE + 'lkb_origin.conv.weight',
-         _LARGE + 'lkb_origin.conv.weight', _LARGE + 'lkb_reparam.weight',
-         _BLOCK + 'dwconv.weight', _TIMM + 'conv_dw.weight', _BLOCK + 'depthwise_conv.weight'),
-        (_LARGE + 'square.conv.bias', _LARGE + 'lkb_origin.conv.bias',
-         _LARGE + 'lkb_origin.conv.bias', '-',
-         _BLOCK + 'dwconv.bias', _TIMM + 'conv_dw.bias', _BLOCK + 'depthwise_conv.bias'),
-        (_LARGE + 'square.bn.', _LARGE + 'lkb_origin.bn.', _LARGE + 'lkb_origin.bn.',
-         '-', '-', '-', '-'),
+        (
+            _LARGE + 'square.conv.weight',
+            _LARGE + 'lkb_origin.conv.weight',
+            _LARGE + 'lkb_origin.conv.weight',
+            _LARGE + 'lkb_reparam.weight',
+            _BLOCK + 'dwconv.weight',
+            _TIMM + 'conv_dw.weight',
+            _BLOCK + 'depthwise_conv.weight',
+        ),
+        (
+            _LARGE + 'square.conv.bias',
+            _LARGE + 'lkb_origin.conv.bias',
+            _LARGE + 'lkb_origin.conv.bias',
+            '-',
+            _BLOCK + 'dwconv.bias',
+            _TIMM + 'conv_dw.bias',
+            _BLOCK + 'depthwise_conv.bias',
+        ),
+        (_LARGE + 'square.bn.', _LARGE + 'lkb_origin.bn.', _LARGE + 'lkb_origin.bn.', '-', '-', '-', '-'),
         (_LARGE + 'bias', '-', '-', _LARGE + 'lkb_reparam.bias', '-', '-', '-'),
         (_BLOCK + 'norm.', '=', '=', '=', '=', _TIMM + 'norm.', '='),
         (_BLOCK + 'pwconv1.', '=', '=', '=', '=', _TIMM + 'mlp.fc1.', _BLOCK + 'pointwise_conv1.'),
@@ -97,7 +115,8 @@ _SLAK = Family(
         ('convnext-timm', r'stages\.\d+\.blocks\.\d+\.conv_dw\.', ('timm',)),
         ('convnext-mmpretrain', r'stages\.\d+\.\d+\.depthwise_conv\.', ('mmpretrain',)),
         ('convnext-facebook', r'stages\.\d+\.\d+\.dwconv\.', ('facebook',)),
-    ))
+    ),
+)
 
 # `LoRA` is the official code's form after it has merged the filter paths. Names below `ffn` exist
 # in version 2 only, `pwconv1` and `pwconv2` of ours in version 1 only.
@@ -113,8 +132,7 @@ _SHIFTWISE = Family(
         (_LARGE + 'bn_tall.', _LARGE + 'bn_lora2.', _LARGE + 'bn_lora2.'),
         (_LARGE + 'bn_small.', '=', '='),
         *((_LARGE + table, '-', '-') for table in ('shifts', 'picks', 'rep', 'ghost')),
-        *((_LARGE + folded, '-', '-')
-          for folded in ('tall', 'wide', 'bias', 'ghost_scale', 'ghost_bias')),
+        *((_LARGE + folded, '-', '-') for folded in ('tall', 'wide', 'bias', 'ghost_scale', 'ghost_bias')),
         (_BLOCK + 'norm.', '=', '='),
         (_BLOCK + 'se.', '=', '='),
         (_BLOCK + 'ffn.fc1.', _BLOCK + 'pwconv1.1.', _BLOCK + 'pwconv1.1.'),
@@ -130,12 +148,12 @@ _SHIFTWISE = Family(
         ('head.', '=', '='),
     ),
     formats=(
-        ('shiftwise', r'stages\.\d+\.\d+\.large_kernel\.(LoRAs\.\d+|LoRA)\.weight$',
-         ('LoRAs', 'LoRA')),
+        ('shiftwise', r'stages\.\d+\.\d+\.large_kernel\.(LoRAs\.\d+|LoRA)\.weight$', ('LoRAs', 'LoRA')),
         ('ours-deployed', r'stages\.\d+\.\d+\.large_kernel\.tall$', ()),
         ('ours', r'stages\.\d+\.\d+\.large_kernel\.filters\.\d+\.weight$', ()),
     ),
-    generated=r'stages\.\d+\.\d+\.large_kernel\.(shifts|picks|rep|ghost)$')
+    generated=r'stages\.\d+\.\d+\.large_kernel\.(shifts|picks|rep|ghost)$',
+)
 
 #: Every family of backbones whose checkpoints can be read, by its ``checkpoint_family``.
 FAMILIES: dict[str, Family] = {family.name: family for family in (_SLAK, _SHIFTWISE)}
@@ -221,9 +239,7 @@ def _detect(state_dict: Mapping[str, Any], prefix: str) -> tuple[str, str]:
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Any],
-    prefix: str = '',
-    family: str | None = None
+    state_dict: Mapping[str, Any], prefix: str = '', family: str | None = None
 ) -> tuple[dict[str, Any], ConversionNotes]:
     """Rename the tensors of one backbone from any known spelling to ours.
 
@@ -246,8 +262,7 @@ def convert_state_dict(
     tables = _family(family or detect_family(state_dict, prefix))
     notes = ConversionNotes(detect_format(state_dict, prefix))
     spellings = next((s for name, _, s in tables.formats if name == notes.format), ())
-    renamers = [_Renamer([(theirs, ours) for ours, theirs in tables.rows(spelling)])
-                for spelling in spellings]
+    renamers = [_Renamer([(theirs, ours) for ours, theirs in tables.rows(spelling)]) for spelling in spellings]
     # Our names after the others', because `head.` of ours also begins timm's `head.norm.`.
     renamers.append(_Renamer([(row[0], row[0]) for row in tables.table]))
 
@@ -255,7 +270,7 @@ def convert_state_dict(
     for key, value in state_dict.items():
         new = key
         if key.startswith(prefix):
-            name = key[len(prefix):]
+            name = key[len(prefix) :]
             found = next((n for n in (rename(name) for rename in renamers) if n is not None), None)
             if found is None:
                 notes.unrecognized.append(key)
@@ -264,8 +279,9 @@ def convert_state_dict(
                 value = _as_linear(new, value, notes)
         if new in converted:
             raise CheckpointMismatch(
-                f'Two tensors of the checkpoint stand for {new}: it mixes the names of two '
-                'versions of the code.', unexpected=[key])
+                f'Two tensors of the checkpoint stand for {new}: it mixes the names of two versions of the code.',
+                unexpected=[key],
+            )
         if new != key:
             notes.renamed[key] = new
         converted[new] = value
@@ -274,10 +290,9 @@ def convert_state_dict(
     return _with_metadata(converted, state_dict), notes
 
 
-def to_official(state_dict: Mapping[str, Any],
-                spelling: str | None = None,
-                prefix: str = '',
-                family: str | None = None) -> dict[str, Any]:
+def to_official(
+    state_dict: Mapping[str, Any], spelling: str | None = None, prefix: str = '', family: str | None = None
+) -> dict[str, Any]:
     """Rename the tensors of one backbone from our names to another code base's.
 
     Args:
@@ -305,11 +320,12 @@ def to_official(state_dict: Mapping[str, Any],
         raise CheckpointError(f'Unknown spelling {spelling!r}: choose from {", ".join(known)}.')
     ours, notes = convert_state_dict(state_dict, prefix, family)
     if notes.unrecognized:
-        raise CheckpointError(f'{notes.unrecognized[0]} (of {len(notes.unrecognized)} such names) '
-                              f'is no tensor of a {family} backbone.')
+        raise CheckpointError(
+            f'{notes.unrecognized[0]} (of {len(notes.unrecognized)} such names) is no tensor of a {family} backbone.'
+        )
     if family == _SLAK.name and any(
-            re.match(re.escape(prefix) + r'stages\.\d+\.\d+\.large_kernel\.bias$', key)
-            for key in ours):
+        re.match(re.escape(prefix) + r'stages\.\d+\.\d+\.large_kernel\.bias$', key) for key in ours
+    ):
         spelling = 'merged'
     if tables.generated:
         ours = without_generated_tables(ours, re.compile(re.escape(prefix) + tables.generated))
@@ -320,13 +336,14 @@ def to_official(state_dict: Mapping[str, Any],
     for key, value in ours.items():
         new = key
         if key.startswith(prefix):
-            name = rename(key[len(prefix):])
+            name = rename(key[len(prefix) :])
             if name is None:
-                reason = (' once it is folded for deployment: convert the training form.'
-                          if spelling == 'merged' or tables.generated and any(
-                              k.endswith('large_kernel.tall') for k in ours) else '.')
-                raise CheckpointError(
-                    f'The {spelling} spelling has no place for {key}{reason}')
+                reason = (
+                    ' once it is folded for deployment: convert the training form.'
+                    if spelling == 'merged' or tables.generated and any(k.endswith('large_kernel.tall') for k in ours)
+                    else '.'
+                )
+                raise CheckpointError(f'The {spelling} spelling has no place for {key}{reason}')
             new = prefix + name
         official[new] = value
     return _with_metadata(official, state_dict)
@@ -340,16 +357,13 @@ def _family(name: str) -> Family:
 
 def _as_linear(key: str, value: Any, notes: ConversionNotes) -> Any:
     shape = tuple(getattr(value, 'shape', ()))
-    if len(shape) == 4 and shape[2:] == (1, 1) and key.endswith(
-            ('pwconv1.weight', 'pwconv2.weight')):
+    if len(shape) == 4 and shape[2:] == (1, 1) and key.endswith(('pwconv1.weight', 'pwconv2.weight')):
         notes.reshaped.append(key)
         return value.reshape(shape[:2])
     return value
 
 
-def _final_norm_of_mmpretrain(
-    converted: dict[str, Any], prefix: str, notes: ConversionNotes
-) -> dict[str, Any]:
+def _final_norm_of_mmpretrain(converted: dict[str, Any], prefix: str, notes: ConversionNotes) -> dict[str, Any]:
     """Tell mmpretrain's classification norm from an output norm.
 
     Its classifiers call the norm after global pooling `norm3`, as downstream code calls the

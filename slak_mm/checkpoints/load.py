@@ -1,4 +1,5 @@
 """Put a checkpoint into a model, strictly, with a report of what was done."""
+
 from __future__ import annotations
 
 import copy
@@ -31,8 +32,10 @@ _OUTSIDE_PREFIX = 'not below the given prefix'
 
 # Left in a state dict by data preprocessors of release candidates, and by the EMA hook of
 # mmdet 2.x, which kept its average as flat buffers beside the weights.
-_HARMLESS = ((re.compile(r'^data_preprocessor\.(mean|std)$'), 'constants of the data preprocessor'),
-             (re.compile(r'^ema_\w+$'), 'moving average as mmdet 2.x keeps it'))
+_HARMLESS = (
+    (re.compile(r'^data_preprocessor\.(mean|std)$'), 'constants of the data preprocessor'),
+    (re.compile(r'^ema_\w+$'), 'moving average as mmdet 2.x keeps it'),
+)
 
 
 @dataclass
@@ -92,9 +95,11 @@ class LoadReport:
         copy_taken = f'under {self.wrapper}' if self.wrapper else 'bare state dict'
         if self.is_ema:
             copy_taken += ', moving average'
-        lines = [f'Loaded {len(self.loaded)} tensors from {self.source}',
-                 f'  format        {self.format} ({copy_taken})',
-                 f'  backbone      {self.variant}']
+        lines = [
+            f'Loaded {len(self.loaded)} tensors from {self.source}',
+            f'  format        {self.format} ({copy_taken})',
+            f'  backbone      {self.variant}',
+        ]
         if self.converted:
             old, new = next(iter(self.converted.items()))
             lines.append(f'  converted     {len(self.converted)} names, such as {old} -> {new}')
@@ -102,18 +107,21 @@ class LoadReport:
         for reason, count in Counter(self.dropped.values()).items():
             keys = [key for key, why in self.dropped.items() if why == reason]
             lines.append(f'  dropped       {count}: {_groups(keys)} ({reason})')
-        for title, keys in (('new values', self.newly_initialized), ('MISSING', self.missing),
-                            ('OTHER SHAPE', self.mismatched)):
+        for title, keys in (
+            ('new values', self.newly_initialized),
+            ('MISSING', self.missing),
+            ('OTHER SHAPE', self.mismatched),
+        ):
             if keys:
                 lines.append(f'  {title:<13} {len(keys)}: {_groups(keys)}')
         total = sum(n for _, n in self.zeros.values())
         if total:
             # A single zero happens by chance; sparse training leaves far more than 1%.
             sparse = [f for f in self.sparsity.values() if f >= 0.01]
-            detail = (f', {len(sparse)} of {len(self.zeros)} layers sparse, at most '
-                      f'{max(sparse):.1%}' if sparse else '')
-            lines.append(f'  zeros         {self.overall_sparsity:.2%} of {total / 1e6:.1f}M '
-                         f'weights of the backbone{detail}')
+            detail = f', {len(sparse)} of {len(self.zeros)} layers sparse, at most {max(sparse):.1%}' if sparse else ''
+            lines.append(
+                f'  zeros         {self.overall_sparsity:.2%} of {total / 1e6:.1f}M weights of the backbone{detail}'
+            )
         if self.other_copy:
             lines.append(f'  second copy   {self.other_copy}')
         return '\n'.join(lines)
@@ -125,7 +133,7 @@ def load_pretrained(
     strict: bool = True,
     *,
     prefix: str | None = None,
-    use_ema: bool = False
+    use_ema: bool = False,
 ) -> LoadReport:
     """Load official, converted or own weights into a backbone, or a model that contains one.
 
@@ -162,8 +170,7 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(source)
     label = 'a mapping' if isinstance(source, Mapping) else os.fspath(source)
-    plan = _Planner(model, label, strict).plan(
-        unwrap(checkpoint, 'ema' if use_ema else 'model'), prefix)
+    plan = _Planner(model, label, strict).plan(unwrap(checkpoint, 'ema' if use_ema else 'model'), prefix)
     with torch.no_grad():
         plan.model.load_state_dict(plan.state_dict, strict=False)
     _log(plan.report)
@@ -176,7 +183,7 @@ def prepare_checkpoint(
     strict: bool = True,
     *,
     source: str = 'the checkpoint',
-    require_heads: bool = False
+    require_heads: bool = False,
 ) -> LoadReport:
     """Turn a checkpoint that a framework has read into one that it can load into ``model``.
 
@@ -227,8 +234,11 @@ def find_backbones(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Returns:
         Dotted name ('' for the module itself) and backbone.
     """
-    return [(name, module) for name, module in model.named_modules()
-            if isinstance(getattr(module, 'checkpoint_family', None), str)]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, 'checkpoint_family', None), str)
+    ]
 
 
 @dataclass
@@ -247,18 +257,17 @@ class _Planner:
         self.strict = strict
         self.backbones = find_backbones(self.model)
         if not self.backbones:
-            raise CheckpointError(f'{type(self.model).__name__} contains no backbone of slak_mm to '
-                                  'load weights into.')
+            raise CheckpointError(f'{type(self.model).__name__} contains no backbone of slak_mm to load weights into.')
         self.expected: dict[str, Tensor] = {
-            key: value for key, value in self.model.state_dict().items()
-            if isinstance(value, Tensor)}
+            key: value for key, value in self.model.state_dict().items() if isinstance(value, Tensor)
+        }
         if any(value.is_meta for value in self.expected.values()):
-            raise CheckpointError(f'{type(self.model).__name__} is on the meta device, where '
-                                  'nothing can be loaded: call to_empty(device=...) first.')
+            raise CheckpointError(
+                f'{type(self.model).__name__} is on the meta device, where '
+                'nothing can be loaded: call to_empty(device=...) first.'
+            )
 
-    def plan(
-        self, taken: Unwrapped, prefix: str | None, require_heads: bool = False
-    ) -> _Plan:
+    def plan(self, taken: Unwrapped, prefix: str | None, require_heads: bool = False) -> _Plan:
         self.dropped: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
         self.new: list[str] = []
@@ -274,12 +283,22 @@ class _Planner:
                 raise CheckpointMismatch(
                     f'{self.label} holds only a backbone, and {type(self.model).__name__} has '
                     f'more to it ({_groups(self._outside())}): give the checkpoint of a trained '
-                    'model.', missing=self._outside())
+                    'model.',
+                    missing=self._outside(),
+                )
         missing, unexpected, shapes = self._compare(candidate)
         report = LoadReport(
-            source=self.label, format=notes.format, wrapper=taken.wrapper, variant=str(theirs),
-            converted=self.renamed, dropped=self.dropped, newly_initialized=self.new,
-            is_ema=taken.is_ema, remarks=self.remarks, other_copy=taken.other_copy)
+            source=self.label,
+            format=notes.format,
+            wrapper=taken.wrapper,
+            variant=str(theirs),
+            converted=self.renamed,
+            dropped=self.dropped,
+            newly_initialized=self.new,
+            is_ema=taken.is_ema,
+            remarks=self.remarks,
+            other_copy=taken.other_copy,
+        )
         if missing or unexpected or shapes:
             self._settle(report, candidate, missing, unexpected, shapes, whole)
         _refuse_non_finite(candidate, self.label)
@@ -289,25 +308,22 @@ class _Planner:
 
     # The source
 
-    def _source(
-        self, taken: Unwrapped, prefix: str | None
-    ) -> tuple[dict[str, Tensor], list[str]]:
+    def _source(self, taken: Unwrapped, prefix: str | None) -> tuple[dict[str, Tensor], list[str]]:
         source = taken.state_dict
         if prefix is not None:
             prefix = prefix if prefix.endswith('.') or not prefix else prefix + '.'
-            inside = {k[len(prefix):]: v for k, v in source.items() if k.startswith(prefix)}
+            inside = {k[len(prefix) :]: v for k, v in source.items() if k.startswith(prefix)}
             if not inside:
                 raise CheckpointMismatch(
-                    f'{self.label} has no tensors below the prefix {prefix!r}; it has '
-                    f'{_groups(source)}.')
+                    f'{self.label} has no tensors below the prefix {prefix!r}; it has {_groups(source)}.'
+                )
             self.dropped.update((k, _OUTSIDE_PREFIX) for k in source if not k.startswith(prefix))
             source = inside
         for key in list(source):
             for pattern, reason in _HARMLESS:
                 if key not in self.expected and pattern.match(key):
                     self.dropped[key] = reason
-        source = _keep_metadata(
-            ((k, v) for k, v in source.items() if k not in self.dropped), source)
+        source = _keep_metadata(((k, v) for k, v in source.items() if k not in self.dropped), source)
         roots = find_roots(source)
         if not roots:
             raise CheckpointMismatch(
@@ -315,7 +331,9 @@ class _Planner:
                 unexpected=list(source),
                 causes=[
                     'it holds no SLaK, ShiftWise or ConvNeXt backbone: no tensor is called '
-                    'downsample_layers.0.0.weight, but there are ' + _groups(source)])
+                    'downsample_layers.0.0.weight, but there are ' + _groups(source)
+                ],
+            )
         return source, roots
 
     def _is_whole(self, source: Mapping[str, Tensor], roots: list[str]) -> bool:
@@ -326,8 +344,7 @@ class _Planner:
         if not rest:
             return False
         # mmpretrain's classifiers keep their head outside the backbone.
-        if all(key.startswith('head.') for key in rest) and not any(
-                key.startswith('head.') for key in self.expected):
+        if all(key.startswith('head.') for key in rest) and not any(key.startswith('head.') for key in self.expected):
             self.dropped.update((key, _HEAD) for key in rest)
             return False
         absent = [name for name, _ in self.backbones if name + '.' not in roots]
@@ -335,15 +352,17 @@ class _Planner:
             raise CheckpointMismatch(
                 f'{self.label} does not fit {type(self.model).__name__}.',
                 unexpected=rest,
-                causes=[(
-                    f'the backbone is called {", ".join(absent)} in the model and '
-                    f'{", ".join(root.rstrip(".") for root in roots) or "nothing"} in the '
-                    'checkpoint; prefix= takes the backbone only')])
+                causes=[
+                    (
+                        f'the backbone is called {", ".join(absent)} in the model and '
+                        f'{", ".join(root.rstrip(".") for root in roots) or "nothing"} in the '
+                        'checkpoint; prefix= takes the backbone only'
+                    )
+                ],
+            )
         return True
 
-    def _whole_candidate(
-        self, source: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
+    def _whole_candidate(self, source: dict[str, Tensor]) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
         candidate: dict[str, Tensor] = source
         unwanted: set[str] = set()
         for name, backbone in self.backbones:
@@ -355,13 +374,11 @@ class _Planner:
             theirs = self._check_variant(part, name, backbone)
             old_names = {new: old for old, new in notes.renamed.items()}
             for key in part:
-                reason = _HEAD if _is_classification(key) else \
-                    _COUNTER if key.endswith('.num_batches_tracked') else ''
+                reason = _HEAD if _is_classification(key) else _COUNTER if key.endswith('.num_batches_tracked') else ''
                 if reason and prefix + key not in self.expected:
                     unwanted.add(prefix + key)
                     self._drop(old_names.get(prefix + key, prefix + key), reason)
-        candidate = _keep_metadata(
-            ((k, v) for k, v in candidate.items() if k not in unwanted), candidate)
+        candidate = _keep_metadata(((k, v) for k, v in candidate.items() if k not in unwanted), candidate)
         return candidate, notes, theirs
 
     def _backbone_candidate(
@@ -371,14 +388,16 @@ class _Planner:
             names = ', '.join(name for name, _ in self.backbones)
             raise CheckpointMismatch(
                 f'{type(self.model).__name__} contains {len(self.backbones)} backbones ({names}) '
-                f'and {self.label} holds one: load it into each of them by itself.')
+                f'and {self.label} holds one: load it into each of them by itself.'
+            )
         root = next(r for r in ('', 'backbone.', *roots) if r in roots)
         if len(roots) > 1 and root not in ('', 'backbone.'):
             raise CheckpointMismatch(
-                f'{self.label} holds {len(roots)} backbones ({", ".join(roots)}): name one with '
-                'prefix=.')
-        self.dropped.update((key, _NOT_BACKBONE) for key in source
-                            if not key.startswith(root) and key not in self.dropped)
+                f'{self.label} holds {len(roots)} backbones ({", ".join(roots)}): name one with prefix=.'
+            )
+        self.dropped.update(
+            (key, _NOT_BACKBONE) for key in source if not key.startswith(root) and key not in self.dropped
+        )
         name, backbone = self.backbones[0]
         prefix = name + '.' if name else ''
         part, notes = convert_state_dict(_below(source, root), family=_family(backbone))
@@ -390,9 +409,15 @@ class _Planner:
         for key, value in part.items():
             reason = ''
             if prefix + key not in self.expected:
-                reason = (_HEAD if _is_classification(key) else
-                          _UNUSED_NORM if re.match(r'norm\d+\.', key) else
-                          _COUNTER if key.endswith('.num_batches_tracked') else '')
+                reason = (
+                    _HEAD
+                    if _is_classification(key)
+                    else _UNUSED_NORM
+                    if re.match(r'norm\d+\.', key)
+                    else _COUNTER
+                    if key.endswith('.num_batches_tracked')
+                    else ''
+                )
             if reason:
                 self._drop(root + old_names.get(key, key), reason)
             else:
@@ -406,9 +431,7 @@ class _Planner:
         self.dropped[key] = reason
         self.renamed.pop(key, None)
 
-    def _check_variant(
-        self, part: Mapping[str, Tensor], name: str, backbone: nn.Module
-    ) -> Variant:
+    def _check_variant(self, part: Mapping[str, Tensor], name: str, backbone: nn.Module) -> Variant:
         theirs = describe(part)
         ours = describe(backbone.state_dict())
         causes = likely_causes(theirs, ours)
@@ -424,9 +447,11 @@ class _Planner:
     def _compare(
         self, candidate: Mapping[str, Tensor]
     ) -> tuple[list[str], list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-        shapes = [(key, tuple(value.shape), tuple(self.expected[key].shape))
-                  for key, value in candidate.items()
-                  if key in self.expected and value.shape != self.expected[key].shape]
+        shapes = [
+            (key, tuple(value.shape), tuple(self.expected[key].shape))
+            for key, value in candidate.items()
+            if key in self.expected and value.shape != self.expected[key].shape
+        ]
         missing = [key for key in self.expected if key not in candidate]
         unexpected = [key for key in candidate if key not in self.expected]
         new = set(self.new)
@@ -436,14 +461,17 @@ class _Planner:
             if found is not None:
                 missing, unexpected = found
         # Batch norms of very old checkpoints have no counter; the model's stays.
-        missing = [key for key in missing
-                   if key not in new and not key.endswith('.num_batches_tracked')]
+        missing = [key for key in missing if key not in new and not key.endswith('.num_batches_tracked')]
         return missing, unexpected, shapes
 
     def _settle(
-        self, report: LoadReport, candidate: dict[str, Tensor], missing: list[str],
-        unexpected: list[str], shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-        whole: bool
+        self,
+        report: LoadReport,
+        candidate: dict[str, Tensor],
+        missing: list[str],
+        unexpected: list[str],
+        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+        whole: bool,
     ) -> None:
         """Refuse, or without ``strict`` reduce the candidate to what fits."""
         others = [shape[0] for shape in shapes]
@@ -461,24 +489,32 @@ class _Planner:
             self._drop(key, 'not in the model')
 
     def _other_causes(
-        self, missing: list[str], unexpected: list[str],
-        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]], whole: bool
+        self,
+        missing: list[str],
+        unexpected: list[str],
+        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+        whole: bool,
     ) -> list[str]:
         affected = [*missing, *unexpected, *(shape[0] for shape in shapes)]
         in_backbone = [key for key in affected if self._is_backbone(key)]
         if not in_backbone:
-            classes = [(s[1][0], s[2][0]) for s in shapes
-                       if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
+            classes = [(s[1][0], s[2][0]) for s in shapes if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
             if classes and len(shapes) == len(affected):
-                what = (f'the heads are for another number of classes ({classes[0][0]} in the '
-                        f'checkpoint, {classes[0][1]} in the model)')
+                what = (
+                    f'the heads are for another number of classes ({classes[0][0]} in the '
+                    f'checkpoint, {classes[0][1]} in the model)'
+                )
             else:
                 what = f'the checkpoint is of a model with other heads ({_groups(affected)})'
             return [f"the backbone fits, but {what}; prefix='backbone.' takes the backbone only"]
         norms = [key for key in in_backbone if re.search(r'(^|\.)norm\d+\.\w+$', key)]
         if len(norms) == len(affected):
-            return [('the model returns other stages, or has output norms where the checkpoint '
-                     'has none: set out_indices and out_norm')]
+            return [
+                (
+                    'the model returns other stages, or has output norms where the checkpoint '
+                    'has none: set out_indices and out_norm'
+                )
+            ]
         # Alike as far as constructor arguments go: the file itself is incomplete.
         if missing and not unexpected and not shapes:
             return ['the checkpoint is incomplete, some tensors are not in it']
@@ -498,14 +534,14 @@ class _Planner:
 
     def _output_norms(self) -> list[str]:
         names = [name + '.' if name else '' for name, _ in self.backbones]
-        return [key for key in self.expected for name in names
-                if re.match(re.escape(name) + r'norm\d+\.', key)]
+        return [key for key in self.expected for name in names if re.match(re.escape(name) + r'norm\d+\.', key)]
 
     def _count_zeros(self, candidate: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-        return {key: (value.numel() - int(torch.count_nonzero(value)), value.numel())
-                for key, value in candidate.items()
-                if key in self.expected and self._is_backbone(key) and value.dim() >= 2
-                and value.is_floating_point()}
+        return {
+            key: (value.numel() - int(torch.count_nonzero(value)), value.numel())
+            for key, value in candidate.items()
+            if key in self.expected and self._is_backbone(key) and value.dim() >= 2 and value.is_floating_point()
+        }
 
     def convert_average(self, average: Mapping[str, Tensor], plan: _Plan) -> dict[str, Tensor]:
         """Rename the copy of the weights that mmengine's EMAHook stores below ``module.``."""
@@ -520,7 +556,9 @@ class _Planner:
             if wanted - found:
                 raise CheckpointMismatch(
                     f'The two copies of the weights in {self.label} (state_dict and '
-                    'ema_state_dict) are not of one model.', missing=sorted(wanted - found))
+                    'ema_state_dict) are not of one model.',
+                    missing=sorted(wanted - found),
+                )
         return converted
 
 
@@ -545,16 +583,14 @@ def _complete(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str) -
 
 
 def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return OrderedDict((k[len(prefix):], v) for k, v in state_dict.items() if k.startswith(prefix))
+    return OrderedDict((k[len(prefix) :], v) for k, v in state_dict.items() if k.startswith(prefix))
 
 
 def _is_classification(key: str) -> bool:
     return key.startswith(('head.', 'norm.'))
 
 
-def _keep_metadata(
-    items: Iterable[tuple[str, Tensor]], source: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _keep_metadata(items: Iterable[tuple[str, Tensor]], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = OrderedDict(items)
     metadata = getattr(source, '_metadata', None)
     if metadata is not None:
@@ -562,9 +598,7 @@ def _keep_metadata(
     return result
 
 
-def _dry_run(
-    model: nn.Module, state_dict: Mapping[str, Tensor]
-) -> tuple[list[str], list[str]] | None:
+def _dry_run(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]] | None:
     """What ``load_state_dict`` would find missing and unexpected, all loading hooks included.
 
     Runs on a copy of the model whose tensors have shapes but no memory.
@@ -575,7 +609,10 @@ def _dry_run(
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {
         id(t): nn.Parameter(torch.empty_like(t, device='meta'), t.requires_grad)
-        if isinstance(t, nn.Parameter) else torch.empty_like(t, device='meta') for t in tensors}
+        if isinstance(t, nn.Parameter)
+        else torch.empty_like(t, device='meta')
+        for t in tensors
+    }
     try:
         skeleton = copy.deepcopy(model, memo)
         with warnings.catch_warnings():
@@ -587,13 +624,15 @@ def _dry_run(
 
 
 def _refuse_non_finite(state_dict: Mapping[str, Tensor], label: str) -> None:
-    broken = [key for key, value in state_dict.items()
-              if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    broken = [
+        key for key, value in state_dict.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
     if broken:
-        shown = ', '.join(broken[:CheckpointMismatch.num_shown])
+        shown = ', '.join(broken[: CheckpointMismatch.num_shown])
         raise CheckpointError(
             f'{label} holds infinite values or NaN in {len(broken)} tensors: {shown}. The training '
-            'it comes from diverged or the file is damaged. Nothing was loaded.')
+            'it comes from diverged or the file is damaged. Nothing was loaded.'
+        )
 
 
 def _groups(keys: Iterable[str]) -> str:
@@ -603,8 +642,7 @@ def _groups(keys: Iterable[str]) -> str:
         parts = key.split('.')
         depth = 2 if parts[0] == 'backbone' and len(parts) > 2 else 1
         by_top.setdefault('.'.join(parts[:depth]), []).append(key)
-    texts = [members[0] if len(members) == 1 else f'{top}.* ({len(members)})'
-             for top, members in by_top.items()]
+    texts = [members[0] if len(members) == 1 else f'{top}.* ({len(members)})' for top, members in by_top.items()]
     return ', '.join(texts[:6]) + (f' and {len(texts) - 6} more' if len(texts) > 6 else '')
 
 

@@ -1,4 +1,5 @@
 """Read a checkpoint from a path, an address or the zoo, without running code from it."""
+
 from __future__ import annotations
 
 import copy
@@ -45,8 +46,7 @@ _UNSAFE_NAMES = (
     re.compile(r'unrecognized function (.+)'),
     re.compile(r'(?:Can only create new object|Can only build)[^\n]*?got ([^\n]+)'),
 )
-_UNSAFE_OTHERS = ('Can only create new object', 'Can only build', 'Only persistent_load',
-                  'persistent_load id')
+_UNSAFE_OTHERS = ('Can only create new object', 'Can only build', 'Only persistent_load', 'persistent_load id')
 
 
 def cache_dir() -> Path:
@@ -81,8 +81,9 @@ def cached_path(source: str) -> Path:
     return cache_dir() / f'{stem}-{digest}{suffix or ".pth"}'
 
 
-def read_checkpoint(source: str | os.PathLike | Mapping[str, Any],
-                    map_location: str | torch.device = 'cpu') -> dict[str, Any]:
+def read_checkpoint(
+    source: str | os.PathLike | Mapping[str, Any], map_location: str | torch.device = 'cpu'
+) -> dict[str, Any]:
     """Read a checkpoint as it is, safely.
 
     Nothing in the file is executed: only tensors, plain containers, ``argparse.Namespace`` and
@@ -138,8 +139,10 @@ def resolve(source: str | os.PathLike) -> Path:
         return fetch(text)
     close = similar_names(path.name) if path.name == text else []
     hint = f' Did you mean the zoo name {" or ".join(close)}?' if close else ''
-    raise CheckpointNotFound(f'There is no file {text} and no published checkpoint of that name.'
-                             f'{hint} `tools/checkpoint.py zoo` lists the published ones.')
+    raise CheckpointNotFound(
+        f'There is no file {text} and no published checkpoint of that name.'
+        f'{hint} `tools/checkpoint.py zoo` lists the published ones.'
+    )
 
 
 def fetch(source: str) -> Path:
@@ -193,8 +196,8 @@ def _fetch_here(source: str) -> Path:
     if url is None:
         assert info is not None
         raise CheckpointNotFound(
-            f'No address was published for {info.name} ({info.source}). If you have the file, '
-            f'put it at {path}.')
+            f'No address was published for {info.name} ({info.source}). If you have the file, put it at {path}.'
+        )
     part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +205,12 @@ def _fetch_here(source: str) -> Path:
     except OSError as error:
         raise CheckpointNotFound(
             f'{url} cannot be kept, because the cache {path.parent} cannot be written to '
-            f'({error}). Set SLAK_MM_CACHE to a folder that can.') from error
+            f'({error}). Set SLAK_MM_CACHE to a folder that can.'
+        ) from error
     try:
         with open(part, 'wb') as out:
             _download(url, out, path)
-        _refuse_other_content(part, f'What {url} sent', f' Fetch it with a browser and put '
-                              f'it at {path}.')
+        _refuse_other_content(part, f'What {url} sent', f' Fetch it with a browser and put it at {path}.')
         if info is not None:
             _verify(part, info, url)
         os.replace(part, path)
@@ -232,25 +235,27 @@ def _download(url: str, out: Any, path: Path) -> None:
                     shown = time.monotonic()
                     speed = done / (shown - start)
                     left = f', {(total - done) / speed:.0f} s left' if total else ''
-                    print_log(f'{done / 1e6:.0f} of {total / 1e6 or float("nan"):.0f} MB, '
-                              f'{speed / 1e6:.1f} MB/s{left}', logger='current')
+                    print_log(
+                        f'{done / 1e6:.0f} of {total / 1e6 or float("nan"):.0f} MB, {speed / 1e6:.1f} MB/s{left}',
+                        logger='current',
+                    )
     except urllib.error.HTTPError as error:
-        raise CheckpointNotFound(
-            f'{url} answered {error.code} ({error.reason}). {remedy}') from error
+        raise CheckpointNotFound(f'{url} answered {error.code} ({error.reason}). {remedy}') from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
         raise CheckpointNotFound(f'{url} could not be downloaded ({reason}). {remedy}') from error
     if total and done != total:
-        raise CheckpointUnreadable(
-            f'The download of {url} ended after {done} of {total} bytes; try again.')
+        raise CheckpointUnreadable(f'The download of {url} ended after {done} of {total} bytes; try again.')
 
 
 def _verify(path: Path, info: ModelInfo, source: str) -> None:
     """Compare a file with the size and hash in the zoo table, where it has them."""
     size = path.stat().st_size
     if info.size is not None and size != info.size:
-        raise CheckpointUnreadable(f'{source} has {size} bytes, {info.name} has {info.size}: the '
-                                   'file is truncated or another one. Delete it and get it again.')
+        raise CheckpointUnreadable(
+            f'{source} has {size} bytes, {info.name} has {info.size}: the '
+            'file is truncated or another one. Delete it and get it again.'
+        )
     if info.sha256 is not None:
         digest = hashlib.sha256()
         with open(path, 'rb') as file:
@@ -259,7 +264,8 @@ def _verify(path: Path, info: ModelInfo, source: str) -> None:
         if digest.hexdigest() != info.sha256:
             raise CheckpointUnreadable(
                 f'{source} has sha256 {digest.hexdigest()}, {info.name} has {info.sha256}: the '
-                'file is damaged or another one. Delete it and get it again.')
+                'file is damaged or another one. Delete it and get it again.'
+            )
 
 
 def _refuse_other_content(path: Path, name: str, remedy: str = '') -> None:
@@ -271,15 +277,18 @@ def _refuse_other_content(path: Path, name: str, remedy: str = '') -> None:
         raise CheckpointUnreadable(f'{name} is empty: get it again.{remedy}')
     if text.startswith((b'<!doctype', b'<html', b'<head', b'<?xml', b'<script')):
         drive = b'google' in text or b'drive' in text
-        kind = 'Google Drive shows one for large files and over its quota' if drive else \
-            'a log-in or error page of the server'
+        kind = (
+            'Google Drive shows one for large files and over its quota'
+            if drive
+            else 'a log-in or error page of the server'
+        )
         raise CheckpointUnreadable(
-            f'{name} is an HTML page, not a checkpoint ({kind}): download the file itself, not '
-            f'its page.{remedy}')
+            f'{name} is an HTML page, not a checkpoint ({kind}): download the file itself, not its page.{remedy}'
+        )
     if head.startswith(b'version https://git-lfs.github.com'):
         raise CheckpointUnreadable(
-            f'{name} is a git-lfs pointer, not the file it points to: run `git lfs pull` where '
-            f'it comes from.{remedy}')
+            f'{name} is a git-lfs pointer, not the file it points to: run `git lfs pull` where it comes from.{remedy}'
+        )
     if head.startswith((b'\x1f\x8b', b'7z\xbc\xaf', b'BZh', b'\xfd7zXZ')):
         raise CheckpointUnreadable(f'{name} is a compressed archive: unpack it first.{remedy}')
     if head[257:262] == b'ustar':
@@ -298,21 +307,19 @@ def _read_file(path: Path, map_location: str | torch.device) -> dict[str, Any]:
             _check_archive(path)
         elif not head.startswith(b'\x80'):
             raise CheckpointUnreadable(
-                f'{name} is not a checkpoint: it is neither in the format of torch.save nor '
-                'safetensors.')
+                f'{name} is not a checkpoint: it is neither in the format of torch.save nor safetensors.'
+            )
     except OSError as error:
         raise CheckpointNotFound(f'{name} cannot be read: {error}.') from error
     content = _load_safely(path, map_location)
     if not isinstance(content, dict):
-        raise CheckpointUnreadable(
-            f'{name} holds a {type(content).__name__}, not a dict with the weights by name.')
+        raise CheckpointUnreadable(f'{name} holds a {type(content).__name__}, not a dict with the weights by name.')
     return content
 
 
 def _check_archive(path: Path) -> None:
     """Refuse zip files that ``torch.load`` could not or must not read."""
-    damaged = (f'{path} is truncated or damaged: the index at the end of the file is missing or '
-               'wrong. Get it again.')
+    damaged = f'{path} is truncated or damaged: the index at the end of the file is missing or wrong. Get it again.'
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -321,17 +328,16 @@ def _check_archive(path: Path) -> None:
     if any(n.endswith('/constants.pkl') or '/code/' in n for n in names):
         raise CheckpointUnreadable(
             f'{path} is a TorchScript archive, which holds a program and not only weights: save '
-            'the state dict of the model instead.')
+            'the state dict of the model instead.'
+        )
     if not any(n.endswith('data.pkl') for n in names):
-        raise CheckpointUnreadable(
-            f'{path} is a zip archive without a checkpoint in it: unpack it first.')
+        raise CheckpointUnreadable(f'{path} is a zip archive without a checkpoint in it: unpack it first.')
 
 
 def _load_safely(path: Path, map_location: str | torch.device) -> Any:
     try:
         if not _EXTENSIBLE:
-            return torch.load(path, map_location=map_location, pickle_module=RESTRICTED_PICKLE,
-                              weights_only=False)
+            return torch.load(path, map_location=map_location, pickle_module=RESTRICTED_PICKLE, weights_only=False)
         known = set(torch.serialization.get_safe_globals())
         # `safe_globals` forgets on exit what it was given; leave what others have listed.
         ours = [item for item in safe_objects() if item not in known]
@@ -340,8 +346,7 @@ def _load_safely(path: Path, map_location: str | torch.device) -> Any:
     except pickle.UnpicklingError as error:
         raise _unpickling_error(path, str(error)) from error
     except MemoryError as error:
-        raise CheckpointUnreadable(
-            f'There is not enough memory to read {path}, or it is damaged.') from error
+        raise CheckpointUnreadable(f'There is not enough memory to read {path}, or it is damaged.') from error
     except OSError as error:
         raise CheckpointUnreadable(f'{path} cannot be read: {error}.') from error
     except Exception as error:  # a damaged pickle can end in almost any exception
@@ -363,14 +368,17 @@ def _unpickling_error(path: Path, message: str) -> CheckpointError:
             reason = message.strip().splitlines()[-1] if message.strip() else 'no reason given'
             return CheckpointUnreadable(
                 f'{path} is damaged or in a pickle format that torch does not write ({reason}). '
-                'Get it again, or save it anew with torch.save.')
+                'Get it again, or save it anew with torch.save.'
+            )
         wanted = ''
     what = f'{wanted}, which' if wanted else 'something that'
     return UnsafeCheckpoint(
         f'{path} was refused: reading it would run code that it asks for ({what} is not on the '
         'list of safe names). If you trust its origin, read it once in an isolated environment '
         'with torch.load(..., weights_only=False) and save only its state dict with '
-        'torch.save({"state_dict": ...}, new_file).', wanted)
+        'torch.save({"state_dict": ...}, new_file).',
+        wanted,
+    )
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
@@ -386,15 +394,14 @@ def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str,
     except ImportError as error:
         raise CheckpointUnreadable(
             f'{path} is a safetensors file: install that package (pip install safetensors), or '
-            'save the weights with torch.save.') from error
+            'save the weights with torch.save.'
+        ) from error
     try:
         return dict(load_file(path, device=str(map_location)))
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        raise CheckpointUnreadable(f'{path} is not an intact safetensors file ({error}).') \
-            from error
+        raise CheckpointUnreadable(f'{path} is not an intact safetensors file ({error}).') from error
     except Exception as error:  # the package's own exception class derives from Exception alone
-        raise CheckpointUnreadable(f'{path} is not an intact safetensors file ({error}).') \
-            from error
+        raise CheckpointUnreadable(f'{path} is not an intact safetensors file ({error}).') from error
 
 
 def log_report(text: str, level: int = logging.INFO) -> None:

@@ -1,4 +1,5 @@
 """What ShiftWise checkpoints need beyond other names: filter paths and index tables."""
+
 from __future__ import annotations
 
 import re
@@ -29,9 +30,7 @@ def merge_paths(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return fit_paths(state_dict, 1)[0]
 
 
-def fit_paths(
-    state_dict: Mapping[str, Any], num_paths: int, prefix: str = ''
-) -> tuple[dict[str, Any], str]:
+def fit_paths(state_dict: Mapping[str, Any], num_paths: int, prefix: str = '') -> tuple[dict[str, Any], str]:
     """Bring filter paths to another number, where that leaves the computed function as it is.
 
     Several paths are summed into one. A single path becomes the first of several, and the others
@@ -65,9 +64,10 @@ def fit_paths(
         for p in range(1, num_paths):
             fitted[f'{match.group(1)}filters.{p}.weight'] = torch.zeros_like(merged)
         remark = (
-            f'the {found} filter paths of the checkpoint were summed into one' if found > 1 else
-            f'the single filter path of the checkpoint became the first of {num_paths}; the '
-            'others are zero')
+            f'the {found} filter paths of the checkpoint were summed into one'
+            if found > 1
+            else f'the single filter path of the checkpoint became the first of {num_paths}; the others are zero'
+        )
     return fitted, remark
 
 
@@ -81,9 +81,7 @@ def _paths(state_dict: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     return paths
 
 
-def without_generated_tables(
-    state_dict: Mapping[str, Any], pattern: re.Pattern[str]
-) -> dict[str, Any]:
+def without_generated_tables(state_dict: Mapping[str, Any], pattern: re.Pattern[str]) -> dict[str, Any]:
     """Leave out the index tables, which the official code generates and does not store.
 
     Args:
@@ -104,11 +102,14 @@ def without_generated_tables(
         if any(operator + name not in state_dict for name in names):
             continue
         picks, rep, ghost, filters = (state_dict[operator + name] for name in names)
-        if not any(_equal((shifts, picks, rep, ghost), tables)
-                   for tables in _official_tables(shifts, picks, rep, ghost, filters)):
+        if not any(
+            _equal((shifts, picks, rep, ghost), tables)
+            for tables in _official_tables(shifts, picks, rep, ghost, filters)
+        ):
             raise CheckpointError(
                 f'The index tables {operator}* are not those which the official code generates, '
-                'and its checkpoints cannot hold others.')
+                'and its checkpoints cannot hold others.'
+            )
     return {key: value for key, value in state_dict.items() if not pattern.match(key)}
 
 
@@ -120,10 +121,11 @@ def _official_tables(
     channels, num_reps = picks.shape
     half = int(shifts.max()) + small - 1
     for kernel_size in (2 * half, 2 * half + 1):
-        if kernel_size >= small and (
-                num_filters(kernel_size, small) * channels == filters.shape[0]):
-            yield (*shift_tables(channels, kernel_size, small, num_reps),
-                   *ghost_channels(len(rep) + len(ghost), len(ghost)))
+        if kernel_size >= small and (num_filters(kernel_size, small) * channels == filters.shape[0]):
+            yield (
+                *shift_tables(channels, kernel_size, small, num_reps),
+                *ghost_channels(len(rep) + len(ghost), len(ghost)),
+            )
 
 
 def _equal(tables: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -1,4 +1,5 @@
 """Find the weights inside a checkpoint: wrappers, copies and prefixes."""
+
 from __future__ import annotations
 
 import re
@@ -66,8 +67,7 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
     entries = [key for key in (*_WRAPPERS, *_EMA_WRAPPERS) if _holds_tensors(checkpoint.get(key))]
     by_hook = 'state_dict' in entries and _holds_tensors(checkpoint.get('ema_state_dict'))
     live = next((key for key in entries if key in _WRAPPERS), None)
-    average = 'state_dict' if by_hook else \
-        next((key for key in entries if key in _EMA_WRAPPERS), None)
+    average = 'state_dict' if by_hook else next((key for key in entries if key in _EMA_WRAPPERS), None)
 
     if weights == 'model':
         wrapper = live or average
@@ -75,14 +75,14 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
         wrapper = average
         if wrapper is None:
             raise CheckpointMismatch(
-                'The checkpoint holds no moving average of the weights (no model_ema): load it '
-                'without use_ema.')
+                'The checkpoint holds no moving average of the weights (no model_ema): load it without use_ema.'
+            )
     elif _holds_tensors(checkpoint.get(weights)):
         wrapper = weights
     else:
         raise CheckpointMismatch(
-            f'The checkpoint has no weights under {weights!r}; it has '
-            f'{", ".join(map(str, checkpoint)) or "nothing"}.')
+            f'The checkpoint has no weights under {weights!r}; it has {", ".join(map(str, checkpoint)) or "nothing"}.'
+        )
 
     if wrapper is None and not _holds_tensors(checkpoint):
         found = ', '.join(map(str, list(checkpoint)[:6])) or 'nothing'
@@ -93,7 +93,8 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
 
     ignored = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     tensors: dict[str, Tensor] = OrderedDict(
-        (key, value) for key, value in content.items() if isinstance(value, Tensor))
+        (key, value) for key, value in content.items() if isinstance(value, Tensor)
+    )
     metadata = getattr(content, '_metadata', None)
     if metadata is not None:
         tensors._metadata = metadata  # type: ignore[attr-defined]
@@ -120,16 +121,14 @@ def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
         For instance ``['']`` for a bare backbone or ``['backbone.']``.
     """
     roots = {match.group(1) for key in state_dict if (match := _STEM.match(key))}
-    return sorted(root for root in roots
-                  if any(key.startswith(root + 'stages.') for key in state_dict))
+    return sorted(root for root in roots if any(key.startswith(root + 'stages.') for key in state_dict))
 
 
 def _holds_tensors(value: Any, depth: int = 2) -> bool:
     # A pickled dict may contain itself, hence the limit.
     if not isinstance(value, Mapping) or not depth:
         return False
-    return _has_direct_tensors(value) or any(
-        _holds_tensors(value.get(key), depth - 1) for key in _WRAPPERS)
+    return _has_direct_tensors(value) or any(_holds_tensors(value.get(key), depth - 1) for key in _WRAPPERS)
 
 
 def _has_direct_tensors(value: Mapping[str, Any]) -> bool:
@@ -140,9 +139,9 @@ def _strip_outer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in _OUTER_PREFIXES * 2:
         if tensors and all(key.startswith(prefix) for key in tensors):
             metadata = getattr(tensors, '_metadata', None)
-            tensors = OrderedDict((key[len(prefix):], value) for key, value in tensors.items())
+            tensors = OrderedDict((key[len(prefix) :], value) for key, value in tensors.items())
             if metadata is not None:
                 tensors._metadata = OrderedDict(  # type: ignore[attr-defined]
-                    (key.removeprefix(prefix), value)
-                    for key, value in metadata.items())
+                    (key.removeprefix(prefix), value) for key, value in metadata.items()
+                )
     return tensors

@@ -1,4 +1,5 @@
 """Read a backbone's constructor arguments off its tensors, and compare two backbones."""
+
 from __future__ import annotations
 
 import re
@@ -22,10 +23,8 @@ _WIDTH_FACTORS = (1.0, 1.3, *(round(0.05 * n, 2) for n in range(10, 61)))
 
 _BLOCK = re.compile(r'stages\.(\d+)\.(\d+)\.')
 _KERNEL = re.compile(r'stages\.(\d+)\.\d+\.large_kernel\.(tall|wide|small|square)\.conv\.weight$')
-_SHIFTWISE = re.compile(
-    r'stages\.\d+\.\d+\.large_kernel\.((LoRAs\.\d+|LoRA|filters\.\d+)\.weight|tall)$')
-_OFFICIAL_SLAK = re.compile(
-    r'stages\.\d+\.\d+\.large_kernel\.(LoRA[12]|Decom[12]|lkb_origin|small_conv)\.')
+_SHIFTWISE = re.compile(r'stages\.\d+\.\d+\.large_kernel\.((LoRAs\.\d+|LoRA|filters\.\d+)\.weight|tall)$')
+_OFFICIAL_SLAK = re.compile(r'stages\.\d+\.\d+\.large_kernel\.(LoRA[12]|Decom[12]|lkb_origin|small_conv)\.')
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,13 @@ class Variant:
     @property
     def is_convnext(self) -> bool:
         """Whether this is ConvNeXt: one square biased kernel without a norm."""
-        return (self.family == 'slak' and self.decomposed is False and not self.branch_norm
-                and self.conv_bias and self.small_kernel is None)
+        return (
+            self.family == 'slak'
+            and self.decomposed is False
+            and not self.branch_norm
+            and self.conv_bias
+            and self.small_kernel is None
+        )
 
     def __str__(self) -> str:
         arch = self.arch or 'another architecture'
@@ -89,19 +93,18 @@ class Variant:
         parts.append(f'{factor}channels {_join(self.dims)}')
         if self.family == 'shiftwise':
             if self.kernel_sizes:
-                parts.append(f'kernels of {_join(self.kernel_sizes)} taps from filters of size '
-                             f'{self.small_kernel}')
+                parts.append(f'kernels of {_join(self.kernel_sizes)} taps from filters of size {self.small_kernel}')
             if self.convolved:
                 parts.append(f'{_join(self.convolved)} of the channels convolved')
             if self.num_paths:
-                parts.append(f'{self.num_paths} filter paths' if self.num_paths > 1 else
-                             'one filter path')
+                parts.append(f'{self.num_paths} filter paths' if self.num_paths > 1 else 'one filter path')
         elif self.kernel_sizes:
             form = 'decomposed' if self.decomposed else 'square'
             small = f' with small {self.small_kernel}' if self.small_kernel else ''
             parts.append(f'kernels {_join(self.kernel_sizes)} {form}{small}')
-        parts.append('folded for deployment' if self.deploy else
-                     'branch norms' if self.branch_norm else 'no branch norms')
+        parts.append(
+            'folded for deployment' if self.deploy else 'branch norms' if self.branch_norm else 'no branch norms'
+        )
         if self.family == 'shiftwise':
             parts.insert(0, f'ShiftWise version {self.version}')
         elif self.family != 'slak':
@@ -128,8 +131,7 @@ def describe(state_dict: Mapping[str, Any]) -> Variant:
     Returns:
         What names and shapes tell.
     """
-    shapes = {key: tuple(value.shape) for key, value in state_dict.items()
-              if hasattr(value, 'shape')}
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items() if hasattr(value, 'shape')}
     depth_of: dict[int, int] = {}
     kernel_of: dict[int, int] = {}
     small: int | None = None
@@ -153,8 +155,10 @@ def describe(state_dict: Mapping[str, Any]) -> Variant:
                     small = small or min(shape[2:])
     depths = tuple(depth_of[stage] for stage in sorted(depth_of))
     # Folded blocks of ShiftWise's version 2 have no norm.
-    widths = (shapes.get(f'stages.{stage}.0.norm.weight',
-                         shapes.get(f'stages.{stage}.0.se.up.bias')) for stage in sorted(depth_of))
+    widths = (
+        shapes.get(f'stages.{stage}.0.norm.weight', shapes.get(f'stages.{stage}.0.se.up.bias'))
+        for stage in sorted(depth_of)
+    )
     dims = tuple(width[0] for width in widths if width)
     shiftwise = _shiftwise(shapes) if any(map(_SHIFTWISE.match, shapes)) else None
     version = None if shiftwise is None else shiftwise['version']
@@ -177,7 +181,8 @@ def describe(state_dict: Mapping[str, Any]) -> Variant:
         deploy=any(re.match(r'stages\.\d+\.\d+\.large_kernel\.bias$', key) for key in shapes),
         output_norms=tuple(i for i in range(len(depths)) if f'norm{i}.weight' in shapes),
         num_classes=head[0] if len(head) == 2 else None,
-        family='slak' if is_slak else 'unknown')
+        family='slak' if is_slak else 'unknown',
+    )
     return variant if shiftwise is None else replace(variant, family='shiftwise', **shiftwise)
 
 
@@ -192,10 +197,10 @@ def _shiftwise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     convolved, taps = [], []
     small = num_paths = num_reps = None
     for _, tensors in sorted(stages.items()):
-        channels = next((tensors[name][0] for name in ('bn_wide.weight', 'picks', 'tall')
-                         if name in tensors), None)
-        filters = [shape for name, shape in tensors.items()
-                   if name.startswith(('filters.', 'LoRA')) and len(shape) == 4]
+        channels = next((tensors[name][0] for name in ('bn_wide.weight', 'picks', 'tall') if name in tensors), None)
+        filters = [
+            shape for name, shape in tensors.items() if name.startswith(('filters.', 'LoRA')) and len(shape) == 4
+        ]
         if filters:
             small, num_paths = filters[0][-1], len(filters)
         elif 'tall' in tensors:
@@ -207,14 +212,19 @@ def _shiftwise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             if filters and small:
                 taps.append(filters[0][0] // channels * small)
     is_second = any(re.match(r'stages\.\d+\.\d+\.se\.', key) for key in shapes)
-    return dict(version=2 if is_second else 1, kernel_sizes=tuple(taps), small_kernel=small,
-                decomposed=None, num_paths=num_paths, num_reps=num_reps,
-                convolved=tuple(convolved))
+    return dict(
+        version=2 if is_second else 1,
+        kernel_sizes=tuple(taps),
+        small_kernel=small,
+        decomposed=None,
+        num_paths=num_paths,
+        num_reps=num_reps,
+        convolved=tuple(convolved),
+    )
 
 
 def _name_architecture(
-    depths: tuple[int, ...], dims: tuple[int, ...],
-    archs: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    depths: tuple[int, ...], dims: tuple[int, ...], archs: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> tuple[str | None, float | None]:
     for factor in _WIDTH_FACTORS:
         for name, (known_depths, known_dims) in archs.items():
@@ -237,31 +247,44 @@ def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
     if theirs.family != ours.family:
         if theirs.family == 'unknown':
             return ['the checkpoint holds the backbone of another project']
-        return [(f'the checkpoint holds {_family_name(theirs)} weights and the model is '
-                 f'{_family_name(ours)}: build the model with the type of the weights')]
+        return [
+            (
+                f'the checkpoint holds {_family_name(theirs)} weights and the model is '
+                f'{_family_name(ours)}: build the model with the type of the weights'
+            )
+        ]
     if theirs.deploy != ours.deploy:
         return [_deploy_cause(theirs.deploy)]
     if theirs.is_convnext and not ours.is_convnext:
-        return ['the checkpoint holds ConvNeXt weights (a biased square kernel without branch '
-                'norms): build the model with ' + _arguments(theirs)]
+        return [
+            'the checkpoint holds ConvNeXt weights (a biased square kernel without branch '
+            'norms): build the model with ' + _arguments(theirs)
+        ]
     if ours.is_convnext and not theirs.is_convnext:
-        return ['the model is in ConvNeXt mode and the checkpoint holds SLaK weights: build the '
-                'model with ' + _arguments(theirs)]
+        return [
+            'the model is in ConvNeXt mode and the checkpoint holds SLaK weights: build the '
+            'model with ' + _arguments(theirs)
+        ]
     causes = []
     if theirs.version != ours.version:
-        return [f'the checkpoint is of version {theirs.version} of ShiftWise and the model of '
-                f'version {ours.version}; set version={theirs.version}']
+        return [
+            f'the checkpoint is of version {theirs.version} of ShiftWise and the model of '
+            f'version {ours.version}; set version={theirs.version}'
+        ]
     if theirs.decomposed != ours.decomposed:
         causes.append(
             'the checkpoint has square kernels (lkb_origin) and the model tall and wide ones, '
             'which cannot be computed from them: use decomposed=False or other weights'
-            if not theirs.decomposed else
-            'the checkpoint has tall and wide kernels (LoRA1, LoRA2) and the model square ones: '
-            'use decomposed=True')
+            if not theirs.decomposed
+            else 'the checkpoint has tall and wide kernels (LoRA1, LoRA2) and the model square ones: '
+            'use decomposed=True'
+        )
     if theirs.depths != ours.depths:
-        causes.append(f'another architecture: the checkpoint has {_join(theirs.depths)} blocks '
-                      f'({theirs.arch or "no named one"}), the model {_join(ours.depths)} '
-                      f'({ours.arch or "no named one"}); set arch')
+        causes.append(
+            f'another architecture: the checkpoint has {_join(theirs.depths)} blocks '
+            f'({theirs.arch or "no named one"}), the model {_join(ours.depths)} '
+            f'({ours.arch or "no named one"}); set arch'
+        )
     if theirs.dims != ours.dims:
         same = theirs.arch is not None and theirs.arch == ours.arch
         causes.append(
@@ -269,51 +292,67 @@ def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
             f'({theirs.arch or "no named architecture"}, width_factor {theirs.width_factor or "?"}'
             f'), the model {_join(ours.dims)} ({ours.arch or "no named architecture"}, '
             f'width_factor {ours.width_factor or "?"}); set '
-            f'{"width_factor" if same else "arch or width_factor"}')
+            f'{"width_factor" if same else "arch or width_factor"}'
+        )
     if theirs.kernel_sizes != ours.kernel_sizes:
         taps = ' taps' if ours.family == 'shiftwise' else ''
-        causes.append(f'other kernel sizes: the checkpoint has {_join(theirs.kernel_sizes)}{taps}, '
-                      f'the model {_join(ours.kernel_sizes)}{taps}; set kernel_sizes')
+        causes.append(
+            f'other kernel sizes: the checkpoint has {_join(theirs.kernel_sizes)}{taps}, '
+            f'the model {_join(ours.kernel_sizes)}{taps}; set kernel_sizes'
+        )
     if theirs.small_kernel != ours.small_kernel:
-        causes.append(f'another small kernel: the checkpoint has {theirs.small_kernel}, the model '
-                      f'{ours.small_kernel}; set small_kernel')
+        causes.append(
+            f'another small kernel: the checkpoint has {theirs.small_kernel}, the model '
+            f'{ours.small_kernel}; set small_kernel'
+        )
     if theirs.convolved != ours.convolved and theirs.dims == ours.dims:
-        causes.append(f'another number of ghost channels: the checkpoint convolves '
-                      f'{_join(theirs.convolved)} channels, the model {_join(ours.convolved)}; '
-                      'set ghost_ratio')
+        causes.append(
+            f'another number of ghost channels: the checkpoint convolves '
+            f'{_join(theirs.convolved)} channels, the model {_join(ours.convolved)}; '
+            'set ghost_ratio'
+        )
     for name in ('num_paths', 'num_reps'):
         their, our = getattr(theirs, name), getattr(ours, name)
         if None not in (their, our) and their != our:
-            causes.append(f'the checkpoint was trained with {name}={their}, the model has {our}; '
-                          f'set {name}')
+            causes.append(f'the checkpoint was trained with {name}={their}, the model has {our}; set {name}')
     if theirs.branch_norm != ours.branch_norm:
         causes.append(
-            'the checkpoint has batch norms after its large kernels and the model has none; '
-            'set branch_norm=True' if theirs.branch_norm else
-            'the checkpoint has no batch norms after its large kernels and the model has them; '
-            'set branch_norm=False')
+            'the checkpoint has batch norms after its large kernels and the model has none; set branch_norm=True'
+            if theirs.branch_norm
+            else 'the checkpoint has no batch norms after its large kernels and the model has them; '
+            'set branch_norm=False'
+        )
     if theirs.conv_bias != ours.conv_bias:
-        causes.append(f'the large kernels of the checkpoint have {_some(theirs.conv_bias)} and '
-                      f'those of the model {_some(ours.conv_bias)}; set '
-                      f'conv_bias={theirs.conv_bias}')
+        causes.append(
+            f'the large kernels of the checkpoint have {_some(theirs.conv_bias)} and '
+            f'those of the model {_some(ours.conv_bias)}; set '
+            f'conv_bias={theirs.conv_bias}'
+        )
     if theirs.layer_scale != ours.layer_scale:
         causes.append(
             f'the checkpoint has {"" if theirs.layer_scale else "no "}layer scale (gamma); '
             f'set layer_scale_init_value to '
-            f'{"a positive value" if theirs.layer_scale else "0"}')
+            f'{"a positive value" if theirs.layer_scale else "0"}'
+        )
     if theirs.in_channels != ours.in_channels:
-        causes.append(f'the checkpoint takes images of {theirs.in_channels} channels, the model '
-                      f'of {ours.in_channels}; set in_channels')
+        causes.append(
+            f'the checkpoint takes images of {theirs.in_channels} channels, the model '
+            f'of {ours.in_channels}; set in_channels'
+        )
     return causes
 
 
 def _deploy_cause(folded_checkpoint: bool) -> str:
     if folded_checkpoint:
-        return ('the checkpoint is folded for deployment and the model is in training form: build '
-                'the model with deploy=True or call switch_to_deploy on it first; folded kernels '
-                'cannot be unfolded')
-    return ('the checkpoint is in training form and the model is already folded for deployment: '
-            'load the weights first and call switch_to_deploy afterwards')
+        return (
+            'the checkpoint is folded for deployment and the model is in training form: build '
+            'the model with deploy=True or call switch_to_deploy on it first; folded kernels '
+            'cannot be unfolded'
+        )
+    return (
+        'the checkpoint is in training form and the model is already folded for deployment: '
+        'load the weights first and call switch_to_deploy afterwards'
+    )
 
 
 def _family_name(variant: Variant) -> str:
@@ -321,11 +360,16 @@ def _family_name(variant: Variant) -> str:
 
 
 def _arguments(variant: Variant) -> str:
-    named = f'arch={variant.arch!r}, width_factor={variant.width_factor:g}, ' \
-        if variant.arch and variant.width_factor else ''
-    return (f'{named}kernel_sizes={variant.kernel_sizes}, small_kernel={variant.small_kernel}, '
-            f'decomposed={variant.decomposed}, branch_norm={variant.branch_norm}, '
-            f'conv_bias={variant.conv_bias}')
+    named = (
+        f'arch={variant.arch!r}, width_factor={variant.width_factor:g}, '
+        if variant.arch and variant.width_factor
+        else ''
+    )
+    return (
+        f'{named}kernel_sizes={variant.kernel_sizes}, small_kernel={variant.small_kernel}, '
+        f'decomposed={variant.decomposed}, branch_norm={variant.branch_norm}, '
+        f'conv_bias={variant.conv_bias}'
+    )
 
 
 def _some(has_bias: bool) -> str:

@@ -1,4 +1,5 @@
 """Convert a checkpoint file to another spelling and write it whole or not at all."""
+
 from __future__ import annotations
 
 import os
@@ -17,9 +18,7 @@ from .unwrap import find_roots, unwrap
 __all__ = ['convert_checkpoint', 'write_checkpoint']
 
 
-def convert_checkpoint(
-    checkpoint: Mapping[str, Any], to: str = 'ours', use_ema: bool = False
-) -> dict[str, Any]:
+def convert_checkpoint(checkpoint: Mapping[str, Any], to: str = 'ours', use_ema: bool = False) -> dict[str, Any]:
     """Convert the weights of a checkpoint, of a backbone or of a whole model.
 
     Only the weights and ``meta`` (classes and palette of OpenMMLab models) are kept; the states
@@ -40,8 +39,7 @@ def convert_checkpoint(
     source = unwrap(checkpoint, 'ema' if use_ema else 'model').state_dict
     roots = find_roots(source)
     if not roots:
-        raise CheckpointError(
-            'The checkpoint holds no SLaK, ShiftWise or ConvNeXt backbone to convert.')
+        raise CheckpointError('The checkpoint holds no SLaK, ShiftWise or ConvNeXt backbone to convert.')
     weights: dict[str, Any] = dict(source)
     for root in roots:
         if to == 'ours':
@@ -49,19 +47,17 @@ def convert_checkpoint(
             if notes.unrecognized:
                 raise CheckpointError(
                     f'{notes.unrecognized[0]} (of {len(notes.unrecognized)} such names) is no '
-                    'tensor of a SLaK, ShiftWise or ConvNeXt backbone.')
+                    'tensor of a SLaK, ShiftWise or ConvNeXt backbone.'
+                )
         else:
             weights = to_official(weights, None if to == 'official' else to, root)
-    result: dict[str, Any] = {
-        'model' if to != 'ours' and roots == [''] else 'state_dict': OrderedDict(weights)}
+    result: dict[str, Any] = {'model' if to != 'ours' and roots == [''] else 'state_dict': OrderedDict(weights)}
     if isinstance(checkpoint.get('meta'), Mapping):
         result['meta'] = checkpoint['meta']
     return result
 
 
-def write_checkpoint(
-    checkpoint: Mapping[str, Any], path: str | os.PathLike, overwrite: bool = False
-) -> Path:
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike, overwrite: bool = False) -> Path:
     """Write a checkpoint so that a reader sees the whole file or none.
 
     Args:
@@ -100,7 +96,6 @@ def _write_safetensors(checkpoint: Mapping[str, Any], path: Path) -> None:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise CheckpointError('Writing a .safetensors file needs that package: pip install '
-                              'safetensors.') from error
+        raise CheckpointError('Writing a .safetensors file needs that package: pip install safetensors.') from error
     tensors = unwrap(checkpoint).state_dict
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, str(path))

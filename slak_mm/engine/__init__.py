@@ -7,6 +7,12 @@ from .reproducible import IterationSeedHook, KeyedDefaultSampler, KeyedInfiniteS
 from .sparsity_hook import SparsityHook
 
 __all__ = [
-    'ConfigOverrideError', 'IterationSeedHook', 'KeyedDefaultSampler', 'KeyedInfiniteSampler',
-    'LargeKernelLayerDecayConstructor', 'SeedBySample', 'SparsityHook', 'StrictCheckpointHook'
+    'ConfigOverrideError',
+    'IterationSeedHook',
+    'KeyedDefaultSampler',
+    'KeyedInfiniteSampler',
+    'LargeKernelLayerDecayConstructor',
+    'SeedBySample',
+    'SparsityHook',
+    'StrictCheckpointHook',
 ]

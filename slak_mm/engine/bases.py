@@ -29,7 +29,8 @@ def framework_configs(package: str, *names: str) -> list[str]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             f'This config inherits from the configs of "{package}", which is not installed in '
-            f'this Python environment; install it (see "Set-up" in the README).')
+            f'this Python environment; install it (see "Set-up" in the README).'
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     # A wheel carries its configs in <package>/.mim, a development install in <checkout>/configs.
     folders = [root / '.mim' / 'configs' / '_base_', root.parent / 'configs' / '_base_']
@@ -39,6 +40,7 @@ def framework_configs(package: str, *names: str) -> list[str]:
         if found is None:
             raise FileNotFoundError(
                 f'The installed "{package}" ({root}) has no base config "{name}" '
-                f'(looked in {" and ".join(str(folder) for folder in folders)}).')
+                f'(looked in {" and ".join(str(folder) for folder in folders)}).'
+            )
         paths.append(str(found))
     return paths

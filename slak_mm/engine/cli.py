@@ -34,10 +34,25 @@ from .overrides import ConfigOverrideError
 from .reproducible import add_hook, make_reproducible
 
 __all__ = [
-    'KeyValuePairs', 'add_config_arguments', 'add_override_arguments', 'add_size_arguments',
-    'apply_overrides', 'build_model', 'build_runner', 'check_weights', 'crop_size', 'img_scale',
-    'init_distributed', 'load_config', 'non_negative_int', 'positive_int', 'prepare_resume',
-    'reason', 'run_tool', 'share', 'use_test_time_augmentation'
+    'KeyValuePairs',
+    'add_config_arguments',
+    'add_override_arguments',
+    'add_size_arguments',
+    'apply_overrides',
+    'build_model',
+    'build_runner',
+    'check_weights',
+    'crop_size',
+    'img_scale',
+    'init_distributed',
+    'load_config',
+    'non_negative_int',
+    'positive_int',
+    'prepare_resume',
+    'reason',
+    'run_tool',
+    'share',
+    'use_test_time_augmentation',
 ]
 
 # ------------------------------------------------------------------------------------ running
@@ -92,11 +107,15 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError)):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return ('The GPU has too little memory for this run: lower --batch-size, --crop-size '
-                f'or --img-scale, or use --amp ({text.splitlines()[0]}).')
+        return (
+            'The GPU has too little memory for this run: lower --batch-size, --crop-size '
+            f'or --img-scale, or use --amp ({text.splitlines()[0]}).'
+        )
     if 'Expected more than 1 value per channel' in text:
-        return ('Batch norm cannot train on one image per process: raise --batch-size, or train '
-                'with SyncBN on several GPUs.')
+        return (
+            'Batch norm cannot train on one image per process: raise --batch-size, or train '
+            'with SyncBN on several GPUs.'
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return f'{error.strerror}: {error.filename or "the disk of the work dir"}.'
     # What mmcv says of an image that cannot be decoded, behind a data worker's traceback.
@@ -109,8 +128,10 @@ def _explain(error: Exception) -> str | None:
 def reason(error: BaseException) -> str:
     """An exception in one line, with a remedy where there is a usual one."""
     if 'mmcv._ext' in str(error):
-        return ('mmcv is installed without its compiled operators, which it needs; install a '
-                'build of mmcv that has them (see "Set-up" in the README).')
+        return (
+            'mmcv is installed without its compiled operators, which it needs; install a '
+            'build of mmcv that has them (see "Set-up" in the README).'
+        )
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f'{type(error).__name__}: {lines[0].strip()}' if lines else type(error).__name__
 
@@ -121,15 +142,22 @@ def reason(error: BaseException) -> str:
 class KeyValuePairs(DictAction):
     """mmengine's ``key=value`` pairs, with a usage message for what is not one."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
-                 values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         try:
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, AssertionError, RecursionError):
             # It has no syntax for dicts, and recurses without end on one.
-            parser.error(f'{option_string} takes key=value pairs with numbers, words, lists or '
-                         f'tuples as values (a dict is set by its keys, a.b=1 a.c=2), got: '
-                         f'{" ".join(values)}')
+            parser.error(
+                f'{option_string} takes key=value pairs with numbers, words, lists or '
+                f'tuples as values (a dict is set by its keys, a.b=1 a.c=2), got: '
+                f'{" ".join(values)}'
+            )
 
 
 def positive_int(text: str) -> int:
@@ -181,19 +209,25 @@ def share(text: str) -> float:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every tool takes: the config, its options, the work dir, the launcher."""
     parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='where logs and results go (default: ./work_dirs/<name of the config>)')
     parser.add_argument(
-        '--work-dir', help='where logs and results go (default: ./work_dirs/<name of the config>)')
+        '--cfg-options',
+        nargs='+',
+        action=KeyValuePairs,
+        metavar='KEY=VALUE',
+        help='override any key of the config, e.g. model.backbone.drop_path_rate=0.2',
+    )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=KeyValuePairs, metavar='KEY=VALUE',
-        help='override any key of the config, e.g. model.backbone.drop_path_rate=0.2')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-        help='how the processes of a distributed run were started (pytorch: torchrun)')
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run were started (pytorch: torchrun)',
+    )
     # torch.distributed.launch passes this; torchrun sets the environment variable instead.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--debug', action='store_true',
-                        help='show the traceback of every error (also: SLAK_MM_DEBUG=1)')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--debug', action='store_true', help='show the traceback of every error (also: SLAK_MM_DEBUG=1)'
+    )
 
 
 def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> None:
@@ -206,23 +240,32 @@ def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> N
     group = parser.add_argument_group('changes to the config')
     group.add_argument('--data-root', metavar='DIR', help='folder with the data set')
     if training:
-        group.add_argument('--max-iters', type=positive_int, metavar='N',
-                           help='train for N iterations; the schedule keeps its proportions')
-        group.add_argument('--batch-size', type=positive_int, metavar='N',
-                           help='training images per process')
-    group.add_argument('--num-workers', type=non_negative_int, metavar='N',
-                       help='data loading processes per process')
+        group.add_argument(
+            '--max-iters',
+            type=positive_int,
+            metavar='N',
+            help='train for N iterations; the schedule keeps its proportions',
+        )
+        group.add_argument('--batch-size', type=positive_int, metavar='N', help='training images per process')
+    group.add_argument('--num-workers', type=non_negative_int, metavar='N', help='data loading processes per process')
     add_size_arguments(group)
 
 
 def add_size_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the overrides that concern the size of images."""
-    parser.add_argument('--crop-size', type=crop_size, metavar='N or HxW',
-                        help='training crop (semantic segmentation); image scales, sliding '
-                        'window and its stride follow in proportion')
-    parser.add_argument('--img-scale', type=img_scale, metavar='S or LxS',
-                        help='shorter, or longer and shorter side of test images (detection); '
-                        'training scales and crops follow in proportion')
+    parser.add_argument(
+        '--crop-size',
+        type=crop_size,
+        metavar='N or HxW',
+        help='training crop (semantic segmentation); image scales, sliding window and its stride follow in proportion',
+    )
+    parser.add_argument(
+        '--img-scale',
+        type=img_scale,
+        metavar='S or LxS',
+        help='shorter, or longer and shorter side of test images (detection); '
+        'training scales and crops follow in proportion',
+    )
 
 
 # ------------------------------------------------------------------------------------- config
@@ -243,11 +286,9 @@ def load_config(path: str) -> Config:
     """
     if not osp.isfile(path):
         folder = osp.dirname(path) or '.'
-        names = [name for name in os.listdir(folder) if name.endswith('.py')] \
-            if osp.isdir(folder) else []
+        names = [name for name in os.listdir(folder) if name.endswith('.py')] if osp.isdir(folder) else []
         close = difflib.get_close_matches(osp.basename(path), names, 3)
-        hint = f' Did you mean {" or ".join(osp.join(folder, name) for name in close)}?' \
-            if close else ''
+        hint = f' Did you mean {" or ".join(osp.join(folder, name) for name in close)}?' if close else ''
         raise ConfigOverrideError(f'There is no config file "{path}".{hint}')
     try:
         cfg = Config.fromfile(path)
@@ -259,8 +300,7 @@ def load_config(path: str) -> Config:
         raise ConfigOverrideError(f'{path} describes no model; is it a base config?')
     scope = cfg.get('default_scope')
     if scope and scope != 'mmengine' and importlib.util.find_spec(scope) is None:
-        raise ConfigOverrideError(
-            f'{path} is for "{scope}", which is not installed in this Python environment.')
+        raise ConfigOverrideError(f'{path} is for "{scope}", which is not installed in this Python environment.')
     return cfg
 
 
@@ -281,14 +321,16 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('./work_dirs', Path(args.config).stem)
-    for name, change in (('data_root', overrides.set_data_root),
-                         ('max_iters', overrides.set_max_iters),
-                         ('batch_size', overrides.set_batch_size),
-                         ('num_workers', overrides.set_num_workers),
-                         ('crop_size', overrides.set_crop_size),
-                         ('img_scale', overrides.set_img_scale),
-                         ('sparse', overrides.set_sparse),
-                         ('sparsity', overrides.set_sparsity)):
+    for name, change in (
+        ('data_root', overrides.set_data_root),
+        ('max_iters', overrides.set_max_iters),
+        ('batch_size', overrides.set_batch_size),
+        ('num_workers', overrides.set_num_workers),
+        ('crop_size', overrides.set_crop_size),
+        ('img_scale', overrides.set_img_scale),
+        ('sparse', overrides.set_sparse),
+        ('sparsity', overrides.set_sparsity),
+    ):
         value = getattr(args, name, None)
         if value is not None:
             change(cfg, value)
@@ -296,8 +338,7 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         try:
             cfg.merge_from_dict(args.cfg_options)
         except Exception as error:  # it meets whatever the config has at that key
-            raise ConfigOverrideError(
-                f'--cfg-options does not fit {args.config}: {reason(error)}') from error
+            raise ConfigOverrideError(f'--cfg-options does not fit {args.config}: {reason(error)}') from error
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
@@ -312,8 +353,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
     if overrides.model_of(cfg) is not cfg.model:
         return
     if cfg.get('tta_model') is None or cfg.get('tta_pipeline') is None:
-        raise ConfigOverrideError(
-            '--tta needs a config with tta_model and tta_pipeline; this one has none.')
+        raise ConfigOverrideError('--tta needs a config with tta_model and tta_pipeline; this one has none.')
     for _, dataset in overrides.datasets_of(cfg, ('test_dataloader',)):
         dataset['pipeline'] = cfg.tta_pipeline
     cfg.tta_model.module = cfg.model
@@ -323,8 +363,17 @@ def use_test_time_augmentation(cfg: Config) -> None:
 # ------------------------------------------------------------------------------------ weights
 
 # Addresses that mmengine's own loader knows and this package does not.
-_FRAMEWORK_SCHEMES = ('torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://',
-                      'modelzoo://', 'pavi://', 's3://', 'petrel://', 'local://')
+_FRAMEWORK_SCHEMES = (
+    'torchvision://',
+    'open-mmlab://',
+    'openmmlab://',
+    'mmcls://',
+    'modelzoo://',
+    'pavi://',
+    's3://',
+    'petrel://',
+    'local://',
+)
 
 
 def check_weights(cfg: Config, config_path: str) -> None:
@@ -344,7 +393,8 @@ def check_weights(cfg: Config, config_path: str) -> None:
     if not sources and not load_from:
         raise ConfigOverrideError(
             f'{config_path} names no pretrained weights (init_cfg of the backbone, or load_from), '
-            f'so this run would start from random ones. {advice}')
+            f'so this run would start from random ones. {advice}'
+        )
     backbone = overrides.model_of(cfg).get('backbone') or {}
     ours = backbone.get('type') in overrides.OUR_BACKBONES
     for place, source in sources:
@@ -380,8 +430,11 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     if resume == 'auto':
         found = find_latest_checkpoint(cfg.work_dir)
         if found is None:
-            print_log(f'--resume: {cfg.work_dir} has no checkpoint, training starts at the '
-                      'beginning.', logger='current', level=logging.WARNING)
+            print_log(
+                f'--resume: {cfg.work_dir} has no checkpoint, training starts at the beginning.',
+                logger='current',
+                level=logging.WARNING,
+            )
             return None
     else:
         found = resume
@@ -391,13 +444,17 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     if 'optimizer' not in checkpoint or 'iter' not in meta or 'message_hub' not in checkpoint:
         raise ConfigOverrideError(
             f'{found} has weights but no state of a training run, so there is nothing to resume; '
-            f'to start from its weights use --cfg-options load_from={found}')
+            f'to start from its weights use --cfg-options load_from={found}'
+        )
     seed = meta.get('seed')
     randomness = ConfigDict(cfg.get('randomness') or {})
     if seed is not None:
         if randomness.get('seed') not in (None, seed):
-            print_log(f'The run to resume has the seed {seed}; it goes on with that one.',
-                      logger='current', level=logging.WARNING)
+            print_log(
+                f'The run to resume has the seed {seed}; it goes on with that one.',
+                logger='current',
+                level=logging.WARNING,
+            )
         # mmengine takes the seed over itself, but only after the samplers were built.
         randomness.seed = seed
         cfg.randomness = randomness
@@ -431,18 +488,21 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
         if 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', '1')) > 1:
             raise ConfigOverrideError(
                 f'torchrun started {os.environ["WORLD_SIZE"]} processes, which would each do the '
-                'whole run: add --launcher pytorch.')
+                'whole run: add --launcher pytorch.'
+            )
         return
-    variables = dict(pytorch=('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
-                     slurm=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
-                     mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE',
-                          'OMPI_COMM_WORLD_LOCAL_RANK', 'MASTER_ADDR'))[args.launcher]
+    variables = dict(
+        pytorch=('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
+        slurm=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
+        mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MASTER_ADDR'),
+    )[args.launcher]
     missing = [name for name in variables if name not in os.environ]
     if missing:
         starter = dict(pytorch='torchrun --nproc_per_node=N', slurm='srun', mpi='mpirun')
         raise ConfigOverrideError(
             f'--launcher {args.launcher} needs processes started with '
-            f'{starter[args.launcher]}: {", ".join(missing)} not set.')
+            f'{starter[args.launcher]}: {", ".join(missing)} not set.'
+        )
     env_cfg = cfg.get('env_cfg') or {}
     dist_cfg = dict(env_cfg.get('dist_cfg') or {})
     set_multi_processing(**(env_cfg.get('mp_cfg') or {}), distributed=True)
@@ -451,14 +511,14 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
         if args.launcher == 'pytorch' and local_rank >= torch.cuda.device_count():
             raise ConfigOverrideError(
                 f'There are more processes on this machine than GPUs '
-                f'({torch.cuda.device_count()}); start one process per GPU.')
+                f'({torch.cuda.device_count()}); start one process per GPU.'
+            )
         init_dist(args.launcher, **dist_cfg)
         return
     if args.launcher == 'slurm':
         _slurm_environment(dist_cfg.pop('port', None))
     elif args.launcher == 'mpi':
-        for name, source in (('RANK', 'RANK'), ('WORLD_SIZE', 'SIZE'),
-                             ('LOCAL_RANK', 'LOCAL_RANK')):
+        for name, source in (('RANK', 'RANK'), ('WORLD_SIZE', 'SIZE'), ('LOCAL_RANK', 'LOCAL_RANK')):
             os.environ[name] = os.environ[f'OMPI_COMM_WORLD_{source}']
         os.environ.setdefault('MASTER_PORT', '29500')
     torch.distributed.init_process_group(backend=dist_cfg.get('backend', 'gloo'))
@@ -466,9 +526,11 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
 
 def _slurm_environment(port: int | None) -> None:
     import subprocess
+
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = subprocess.getoutput(
-            f'scontrol show hostname {os.environ["SLURM_NODELIST"]} | head -n1')
+            f'scontrol show hostname {os.environ["SLURM_NODELIST"]} | head -n1'
+        )
     if port is not None:
         os.environ['MASTER_PORT'] = str(port)
     os.environ.setdefault('MASTER_PORT', '29500')
@@ -519,6 +581,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     try:
         if 'runner_type' in cfg:
             from mmengine.registry import RUNNERS
+
             runner = RUNNERS.build(cfg)
         else:
             runner = Runner.from_cfg(cfg)

@@ -20,15 +20,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 __all__ = [
-    'DEMO_CLASSES', 'DEMO_OBJECTS', 'DemoObject', 'draw_objects', 'draw_scene', 'write_demo_coco',
-    'write_demo_data', 'write_demo_voc'
+    'DEMO_CLASSES',
+    'DEMO_OBJECTS',
+    'DemoObject',
+    'draw_objects',
+    'draw_scene',
+    'write_demo_coco',
+    'write_demo_data',
+    'write_demo_voc',
 ]
 
 #: The classes that occur, by their value in ADE20K's annotations (0 is unlabeled).
-DEMO_CLASSES = {
-    2: 'building', 3: 'sky', 5: 'tree', 7: 'road', 10: 'grass', 17: 'mountain', 21: 'car',
-    22: 'water'
-}
+DEMO_CLASSES = {2: 'building', 3: 'sky', 5: 'tree', 7: 'road', 10: 'grass', 17: 'mountain', 21: 'car', 22: 'water'}
 _IDS = {name: value for value, name in DEMO_CLASSES.items()}
 
 Color = tuple[float, float, float]
@@ -83,19 +86,18 @@ def _mountains(canvas: _Canvas, horizon: float) -> None:
     color = canvas.color([(105, 105, 115), (110, 100, 85), (90, 105, 100)][rng.integers(3)], 12)
     # Slanted ridges: fine noise on sheared coordinates.
     yy, xx = np.mgrid[:size, :size].astype(np.float32)
-    ridges = np.sin((xx + 0.7 * yy) / size * rng.uniform(60, 90)
-                    + 5 * canvas.noise(4, 4)[..., 0])[..., None]
-    canvas.paint(canvas.mask(lambda d: d.polygon(outline, fill=255)), 'mountain',
-                 color + 16 * ridges + 14 * canvas.noise(10, 10))
+    ridges = np.sin((xx + 0.7 * yy) / size * rng.uniform(60, 90) + 5 * canvas.noise(4, 4)[..., 0])[..., None]
+    canvas.paint(
+        canvas.mask(lambda d: d.polygon(outline, fill=255)), 'mountain', color + 16 * ridges + 14 * canvas.noise(10, 10)
+    )
 
 
 def _ground(canvas: _Canvas, horizon: float) -> None:
     size = canvas.size
     below = np.zeros((size, size), bool)
-    below[int(horizon):] = True
+    below[int(horizon) :] = True
     blades = canvas.noise(size // 5, size)
-    canvas.paint(below, 'grass',
-                 canvas.color((95, 125, 60), 18) + 26 * blades + 14 * canvas.noise(5, 5))
+    canvas.paint(below, 'grass', canvas.color((95, 125, 60), 18) + 26 * blades + 14 * canvas.noise(5, 5))
 
 
 def _water(canvas: _Canvas, horizon: float) -> None:
@@ -104,26 +106,30 @@ def _water(canvas: _Canvas, horizon: float) -> None:
     bottom = rng.uniform(top + 0.15 * size, size)
     left, right = rng.uniform(-0.4, 0.2) * size, rng.uniform(0.7, 1.4) * size
     ripples = canvas.noise(size // 2, size // 12)
-    canvas.paint(canvas.mask(lambda d: d.ellipse((left, top, right, bottom), fill=255)), 'water',
-                 canvas.color([(85, 120, 160), (110, 130, 140)][rng.integers(2)], 15)
-                 + 24 * ripples)
+    canvas.paint(
+        canvas.mask(lambda d: d.ellipse((left, top, right, bottom), fill=255)),
+        'water',
+        canvas.color([(85, 120, 160), (110, 130, 140)][rng.integers(2)], 15) + 24 * ripples,
+    )
 
 
 def _road(canvas: _Canvas, horizon: float) -> tuple[float, float]:
     size, rng = canvas.size, canvas.rng
     far, near = rng.uniform(0.2, 0.8) * size, rng.uniform(0.1, 0.9) * size
     thin, wide = rng.uniform(0.03, 0.08) * size, rng.uniform(0.25, 0.45) * size
-    outline = [(far - thin, horizon), (far + thin, horizon), (near + wide, size),
-               (near - wide, size)]
-    canvas.paint(canvas.mask(lambda d: d.polygon(outline, fill=255)), 'road',
-                 canvas.color((105, 102, 100), 18) + 9 * canvas.noise(size, size))
+    outline = [(far - thin, horizon), (far + thin, horizon), (near + wide, size), (near - wide, size)]
+    canvas.paint(
+        canvas.mask(lambda d: d.polygon(outline, fill=255)),
+        'road',
+        canvas.color((105, 102, 100), 18) + 9 * canvas.noise(size, size),
+    )
     for start in np.arange(0.05, 1, 0.22):
         stop = start + 0.1
         ends = [(far + (near - far) * t, horizon + (size - horizon) * t) for t in (start, stop)]
 
-        def dash(draw: ImageDraw.ImageDraw, ends: list = ends, width: int = 1 + int(3 * stop)
-                 ) -> None:
+        def dash(draw: ImageDraw.ImageDraw, ends: list = ends, width: int = 1 + int(3 * stop)) -> None:
             draw.line(ends, fill=255, width=width)
+
         canvas.paint(canvas.mask(dash), 'road', canvas.color((205, 205, 195), 10))
     t = rng.uniform(0.45, 0.85)
     return far + (near - far) * t, horizon + (size - horizon) * t
@@ -134,10 +140,10 @@ def _building(canvas: _Canvas, horizon: float) -> None:
     width, height = rng.uniform(0.18, 0.35) * size, rng.uniform(0.25, 0.5) * size
     left, bottom = rng.uniform(-0.05, 0.85) * size, horizon + rng.uniform(0.02, 0.1) * size
     box = (left, bottom - height, left + width, bottom)
-    wall = canvas.color([(150, 110, 90), (125, 125, 130), (175, 160, 130),
-                          (110, 120, 135)][rng.integers(4)], 15)
-    canvas.paint(canvas.mask(lambda d: d.rectangle(box, fill=255)), 'building',
-                 wall + 8 * canvas.noise(size // 3, size // 6))
+    wall = canvas.color([(150, 110, 90), (125, 125, 130), (175, 160, 130), (110, 120, 135)][rng.integers(4)], 15)
+    canvas.paint(
+        canvas.mask(lambda d: d.rectangle(box, fill=255)), 'building', wall + 8 * canvas.noise(size // 3, size // 6)
+    )
     pane, step = rng.integers(4, 6), rng.integers(8, 11)
     glass = canvas.color([(60, 70, 90), (190, 185, 150)][rng.integers(2)], 20)
 
@@ -145,6 +151,7 @@ def _building(canvas: _Canvas, horizon: float) -> None:
         for x in np.arange(box[0] + 3, box[2] - pane, step):
             for y in np.arange(box[1] + 4, box[3] - pane, step):
                 draw.rectangle((x, y, x + pane, y + pane), fill=255)
+
     canvas.paint(canvas.mask(windows), 'building', glass)
 
 
@@ -154,26 +161,37 @@ def _tree(canvas: _Canvas, horizon: float) -> None:
     height = rng.uniform(0.2, 0.4) * size
     trunk = canvas.mask(lambda d: d.rectangle((x - 2, foot - 0.5 * height, x + 2, foot), fill=255))
     canvas.paint(trunk, 'tree', canvas.color((80, 60, 45), 12))
-    blobs = [(x + rng.uniform(-0.2, 0.2) * height, foot - rng.uniform(0.5, 0.9) * height,
-              rng.uniform(0.16, 0.26) * height) for _ in range(6)]
+    blobs = [
+        (x + rng.uniform(-0.2, 0.2) * height, foot - rng.uniform(0.5, 0.9) * height, rng.uniform(0.16, 0.26) * height)
+        for _ in range(6)
+    ]
 
     def crown(draw: ImageDraw.ImageDraw) -> None:
         for cx, cy, r in blobs:
             draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
-    canvas.paint(canvas.mask(crown), 'tree',
-                 canvas.color([(65, 95, 50), (90, 105, 50), (120, 95, 50)][rng.integers(3)], 14)
-                 + 34 * canvas.noise(size // 3, size // 3))
+
+    canvas.paint(
+        canvas.mask(crown),
+        'tree',
+        canvas.color([(65, 95, 50), (90, 105, 50), (120, 95, 50)][rng.integers(3)], 14)
+        + 34 * canvas.noise(size // 3, size // 3),
+    )
 
 
 def _car(canvas: _Canvas, x: float, y: float) -> None:
     size, rng = canvas.size, canvas.rng
     width = rng.uniform(0.16, 0.26) * size
     height = 0.3 * width
-    paint = canvas.color([(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45),
-                           (190, 160, 50)][rng.integers(5)], 15)
+    paint = canvas.color(
+        [(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45), (190, 160, 50)][rng.integers(5)], 15
+    )
     left, right = x - width / 2, x + width / 2
-    cabin = [(left + 0.2 * width, y - height), (left + 0.32 * width, y - 1.8 * height),
-             (right - 0.3 * width, y - 1.8 * height), (right - 0.14 * width, y - height)]
+    cabin = [
+        (left + 0.2 * width, y - height),
+        (left + 0.32 * width, y - 1.8 * height),
+        (right - 0.3 * width, y - 1.8 * height),
+        (right - 0.14 * width, y - height),
+    ]
 
     def body(draw: ImageDraw.ImageDraw) -> None:
         draw.rectangle((left, y - height, right, y), fill=255)
@@ -183,10 +201,10 @@ def _car(canvas: _Canvas, x: float, y: float) -> None:
         radius = 0.32 * height + 1
         for cx in (left + 0.22 * width, right - 0.22 * width):
             draw.ellipse((cx - radius, y - radius, cx + radius, y + radius), fill=255)
+
     canvas.paint(canvas.mask(body), 'car', paint + 5 * canvas.noise(size // 4, size // 4))
     glass = [(0.85 * px + 0.15 * x, 0.85 * py + 0.15 * (y - 1.4 * height)) for px, py in cabin]
-    canvas.paint(canvas.mask(lambda d: d.polygon(glass, fill=255)), 'car',
-                 canvas.color((60, 75, 90), 10))
+    canvas.paint(canvas.mask(lambda d: d.polygon(glass, fill=255)), 'car', canvas.color((60, 75, 90), 10))
     canvas.paint(canvas.mask(wheels), 'car', canvas.color((25, 25, 25), 6))
 
 
@@ -222,8 +240,7 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, n
     if rng.random() < 0.4:
         # Something that nobody labeled.
         x = rng.uniform(0.05, 0.95) * size
-        pole = canvas.mask(lambda d: d.line(
-            (x, 0.3 * size, x, rng.uniform(0.7, 0.95) * size), fill=255, width=3))
+        pole = canvas.mask(lambda d: d.line((x, 0.3 * size, x, rng.uniform(0.7, 0.95) * size), fill=255, width=3))
         canvas.paint(pole, None, canvas.color((60, 60, 60), 20))
 
     return _photograph(canvas), canvas.labels
@@ -239,8 +256,7 @@ def _photograph(canvas: _Canvas) -> np.ndarray:
     return np.clip(canvas.image * light * side * cast + grain, 0, 255).astype(np.uint8)
 
 
-def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, size: int = 160,
-                    seed: int = 0) -> Path:
+def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, size: int = 160, seed: int = 0) -> Path:
     """Write the data set as ADE20K has it.
 
     Args:
@@ -295,22 +311,34 @@ class _Shape(NamedTuple):
 
 _SHAPES = {
     'boat': _Shape(
-        'boat', 1.2,
-        [[(0., .7), (1., .7), (.82, 1.), (.18, 1.)], _box(.45, 0., .52, .72),
-         [(.5, .02), (.95, .62), (.5, .62)], [(.46, .1), (.46, .62), (.1, .62)]],
-        [_box(.05, .74, .95, .8)]),
+        'boat',
+        1.2,
+        [
+            [(0.0, 0.7), (1.0, 0.7), (0.82, 1.0), (0.18, 1.0)],
+            _box(0.45, 0.0, 0.52, 0.72),
+            [(0.5, 0.02), (0.95, 0.62), (0.5, 0.62)],
+            [(0.46, 0.1), (0.46, 0.62), (0.1, 0.62)],
+        ],
+        [_box(0.05, 0.74, 0.95, 0.8)],
+    ),
     'bottle': _Shape(
-        'bottle', 0.42,
-        [[(.33, 0.), (.67, 0.), (.67, .22), (1., .42), (1., 1.), (0., 1.), (0., .42), (.33, .22)]],
-        [_box(0., .58, 1., .82)]),
+        'bottle',
+        0.42,
+        [[(0.33, 0.0), (0.67, 0.0), (0.67, 0.22), (1.0, 0.42), (1.0, 1.0), (0.0, 1.0), (0.0, 0.42), (0.33, 0.22)]],
+        [_box(0.0, 0.58, 1.0, 0.82)],
+    ),
     'bus': _Shape(
-        'bus', 1.9,
-        [_box(0., 0., 1., .84), _disc(.22, .84, .085, .16), _disc(.78, .84, .085, .16)],
-        [_box(.05 + .235 * index, .14, .22 + .235 * index, .44) for index in range(4)]),
+        'bus',
+        1.9,
+        [_box(0.0, 0.0, 1.0, 0.84), _disc(0.22, 0.84, 0.085, 0.16), _disc(0.78, 0.84, 0.085, 0.16)],
+        [_box(0.05 + 0.235 * index, 0.14, 0.22 + 0.235 * index, 0.44) for index in range(4)],
+    ),
     'tvmonitor': _Shape(
-        'tv', 1.3,
-        [_box(0., 0., 1., .8), _box(.42, .78, .58, .95), _box(.22, .93, .78, 1.)],
-        [_box(.06, .07, .94, .72)]),
+        'tv',
+        1.3,
+        [_box(0.0, 0.0, 1.0, 0.8), _box(0.42, 0.78, 0.58, 0.95), _box(0.22, 0.93, 0.78, 1.0)],
+        [_box(0.06, 0.07, 0.94, 0.72)],
+    ),
 }
 
 #: The kinds of objects of the detection sets, by VOC's names; COCO calls a tvmonitor tv.
@@ -361,7 +389,7 @@ def draw_objects(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray,
 
 
 def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return (box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3])
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
 def _cover(size: int, polygons: list[np.ndarray]) -> np.ndarray:
@@ -372,9 +400,9 @@ def _cover(size: int, polygons: list[np.ndarray]) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _paint_object(canvas: _Canvas, shape: _Shape, box: tuple[float, float, float, float]
-                  ) -> list[np.ndarray]:
+def _paint_object(canvas: _Canvas, shape: _Shape, box: tuple[float, float, float, float]) -> list[np.ndarray]:
     """Paint an object into its box; its outline in pixels."""
+
     def place(polygons: list[list[Point]]) -> list[np.ndarray]:
         corner, extent = np.asarray(box[:2]), np.asarray([box[2] - box[0], box[3] - box[1]])
         return [corner + np.asarray(polygon) * extent for polygon in polygons]
@@ -384,13 +412,20 @@ def _paint_object(canvas: _Canvas, shape: _Shape, box: tuple[float, float, float
     second = np.where(color.mean() > 115, color - 85, color + 85)
     outline = place(shape.outline)
     for polygons, texture in ((outline, color), (place(shape.details), second)):
-        canvas.paint(_cover(canvas.size, polygons), None,
-                     texture + 6 * canvas.noise(canvas.size // 4, canvas.size // 4))
+        canvas.paint(
+            _cover(canvas.size, polygons), None, texture + 6 * canvas.noise(canvas.size // 4, canvas.size // 4)
+        )
     return outline
 
 
-def write_demo_voc(root: str | Path, num_train: int = 24, num_test: int = 8, size: int = 160,
-                   seed: int = 0, years: Sequence[int] = (2007,)) -> Path:
+def write_demo_voc(
+    root: str | Path,
+    num_train: int = 24,
+    num_test: int = 8,
+    size: int = 160,
+    seed: int = 0,
+    years: Sequence[int] = (2007,),
+) -> Path:
     """Write a detection set as VOC has it.
 
     Args:
@@ -416,15 +451,12 @@ def write_demo_voc(root: str | Path, num_train: int = 24, num_test: int = 8, siz
         for split, count, stream in splits:
             names = []
             for index in range(count):
-                image, objects = draw_objects(
-                    np.random.default_rng((seed, stream, index, year)), size)
+                image, objects = draw_objects(np.random.default_rng((seed, stream, index, year)), size)
                 number += 1
                 names.append(f'{number:06d}')
                 Image.fromarray(image).save(folder / f'JPEGImages/{names[-1]}.jpg', quality=95)
-                _voc_annotation(names[-1], size, objects).write(
-                    folder / f'Annotations/{names[-1]}.xml')
-            (folder / f'ImageSets/Main/{split}.txt').write_text(
-                ''.join(f'{name}\n' for name in names))
+                _voc_annotation(names[-1], size, objects).write(folder / f'Annotations/{names[-1]}.xml')
+            (folder / f'ImageSets/Main/{split}.txt').write_text(''.join(f'{name}\n' for name in names))
     return root
 
 
@@ -442,13 +474,17 @@ def _voc_annotation(name: str, size: int, objects: list[DemoObject]) -> ElementT
         add(entry, name=item.name, truncated=0, difficult=0)
         # VOC counts pixels from 1, and the last one belongs to the box.
         left, upper, right, lower = item.box
-        add(ElementTree.SubElement(entry, 'bndbox'), xmin=math.floor(left) + 1,
-            ymin=math.floor(upper) + 1, xmax=math.ceil(right), ymax=math.ceil(lower))
+        add(
+            ElementTree.SubElement(entry, 'bndbox'),
+            xmin=math.floor(left) + 1,
+            ymin=math.floor(upper) + 1,
+            xmax=math.ceil(right),
+            ymax=math.ceil(lower),
+        )
     return ElementTree.ElementTree(top)
 
 
-def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, size: int = 160,
-                    seed: int = 0) -> Path:
+def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, size: int = 160, seed: int = 0) -> Path:
     """Write an instance segmentation set as COCO 2017 has it; needs mmdet for COCO's categories.
 
     Args:
@@ -463,6 +499,7 @@ def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, siz
         The root.
     """
     from mmdet.datasets import CocoDataset
+
     # All 80, since their order gives the labels. The numbers are not COCO's, which have gaps.
     numbers = {name: number for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)}
     root = Path(root)
@@ -478,14 +515,24 @@ def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, siz
             images.append(dict(id=index + 1, file_name=name, height=size, width=size))
             for item in objects:
                 left, upper, right, lower = item.box
-                annotations.append(dict(
-                    id=len(annotations) + 1, image_id=index + 1, iscrowd=0,
-                    category_id=numbers[_SHAPES[item.name].coco_name],
-                    bbox=[round(value, 2) for value in (left, upper, right - left, lower - upper)],
-                    area=int(_cover(size, item.polygons).sum()),
-                    segmentation=[np.round(polygon, 2).ravel().tolist()
-                                  for polygon in item.polygons]))
-        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(dict(
-            images=images, annotations=annotations,
-            categories=[dict(id=number, name=name) for name, number in numbers.items()])))
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=index + 1,
+                        iscrowd=0,
+                        category_id=numbers[_SHAPES[item.name].coco_name],
+                        bbox=[round(value, 2) for value in (left, upper, right - left, lower - upper)],
+                        area=int(_cover(size, item.polygons).sum()),
+                        segmentation=[np.round(polygon, 2).ravel().tolist() for polygon in item.polygons],
+                    )
+                )
+        (root / 'annotations' / f'instances_{split}.json').write_text(
+            json.dumps(
+                dict(
+                    images=images,
+                    annotations=annotations,
+                    categories=[dict(id=number, name=name) for name, number in numbers.items()],
+                )
+            )
+        )
     return root

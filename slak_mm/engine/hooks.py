@@ -58,9 +58,7 @@ def _load_foreign(model: nn.Module, checkpoint: dict, source: str) -> None:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise CheckpointMismatch(
-            f'{source} does not fit {type(model).__name__}: '
-            f'{" ".join(lines)[:600]}') from error
+        raise CheckpointMismatch(f'{source} does not fit {type(model).__name__}: {" ".join(lines)[:600]}') from error
 
 
 @HOOKS.register_module()
@@ -91,15 +89,18 @@ class StrictCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Replace the checkpoint's ``state_dict`` by the converted and verified one."""
-        if SPARSITY_KEY in checkpoint and getattr(runner, '_resume', False) and not any(
-                type(hook).__name__ == 'SparsityHook' for hook in runner.hooks):
+        if (
+            SPARSITY_KEY in checkpoint
+            and getattr(runner, '_resume', False)
+            and not any(type(hook).__name__ == 'SparsityHook' for hook in runner.hooks)
+        ):
             raise CheckpointMismatch(
                 'The run to resume trained with sparsity, and this one would not (its config has '
                 'no SparsityHook): resume it with the --sparse that it had. To train on densely '
-                'from its weights, start a new run with --cfg-options load_from=CHECKPOINT.')
+                'from its weights, start a new run with --cfg-options load_from=CHECKPOINT.'
+            )
         model = unwrap_model(runner.model)
         if find_backbones(model):
-            prepare_checkpoint(model, checkpoint, strict=self.strict,
-                               require_heads=self.require_heads)
+            prepare_checkpoint(model, checkpoint, strict=self.strict, require_heads=self.require_heads)
         elif self.strict:
             _load_foreign(model, checkpoint, 'The checkpoint')

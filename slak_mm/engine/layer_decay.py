@@ -56,14 +56,14 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         if unknown:
             raise ValueError(
                 f'paramwise_cfg of {type(self).__name__} has the unknown keys {sorted(unknown)}; '
-                'it takes decay_rate, decay_type and num_layers')
+                'it takes decay_rate, decay_type and num_layers'
+            )
         if not 0 < cfg.get('decay_rate', 0) <= 1:
-            raise ValueError(
-                f'paramwise_cfg.decay_rate must lie in (0, 1], got {cfg.get("decay_rate")}')
+            raise ValueError(f'paramwise_cfg.decay_rate must lie in (0, 1], got {cfg.get("decay_rate")}')
         if cfg.get('decay_type', 'layer_wise') not in _DECAY_TYPES:
             raise ValueError(
-                f'paramwise_cfg.decay_type must be one of {", ".join(_DECAY_TYPES)}, got '
-                f'{cfg["decay_type"]!r}')
+                f'paramwise_cfg.decay_type must be one of {", ".join(_DECAY_TYPES)}, got {cfg["decay_type"]!r}'
+            )
         if self.base_lr is None:
             raise ValueError('optimizer.lr must be given: the decay multiplies it')
 
@@ -79,7 +79,8 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
             raise TypeError(
                 f'{type(self).__name__} needs a model with exactly one SLaK or ShiftWise '
                 f'backbone, but {type(module).__name__} has {len(found)}; choose another '
-                'optim_wrapper.constructor')
+                'optim_wrapper.constructor'
+            )
         name, backbone = found[0]
         prefix = name + '.' if name else ''
         num_layers = self._num_layers(backbone)
@@ -90,14 +91,18 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         for param_name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
-            own_name = param_name[len(prefix):] if param_name.startswith(prefix) else ''
+            own_name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
             layer = layer_id(own_name, num_layers, decay_type)
             decayed = param.ndim > 1 and not param_name.endswith('.bias')
             if (layer, decayed) not in groups:
                 scale = decay_rate ** (num_layers + 1 - layer)
                 groups[layer, decayed] = dict(
-                    params=[], param_names=[], lr=self.base_lr * scale, lr_scale=scale,
-                    group_name=f'layer_{layer}_{"decay" if decayed else "no_decay"}')  # fmt: skip
+                    params=[],
+                    param_names=[],
+                    lr=self.base_lr * scale,
+                    lr_scale=scale,
+                    group_name=f'layer_{layer}_{"decay" if decayed else "no_decay"}',
+                )
                 if not decayed:
                     groups[layer, decayed]['weight_decay'] = 0.0
             groups[layer, decayed]['params'].append(param)
@@ -105,35 +110,42 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         ordered = [groups[key] for key in sorted(groups)]
         params.extend(ordered)
         print_log(
-            f'{decay_type} learning-rate decay {decay_rate}, num_layers {num_layers}:\n'
-            f'{self._table(ordered)}', logger='current')  # fmt: skip
+            f'{decay_type} learning-rate decay {decay_rate}, num_layers {num_layers}:\n{self._table(ordered)}',
+            logger='current',
+        )
 
     def _num_layers(self, backbone: LargeKernelBackbone) -> int:
         depths = backbone.depths
         if len(depths) != 4:
-            raise ValueError(
-                f'layer numbers are defined for four stages, the backbone has {len(depths)}')
+            raise ValueError(f'layer numbers are defined for four stages, the backbone has {len(depths)}')
         least = 3 + math.ceil(depths[2] / 3)
         num_layers = self.paramwise_cfg.get('num_layers', least)
         layer_wise = self.paramwise_cfg.get('decay_type', 'layer_wise') == 'layer_wise'
         if num_layers < (least if layer_wise else 4):
             raise ValueError(
                 f'paramwise_cfg.num_layers is {num_layers}, but a stage 2 of {depths[2]} blocks '
-                f'needs at least {least if layer_wise else 4}')
+                f'needs at least {least if layer_wise else 4}'
+            )
         return num_layers
 
     def _table(self, groups: list[dict]) -> str:
         rows = [('group', 'lr', 'lr scale', 'weight decay', 'tensors', 'parameters')]
         for group in groups:
-            rows.append((
-                group['group_name'], f'{group["lr"]:.3g}', f'{group["lr_scale"]:.4f}',
-                f'{group.get("weight_decay", self.base_wd or 0):g}', str(len(group['params'])),
-                f'{sum(p.numel() for p in group["params"]):,}'))  # fmt: skip
+            rows.append(
+                (
+                    group['group_name'],
+                    f'{group["lr"]:.3g}',
+                    f'{group["lr_scale"]:.4f}',
+                    f'{group.get("weight_decay", self.base_wd or 0):g}',
+                    str(len(group['params'])),
+                    f'{sum(p.numel() for p in group["params"]):,}',
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return '\n'.join(
-            '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                      for i, (cell, w) in enumerate(zip(row, widths)))
-            for row in rows)  # fmt: skip
+            '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        )
 
 
 def layer_id(name: str, num_layers: int, decay_type: str) -> int:

@@ -27,10 +27,24 @@ from slak_mm.sparsity import MODES, PRESETS
 from . import prepare_data
 
 __all__ = [
-    'SPARSE_CHOICES', 'ConfigOverrideError', 'adapt_to_device', 'check_data', 'dataset_class',
-    'datasets_of', 'masks_from_scratch', 'model_of', 'named_weights', 'remove_weights',
-    'set_batch_size', 'set_crop_size', 'set_data_root', 'set_img_scale', 'set_max_iters',
-    'set_num_workers', 'set_sparse', 'set_sparsity'
+    'SPARSE_CHOICES',
+    'ConfigOverrideError',
+    'adapt_to_device',
+    'check_data',
+    'dataset_class',
+    'datasets_of',
+    'masks_from_scratch',
+    'model_of',
+    'named_weights',
+    'remove_weights',
+    'set_batch_size',
+    'set_crop_size',
+    'set_data_root',
+    'set_img_scale',
+    'set_max_iters',
+    'set_num_workers',
+    'set_sparse',
+    'set_sparsity',
 ]
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -62,8 +76,7 @@ def model_of(cfg: Config) -> ConfigDict:
     return model.module if 'module' in model and 'backbone' not in model else model
 
 
-def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS
-                ) -> Iterator[tuple[str, ConfigDict]]:
+def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> Iterator[tuple[str, ConfigDict]]:
     """The innermost datasets of data loaders.
 
     Args:
@@ -74,6 +87,7 @@ def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS
         Where the data set stands in the config, and its config. Wrapping
         data sets (``dataset=``, ``datasets=``) are opened, not yielded.
     """
+
     def leaves(path: str, node: Any) -> Iterator[tuple[str, ConfigDict]]:
         if not isinstance(node, dict):
             return
@@ -106,22 +120,21 @@ def set_data_root(cfg: Config, root: str) -> None:
     Raises:
         ConfigOverrideError: The folder does not exist, or the config has no or several roots.
     """
-    old_roots = {osp.normpath(dataset['data_root'])
-                 for _, dataset in datasets_of(cfg) if dataset.get('data_root')}
+    old_roots = {osp.normpath(dataset['data_root']) for _, dataset in datasets_of(cfg) if dataset.get('data_root')}
     if not old_roots:
-        raise ConfigOverrideError(
-            '--data-root has no effect on this config: none of its data sets has a data_root.')
+        raise ConfigOverrideError('--data-root has no effect on this config: none of its data sets has a data_root.')
     if len(old_roots) > 1:
         raise ConfigOverrideError(
             f'--data-root cannot replace several roots at once, this config has '
-            f'{", ".join(sorted(old_roots))}; set each with --cfg-options.')
+            f'{", ".join(sorted(old_roots))}; set each with --cfg-options.'
+        )
     if not osp.isdir(root):
-        layout = ', '.join(sorted({entry for _, dataset in datasets_of(cfg)
-                                   for entry in _entries(dataset)}))
+        layout = ', '.join(sorted({entry for _, dataset in datasets_of(cfg) for entry in _entries(dataset)}))
         known = next(dataset for _, dataset in datasets_of(cfg) if dataset.get('data_root'))
         raise ConfigOverrideError(
             f'The data root "{root}" does not exist; this config expects a folder that has '
-            f'{layout}.{prepare_data.hint(known)}')
+            f'{layout}.{prepare_data.hint(known)}'
+        )
     old = old_roots.pop()
 
     def replace(node: Any) -> Any:
@@ -146,8 +159,7 @@ def set_data_root(cfg: Config, root: str) -> None:
 
 def _entries(dataset: dict) -> list[str]:
     """Files and folders below its root that a data set needs, as written in the config."""
-    entries = [value for key, value in (dataset.get('data_prefix') or {}).items()
-               if isinstance(value, str) and value]
+    entries = [value for key, value in (dataset.get('data_prefix') or {}).items() if isinstance(value, str) and value]
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file:
         entries.append(ann_file)
@@ -178,15 +190,12 @@ def _check_dataset(where: str, dataset: dict, scope: str | None) -> None:
     """Check one data set; see :func:`check_data`."""
     root = dataset.get('data_root') or ''
     entries = _entries(dataset)
-    remedy = ('give the folder that has '
-              f'{" and ".join(entries)} with --data-root' if root else f'set {where}')
+    remedy = f'give the folder that has {" and ".join(entries)} with --data-root' if root else f'set {where}'
     if root and not osp.isdir(root):
-        raise ConfigOverrideError(
-            f'The data root "{root}" does not exist ({where}): {remedy}.')
+        raise ConfigOverrideError(f'The data root "{root}" does not exist ({where}): {remedy}.')
     for entry in entries:
         if not osp.exists(osp.join(root, entry)):
-            raise ConfigOverrideError(
-                f'"{osp.join(root, entry)}" does not exist ({where}): {remedy}.')
+            raise ConfigOverrideError(f'"{osp.join(root, entry)}" does not exist ({where}): {remedy}.')
     _check_pairs(where, root, dataset, scope)
     _check_listed(where, root, dataset, scope)
 
@@ -200,8 +209,9 @@ def _check_pairs(where: str, root: str, dataset: dict, scope: str | None) -> Non
     if image_suffix is None:
         return
     folder = Path(root, prefix['img_path'])
-    names = sorted(path.relative_to(folder).as_posix()[:-len(image_suffix)]
-                   for path in folder.rglob(f'*{image_suffix}'))
+    names = sorted(
+        path.relative_to(folder).as_posix()[: -len(image_suffix)] for path in folder.rglob(f'*{image_suffix}')
+    )
     if not names:
         raise ConfigOverrideError(f'"{folder}" has no *{image_suffix} images ({where}).')
     if not prefix.get('seg_map_path') or label_suffix is None:
@@ -211,7 +221,8 @@ def _check_pairs(where: str, root: str, dataset: dict, scope: str | None) -> Non
     if lacking:
         raise ConfigOverrideError(
             f'{len(lacking)} of {len(names)} images of "{folder}" have no annotation, the first '
-            f'is "{labels / (lacking[0] + label_suffix)}" ({where}).')
+            f'is "{labels / (lacking[0] + label_suffix)}" ({where}).'
+        )
 
 
 def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> None:
@@ -220,8 +231,9 @@ def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> No
     bases = {cls.__name__: cls for cls in inspect.getmro(kind)} if kind is not None else {}
     base = bases.get('XMLDataset') or bases.get('CocoDataset')
     # A class that reads its list in a way of its own knows itself what it needs.
-    if base is None or any(getattr(kind, name) is not getattr(base, name)
-                           for name in ('load_data_list', 'parse_data_info')):
+    if base is None or any(
+        getattr(kind, name) is not getattr(base, name) for name in ('load_data_list', 'parse_data_info')
+    ):
         return
     listing = Path(root, dataset['ann_file'])
     prefix = dataset.get('data_prefix') or {}
@@ -233,10 +245,13 @@ def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> No
         folder = Path(root, prefix.get('sub_data_root', ''))
         images = [line for line in listing.read_text().split('\n') if line]
         needed = [
-            ('missing', folder / dataset.get('img_subdir', 'JPEGImages'),
-             [f'{name}.jpg' for name in images]),
-            ('without annotation', folder / dataset.get('ann_subdir', 'Annotations'),
-             [f'{name}.xml' for name in images])]
+            ('missing', folder / dataset.get('img_subdir', 'JPEGImages'), [f'{name}.jpg' for name in images]),
+            (
+                'without annotation',
+                folder / dataset.get('ann_subdir', 'Annotations'),
+                [f'{name}.xml' for name in images],
+            ),
+        ]
     if not images:
         raise ConfigOverrideError(f'"{listing}" lists no images ({where}).')
     for lack, folder, names in needed:
@@ -244,12 +259,12 @@ def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> No
         present: dict[Path, set[str]] = {}
         for parent in {(folder / name).parent for name in names}:
             present[parent] = set(os.listdir(parent)) if parent.is_dir() else set()
-        lacking = [path for path in (folder / name for name in names)
-                   if path.name not in present[path.parent]]
+        lacking = [path for path in (folder / name for name in names) if path.name not in present[path.parent]]
         if lacking:
             raise ConfigOverrideError(
                 f'{len(lacking)} of {len(names)} images that "{listing}" lists are {lack}, the '
-                f'first is "{lacking[0]}" ({where}).')
+                f'first is "{lacking[0]}" ({where}).'
+            )
 
 
 def _coco_images(listing: Path, where: str) -> list[str]:
@@ -259,10 +274,9 @@ def _coco_images(listing: Path, where: str) -> list[str]:
     with listing.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if not text[-64:].rstrip().endswith(b'}'):
             raise ConfigOverrideError(
-                f'"{listing}" ends in the middle, as after an interrupted download or unpacking '
-                f'({where}).')
-        return [json.loads(name) for name in
-                re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
+                f'"{listing}" ends in the middle, as after an interrupted download or unpacking ({where}).'
+            )
+        return [json.loads(name) for name in re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
 
 
 def dataset_class(dataset: dict, scope: str | None) -> type | None:
@@ -284,13 +298,11 @@ def dataset_class(dataset: dict, scope: str | None) -> type | None:
 
 def _suffixes(dataset: dict, scope: str | None) -> tuple[str | None, str | None]:
     """Image and label suffix of a segmentation data set: its own, else its class's default."""
-    suffixes = dict(img_suffix=dataset.get('img_suffix'),
-                    seg_map_suffix=dataset.get('seg_map_suffix'))
+    suffixes = dict(img_suffix=dataset.get('img_suffix'), seg_map_suffix=dataset.get('seg_map_suffix'))
     kind = dataset_class(dataset, scope) if None in suffixes.values() else None
     # A class that passes **kwargs on inherits the defaults of its base.
     for cls in inspect.getmro(kind) if kind is not None else ():
-        parameters = inspect.signature(vars(cls)['__init__']).parameters \
-            if '__init__' in vars(cls) else {}
+        parameters = inspect.signature(vars(cls)['__init__']).parameters if '__init__' in vars(cls) else {}
         for key in suffixes:
             if suffixes[key] is None and key in parameters:
                 suffixes[key] = parameters[key].default
@@ -358,14 +370,14 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
     old = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
     if loop.get('type') not in ('IterBasedTrainLoop', 'EpochBasedTrainLoop', None) or not old:
         raise ConfigOverrideError(
-            f'--max-iters cannot change the training loop "{loop.get("type")}" of this config; '
-            f'use --cfg-options.')
+            f'--max-iters cannot change the training loop "{loop.get("type")}" of this config; use --cfg-options.'
+        )
     factor = max_iters / old
 
     if by_epoch:
-        cfg.train_cfg = ConfigDict({
-            key: value for key, value in loop.items()
-            if key in ('val_begin', 'val_interval', 'dynamic_intervals')})
+        cfg.train_cfg = ConfigDict(
+            {key: value for key, value in loop.items() if key in ('val_begin', 'val_interval', 'dynamic_intervals')}
+        )
         cfg.train_cfg.type = 'IterBasedTrainLoop'
         _count_iterations(cfg)
         loop = cfg.train_cfg
@@ -377,8 +389,8 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
         loop.val_begin = _scaled(loop.val_begin, factor, 1)
     if loop.get('dynamic_intervals'):
         loop.dynamic_intervals = [
-            (_scaled(begin, factor), _scaled(interval, factor, 1))
-            for begin, interval in loop.dynamic_intervals]
+            (_scaled(begin, factor), _scaled(interval, factor, 1)) for begin, interval in loop.dynamic_intervals
+        ]
 
     schedulers = cfg.get('param_scheduler') or []
     schedulers = [schedulers] if isinstance(schedulers, dict) else schedulers
@@ -388,9 +400,11 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
         # mmengine's ramps take one step less than their length: one of a single step would hold
         # the learning rate at the start of the warm-up for ever.
         cfg.param_scheduler = [
-            scheduler for scheduler in schedulers
+            scheduler
+            for scheduler in schedulers
             if not scheduler.get('type', '').startswith(('LinearLR', 'ConstantLR'))
-            or scheduler.get('end', math.inf) - scheduler.get('begin', 0) >= 2]
+            or scheduler.get('end', math.inf) - scheduler.get('begin', 0) >= 2
+        ]
 
     hooks = cfg.get('default_hooks') or {}
     checkpoint = hooks.get('checkpoint')
@@ -416,10 +430,11 @@ def _count_iterations(cfg: Config) -> None:
     hooks.logger.log_metric_by_epoch = False
     sampler = cfg.train_dataloader.get('sampler')
     if sampler and sampler.get('type') == 'DefaultSampler':
-        cfg.train_dataloader.sampler = ConfigDict(
-            type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
-    _log('--max-iters: this config counts epochs; it is run by iterations instead, with its '
-         'schedule in the same proportions.')
+        cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
+    _log(
+        '--max-iters: this config counts epochs; it is run by iterations instead, with its '
+        'schedule in the same proportions.'
+    )
 
 
 def _rescale(scheduler: ConfigDict, loop_by_epoch: bool, factor: float, max_iters: int) -> None:
@@ -440,8 +455,7 @@ def _rescale(scheduler: ConfigDict, loop_by_epoch: bool, factor: float, max_iter
             scheduler[key] = _scaled(value, factor, 0 if key == 'begin' else 1)
     for key in ('milestones', 'periods', 'restarts'):
         if scheduler.get(key) is not None:
-            scheduler[key] = [_scaled(value, factor, 0 if key == 'restarts' else 1)
-                              for value in scheduler[key]]
+            scheduler[key] = [_scaled(value, factor, 0 if key == 'restarts' else 1) for value in scheduler[key]]
     begin, end = scheduler.get('begin', 0), scheduler.get('end')
     if end is not None and end <= begin:
         scheduler.end = begin + 1
@@ -454,8 +468,7 @@ def _pipelines(cfg: Config) -> Iterator[ConfigDict]:
     """Every transform of every pipeline, nested ones included, each once."""
     seen: set[int] = set()
     nodes = [cfg.get(name) for name in LOADERS]
-    nodes += [cfg.get(name) for name in ('train_pipeline', 'test_pipeline', 'val_pipeline',
-                                         'tta_pipeline')]
+    nodes += [cfg.get(name) for name in ('train_pipeline', 'test_pipeline', 'val_pipeline', 'tta_pipeline')]
     for node in nodes:
         for transform in _walk(node):
             if id(transform) not in seen:
@@ -467,10 +480,16 @@ def _pipelines(cfg: Config) -> Iterator[ConfigDict]:
 _RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'FixScaleResize')
 #: What else has a size in pixels in detection, and under which names.
 _AREAS = {
-    'RandomCrop': ('crop_size',), 'Pad': ('size',), 'FixShapeResize': ('width', 'height'),
-    'Mosaic': ('img_scale',), 'CachedMosaic': ('img_scale',), 'MixUp': ('img_scale',),
-    'CachedMixUp': ('img_scale',), 'BatchFixedSizePad': ('size',), 'BatchResize': ('scale',),
-    'BatchSyncRandomResize': ('random_size_range',)
+    'RandomCrop': ('crop_size',),
+    'Pad': ('size',),
+    'FixShapeResize': ('width', 'height'),
+    'Mosaic': ('img_scale',),
+    'CachedMosaic': ('img_scale',),
+    'MixUp': ('img_scale',),
+    'CachedMixUp': ('img_scale',),
+    'BatchFixedSizePad': ('size',),
+    'BatchResize': ('scale',),
+    'BatchSyncRandomResize': ('random_size_range',),
 }
 
 
@@ -490,15 +509,17 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     """
     if cfg.get('default_scope') == 'mmdet':
         raise ConfigOverrideError(
-            '--crop-size is for semantic segmentation; detection trains on whole images, whose '
-            'size --img-scale sets.')
-    crops = {_pair(transform['crop_size'])
-             for _, dataset in datasets_of(cfg, ('train_dataloader',))
-             for transform in _walk(dataset) if transform.get('type') == 'RandomCrop'}
+            '--crop-size is for semantic segmentation; detection trains on whole images, whose size --img-scale sets.'
+        )
+    crops = {
+        _pair(transform['crop_size'])
+        for _, dataset in datasets_of(cfg, ('train_dataloader',))
+        for transform in _walk(dataset)
+        if transform.get('type') == 'RandomCrop'
+    }
     if len(crops) != 1:
         found = f'crops to {len(crops)} different sizes' if crops else 'has no RandomCrop'
-        raise ConfigOverrideError(
-            f'--crop-size needs a config that crops to one size in training; this one {found}.')
+        raise ConfigOverrideError(f'--crop-size needs a config that crops to one size in training; this one {found}.')
     old = crops.pop()
     factor = min(size) / min(old)
 
@@ -526,8 +547,8 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     if test_cfg.get('mode') == 'slide':
         test_cfg['stride'] = tuple(
             max(1, min(crop, _scaled(stride, crop / old_crop)))
-            for stride, crop, old_crop in zip(_pair(test_cfg['stride']), size,
-                                              _pair(test_cfg['crop_size'])))
+            for stride, crop, old_crop in zip(_pair(test_cfg['stride']), size, _pair(test_cfg['crop_size']))
+        )
         test_cfg['crop_size'] = size
     if cfg.get('crop_size') is not None:
         cfg.crop_size = size
@@ -550,17 +571,18 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
             one scale.
     """
     if cfg.get('default_scope') == 'mmseg':
-        raise ConfigOverrideError(
-            '--img-scale is for detection; a segmentation config follows --crop-size.')
-    scales = {tuple(sorted(_pair(transform['scale']), reverse=True))
-              for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
-              for transform in _walk(dataset.get('pipeline'))
-              if transform.get('type') in _RESIZES and transform.get('scale') is not None}
+        raise ConfigOverrideError('--img-scale is for detection; a segmentation config follows --crop-size.')
+    scales = {
+        tuple(sorted(_pair(transform['scale']), reverse=True))
+        for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
+        for transform in _walk(dataset.get('pipeline'))
+        if transform.get('type') in _RESIZES and transform.get('scale') is not None
+    }
     if len(scales) != 1:
         found = f'to {len(scales)} different scales' if scales else 'to no scale'
         raise ConfigOverrideError(
-            '--img-scale needs a config that resizes all test images to one scale; this one '
-            f'resizes them {found}.')
+            f'--img-scale needs a config that resizes all test images to one scale; this one resizes them {found}.'
+        )
     old_long, old_short = scales.pop()
     short_factor = size[1] / old_short
     long_factor = size[0] / old_long if size[0] else short_factor
@@ -572,8 +594,9 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
             return _scaled(value, short_factor, 1)
         # Configs write (width, height) as well as (short, long).
         factors = (long_factor, short_factor)
-        return type(value)(_scaled(side, factor, 1) for side, factor in zip(
-            value, factors if value[0] >= value[1] else factors[::-1]))
+        return type(value)(
+            _scaled(side, factor, 1) for side, factor in zip(value, factors if value[0] >= value[1] else factors[::-1])
+        )
 
     def area(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -584,8 +607,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     batch_augments = [node.get('batch_augments') for node in preprocessors if node]
     for transform in [*_pipelines(cfg), *_walk(batch_augments)]:
         kind = transform.get('type')
-        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES \
-            else (_AREAS.get(str(kind), ()), area)
+        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES else (_AREAS.get(str(kind), ()), area)
         # The size of a relative crop is a share of the image.
         if str(transform.get('crop_type', '')).startswith('relative'):
             continue
@@ -647,9 +669,9 @@ def remove_weights(cfg: Config) -> list[tuple[str, str]]:
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             node['init_cfg'] = None
         elif isinstance(init_cfg, (list, tuple)):
-            node['init_cfg'] = [item for item in init_cfg
-                                if not (isinstance(item, dict)
-                                        and item.get('type') == 'Pretrained')] or None
+            node['init_cfg'] = [
+                item for item in init_cfg if not (isinstance(item, dict) and item.get('type') == 'Pretrained')
+            ] or None
     return removed
 
 
@@ -678,13 +700,22 @@ def set_sparse(cfg: Config, choice: str) -> None:
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook not in present]
     if choice in PRESETS:
         published = PRESETS[choice]
-        hooks.append(ConfigDict(
-            type='SparsityHook', preset=choice, distribution='from_weights',
-            from_scratch={key: published[key] for key in ('distribution', 'sparsity')}))
+        hooks.append(
+            ConfigDict(
+                type='SparsityHook',
+                preset=choice,
+                distribution='from_weights',
+                from_scratch={key: published[key] for key in ('distribution', 'sparsity')},
+            )
+        )
     elif choice != 'off':
-        hook = present[0] if present else ConfigDict(
-            type='SparsityHook', distribution='from_weights',
-            from_scratch=dict(distribution='erk', sparsity=0.4))
+        hook = (
+            present[0]
+            if present
+            else ConfigDict(
+                type='SparsityHook', distribution='from_weights', from_scratch=dict(distribution='erk', sparsity=0.4)
+            )
+        )
         hooks.append(ConfigDict(hook, mode=choice))
     cfg.custom_hooks = hooks
 
@@ -702,8 +733,8 @@ def set_sparsity(cfg: Config, sparsity: float) -> None:
     hooks = _sparsity_hooks(cfg)
     if not hooks:
         raise ConfigOverrideError(
-            '--sparsity needs a config with a SparsityHook; add one with --sparse '
-            f'{"|".join(SPARSE_CHOICES[1:])}.')
+            f'--sparsity needs a config with a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
+        )
     for hook in hooks:
         own = hook.get('distribution', 'from_weights')
         drawn = dict(distribution='erk' if own == 'from_weights' else own)
@@ -729,7 +760,8 @@ def masks_from_scratch(cfg: Config) -> None:
             raise ConfigOverrideError(
                 'The SparsityHook of this config takes its masks from the zeros of pretrained '
                 'weights, which a run from scratch has not: add --sparse off to train densely, '
-                'or --sparsity 0.4 to draw masks.')
+                'or --sparsity 0.4 to draw masks.'
+            )
 
 
 # ------------------------------------------------------------------------------------- device
@@ -739,8 +771,7 @@ def masks_from_scratch(cfg: Config) -> None:
 OUR_BACKBONES = ('SLaK', 'ShiftWise')
 
 
-def adapt_to_device(cfg: Config,
-                    has_gpu: Callable[[], bool] = torch.cuda.is_available) -> None:
+def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_available) -> None:
     """Make a config run where there is no GPU; without effect where there is one.
 
     SyncBN becomes BN (it exists for GPUs only; in a distributed run each process then has its
@@ -761,7 +792,8 @@ def adapt_to_device(cfg: Config,
     if wrapper.get('type') == 'AmpOptimWrapper':
         raise ConfigOverrideError(
             "Mixed precision (--amp, AmpOptimWrapper) needs a GPU: mmengine's wrapper does not "
-            'work on the CPU. Run without it.')
+            'work on the CPU. Run without it.'
+        )
     changed = 0
     for node in _walk(model_of(cfg)):
         if node.get('type') in OUR_BACKBONES:
@@ -776,8 +808,13 @@ def adapt_to_device(cfg: Config,
     if (env_cfg.get('dist_cfg') or {}).get('backend', 'nccl') == 'nccl':
         cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
     if cfg.get('launcher', 'none') != 'none':
-        wrapper_cfg = ConfigDict(cfg.get('model_wrapper_cfg') or dict(
-            type='MMDistributedDataParallel', broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False)))
+        wrapper_cfg = ConfigDict(
+            cfg.get('model_wrapper_cfg')
+            or dict(
+                type='MMDistributedDataParallel',
+                broadcast_buffers=False,
+                find_unused_parameters=cfg.get('find_unused_parameters', False),
+            )
+        )
         wrapper_cfg.device_ids = None
         cfg.model_wrapper_cfg = wrapper_cfg

@@ -26,8 +26,7 @@ from typing import Any
 
 from mmengine.utils import mkdir_or_exist
 
-__all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint',
-           'prepare']
+__all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint', 'prepare']
 
 Report = Callable[[str, int, int], None]
 
@@ -113,13 +112,24 @@ class DataSet:
 def _voc(year: str, lists: Mapping[str, int], *archives: tuple[str, str]) -> DataSet:
     hosts = ('https://thor.robots.ox.ac.uk', 'http://host.robots.ox.ac.uk')
     return DataSet(
-        folder=f'VOCdevkit/VOC{year}', kind='VOCDataset',
-        parts=(Part('', f'VOCdevkit/VOC{year}', tuple(
-            Archive(tuple(f'{host}/pascal/VOC/voc{year}/{name}' for host in hosts), checksum)
-            for name, checksum in archives)),),
-        files=tuple(Files(folder, pattern, count, f'ImageSets/Main/{name}.txt')
-                    for name, count in lists.items()
-                    for folder, pattern in (('JPEGImages', '{}.jpg'), ('Annotations', '{}.xml'))))
+        folder=f'VOCdevkit/VOC{year}',
+        kind='VOCDataset',
+        parts=(
+            Part(
+                '',
+                f'VOCdevkit/VOC{year}',
+                tuple(
+                    Archive(tuple(f'{host}/pascal/VOC/voc{year}/{name}' for host in hosts), checksum)
+                    for name, checksum in archives
+                ),
+            ),
+        ),
+        files=tuple(
+            Files(folder, pattern, count, f'ImageSets/Main/{name}.txt')
+            for name, count in lists.items()
+            for folder, pattern in (('JPEGImages', '{}.jpg'), ('Annotations', '{}.xml'))
+        ),
+    )
 
 
 def _coco(name: str, checksum: str) -> Archive:
@@ -131,31 +141,54 @@ def _coco(name: str, checksum: str) -> Archive:
 #: COCO, which publishes none, those that many projects give alike (PaddleDetection, for one).
 DATA_SETS: dict[str, DataSet] = {
     'ade20k': DataSet(
-        folder='ade/ADEChallengeData2016', kind='ADE20KDataset',
-        parts=(Part('', 'ADEChallengeData2016', (Archive(
-            ('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',),
-            'sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7'),)),),
-        files=tuple(Files(f'{kind}/{split}', f'ADE_{short}_{{:08d}}.{suffix}', count)
-                    for split, short, count in (('training', 'train', 20210),
-                                                ('validation', 'val', 2000))
-                    for kind, suffix in (('images', 'jpg'), ('annotations', 'png')))),
-    'voc2007': _voc('2007', dict(trainval=5011, test=4952),
-                    ('VOCtrainval_06-Nov-2007.tar', 'md5:c52e279531787c972589f7e41ab4ae64'),
-                    ('VOCtest_06-Nov-2007.tar', 'md5:b6e924de25625d8de591ea690078ad9f')),
-    'voc2012': _voc('2012', dict(trainval=11540),
-                    ('VOCtrainval_11-May-2012.tar', 'md5:6cd6e144f989b92b3379bac3b3de84fd')),
+        folder='ade/ADEChallengeData2016',
+        kind='ADE20KDataset',
+        parts=(
+            Part(
+                '',
+                'ADEChallengeData2016',
+                (
+                    Archive(
+                        ('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',),
+                        'sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7',
+                    ),
+                ),
+            ),
+        ),
+        files=tuple(
+            Files(f'{kind}/{split}', f'ADE_{short}_{{:08d}}.{suffix}', count)
+            for split, short, count in (('training', 'train', 20210), ('validation', 'val', 2000))
+            for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))
+        ),
+    ),
+    'voc2007': _voc(
+        '2007',
+        dict(trainval=5011, test=4952),
+        ('VOCtrainval_06-Nov-2007.tar', 'md5:c52e279531787c972589f7e41ab4ae64'),
+        ('VOCtest_06-Nov-2007.tar', 'md5:b6e924de25625d8de591ea690078ad9f'),
+    ),
+    'voc2012': _voc(
+        '2012', dict(trainval=11540), ('VOCtrainval_11-May-2012.tar', 'md5:6cd6e144f989b92b3379bac3b3de84fd')
+    ),
     'coco': DataSet(
-        folder='coco', kind='CocoDataset',
-        parts=(Part('annotations', 'annotations', (_coco(
-                   'annotations_trainval2017.zip', 'md5:f4bbac642086de4f52a3fdda2de5fa2c'),)),
-               Part('val2017', 'val2017', (_coco(
-                   'val2017.zip', 'md5:442b8da7639aecaf257c1dceb8ba8c80'),)),
-               Part('train2017', 'train2017', (_coco(
-                   'train2017.zip', 'md5:cced6f7f71b7629ddf16f17bbcfab6b2'),))),
-        files=(Files('annotations', 'instances_train2017.json', 1),
-               Files('annotations', 'instances_val2017.json', 1),
-               Files('val2017', '{}', 5000, 'annotations/instances_val2017.json'),
-               Files('train2017', '{}', 118287, 'annotations/instances_train2017.json'))),
+        folder='coco',
+        kind='CocoDataset',
+        parts=(
+            Part(
+                'annotations',
+                'annotations',
+                (_coco('annotations_trainval2017.zip', 'md5:f4bbac642086de4f52a3fdda2de5fa2c'),),
+            ),
+            Part('val2017', 'val2017', (_coco('val2017.zip', 'md5:442b8da7639aecaf257c1dceb8ba8c80'),)),
+            Part('train2017', 'train2017', (_coco('train2017.zip', 'md5:cced6f7f71b7629ddf16f17bbcfab6b2'),)),
+        ),
+        files=(
+            Files('annotations', 'instances_train2017.json', 1),
+            Files('annotations', 'instances_val2017.json', 1),
+            Files('val2017', '{}', 5000, 'annotations/instances_val2017.json'),
+            Files('train2017', '{}', 118287, 'annotations/instances_train2017.json'),
+        ),
+    ),
 }
 
 
@@ -170,17 +203,23 @@ def hint(data_set: Mapping[str, Any]) -> str:
         :data:`DATA_SETS`.
     """
     root = str(data_set.get('data_root') or '').rstrip('/')
-    paths = ' '.join([root, str(data_set.get('ann_file') or ''),
-                      *map(str, (data_set.get('data_prefix') or {}).values())])
+    paths = ' '.join(
+        [root, str(data_set.get('ann_file') or ''), *map(str, (data_set.get('data_prefix') or {}).values())]
+    )
     for name, known in DATA_SETS.items():
         if known.kind != data_set.get('type'):
             continue
         if name.startswith('voc') and f'VOC{name[3:]}' not in paths:
             continue
         # The configs' roots are the folder of the data set, or VOCdevkit above it.
-        above = next((root.removesuffix(folder).rstrip('/') or '.'
-                      for folder in (known.folder, known.folder.partition('/')[0])
-                      if f'/{root}'.endswith(f'/{folder}')), 'data')
+        above = next(
+            (
+                root.removesuffix(folder).rstrip('/') or '.'
+                for folder in (known.folder, known.folder.partition('/')[0])
+                if f'/{root}'.endswith(f'/{folder}')
+            ),
+            'data',
+        )
         return f' To download it: python tools/prepare_data.py {name} --root {above}'
     return ''
 
@@ -188,8 +227,7 @@ def hint(data_set: Mapping[str, Any]) -> str:
 # ----------------------------------------------------------------------------------- checking
 
 
-def check(name: str, root: str | os.PathLike,
-          data_sets: Mapping[str, DataSet] = DATA_SETS) -> str | None:
+def check(name: str, root: str | os.PathLike, data_sets: Mapping[str, DataSet] = DATA_SETS) -> str | None:
     """Look whether a data set is complete.
 
     Args:
@@ -238,8 +276,9 @@ def _names(group: Files, locate: Callable[[str], Path]) -> list[str] | str:
         return f'{listing} is missing'
     try:
         text = listing.read_text()
-        listed = [image['file_name'] for image in json.loads(text)['images']] \
-            if listing.suffix == '.json' else text.split()
+        listed = (
+            [image['file_name'] for image in json.loads(text)['images']] if listing.suffix == '.json' else text.split()
+        )
     except (ValueError, KeyError, TypeError):
         return f'{listing} cannot be read'
     if len(listed) != group.count:
@@ -256,9 +295,14 @@ def _is_whole_json(path: Path) -> bool:
 # ---------------------------------------------------------------------------------- preparing
 
 
-def prepare(name: str, root: str | os.PathLike, *, keep_archives: bool = False,
-            report: Report = lambda what, done, total: None,
-            data_sets: Mapping[str, DataSet] = DATA_SETS) -> Path:
+def prepare(
+    name: str,
+    root: str | os.PathLike,
+    *,
+    keep_archives: bool = False,
+    report: Report = lambda what, done, total: None,
+    data_sets: Mapping[str, DataSet] = DATA_SETS,
+) -> Path:
     """Download, unpack and verify a data set; go on where an earlier call was interrupted.
 
     Args:
@@ -299,19 +343,21 @@ def prepare(name: str, root: str | os.PathLike, *, keep_archives: bool = False,
     return folder
 
 
-def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path,
-                  report: Report) -> None:
+def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, report: Report) -> None:
     target = folder / part.target
     staging = target.parent / f'.{target.name}.unpacking'
     inner = staging / part.inside
-    files = tuple(group for group in data_set.files
-                  if f'{group.folder}/'.startswith(f'{part.target}/' if part.target else ''))
+    files = tuple(
+        group for group in data_set.files if f'{group.folder}/'.startswith(f'{part.target}/' if part.target else '')
+    )
 
     def missing(place: Path) -> str | None:
         """What of this part is missing at a place; its lists may be in another part."""
+
         def locate(path: str) -> Path:
             own = not part.target or f'{path}/'.startswith(f'{part.target}/')
-            return place / path[len(part.target):].lstrip('/') if own else folder / path
+            return place / path[len(part.target) :].lstrip('/') if own else folder / path
+
         return _first_missing(files, locate)
 
     if target.is_dir() and any(target.iterdir()):
@@ -319,8 +365,8 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path,
         if lacking is None:
             return
         raise DataError(
-            f'{target} exists, but is not complete: {lacking}. Move it away, and this command '
-            'gets a whole one.')
+            f'{target} exists, but is not complete: {lacking}. Move it away, and this command gets a whole one.'
+        )
     archives = [_download(archive, downloads, report) for archive in part.archives]
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of an interrupted call
@@ -329,8 +375,10 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path,
             _unpack(path, staging, report)
         lacking = missing(inner)
         if lacking is not None:
-            raise DataError(f'{" and ".join(map(str, archives))}: unpacked, {lacking}; the '
-                            'archive is not the one that was published. Delete it and try again.')
+            raise DataError(
+                f'{" and ".join(map(str, archives))}: unpacked, {lacking}; the '
+                'archive is not the one that was published. Delete it and try again.'
+            )
         if target.is_dir():
             target.rmdir()  # it is empty
         os.replace(inner, target)
@@ -350,8 +398,7 @@ def _only_process(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(
-                f'Another process is preparing this data set (it holds {path}).') from error
+            raise DataError(f'Another process is preparing this data set (it holds {path}).') from error
         yield
 
 
@@ -381,7 +428,7 @@ def _download(archive: Archive, folder: Path, report: Report) -> Path:
             after = part.stat().st_size if part.is_file() else 0
             failures = failures + 1 if after <= before else 0
             if failures < _ATTEMPTS:
-                time.sleep(min(2 ** failures, 30) / 4)
+                time.sleep(min(2**failures, 30) / 4)
         else:
             continue
         break
@@ -390,7 +437,8 @@ def _download(archive: Archive, folder: Path, report: Report) -> Path:
         kept = ', or try again later: what was downloaded is kept' if part.exists() else ''
         raise DataError(
             f'{" and ".join(archive.urls)} could not be downloaded ({reason}). Get it with a '
-            f'browser or on another machine and put it at {path}{kept}.')
+            f'browser or on another machine and put it at {path}{kept}.'
+        )
     _verify(part, archive, report)
     os.replace(part, path)
     part.with_suffix('.json').unlink(missing_ok=True)
@@ -410,8 +458,7 @@ def _transfer(url: str, part: Path, report: Report) -> None:
         # Without a validator the beginning may be from another file: begin again.
         headers.update({'Range': f'bytes={offset}-', 'If-Range': validator} if validator else {})
     try:
-        answer = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -422,8 +469,7 @@ def _transfer(url: str, part: Path, report: Report) -> None:
     with answer:
         if 'html' in answer.headers.get('Content-Type', ''):
             raise urllib.error.HTTPError(url, 404, 'an HTML page was sent', answer.headers, None)
-        is_rest = answer.status == 206 and answer.headers.get(
-            'Content-Range', '').startswith(f'bytes {offset}-')
+        is_rest = answer.status == 206 and answer.headers.get('Content-Range', '').startswith(f'bytes {offset}-')
         if answer.status == 206 and not is_rest:
             part.unlink()
             raise ConnectionError('the server sent another part than it was asked for')
@@ -462,7 +508,8 @@ def _verify(part: Path, archive: Archive, report: Report) -> None:
         raise DataError(
             f'The download of {archive.urls[0]} has the {kind} {digest.hexdigest()}, the '
             f'published file has {expected}: it was damaged on the way or is another file. It '
-            'was deleted; try again.')
+            'was deleted; try again.'
+        )
 
 
 def _need_space(folder: Path, size: int, what: str) -> None:
@@ -470,7 +517,8 @@ def _need_space(folder: Path, size: int, what: str) -> None:
     if size > free:
         raise DataError(
             f'{what} need {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left: make '
-            'room, or choose another --root.')
+            'room, or choose another --root.'
+        )
 
 
 # ---------------------------------------------------------------------------------- unpacking
@@ -494,25 +542,23 @@ def _unpack(path: Path, folder: Path, report: Report) -> None:
             members = tar.getmembers()
             strange = [m.name for m in members if not (m.isfile() or m.isdir())]
             if strange:
-                raise DataError(f'{path} was refused: {strange[0]} in it is neither a file nor a '
-                                'folder.')
+                raise DataError(f'{path} was refused: {strange[0]} in it is neither a file nor a folder.')
             _refuse_escapes(path, [m.name for m in members])
             _need_space(folder, sum(m.size for m in members), f'The files of {path}')
             # Newer versions of Python check again.
-            options: dict[str, Any] = dict(filter='data') if hasattr(tarfile, 'data_filter') \
-                else {}
+            options: dict[str, Any] = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
             for number, member in enumerate(members, 1):
                 tar.extract(member, folder, set_attrs=False, **options)
                 report(what, number, len(members))
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         path.unlink()
-        raise DataError(
-            f'{path} is damaged or no archive ({error}). It was deleted; try again.') from error
+        raise DataError(f'{path} is damaged or no archive ({error}). It was deleted; try again.') from error
 
 
 def _refuse_escapes(path: Path, names: list[str]) -> None:
     for name in names:
         parts = PurePosixPath(name.replace('\\', '/'))
         if parts.is_absolute() or '..' in parts.parts or ':' in name:
-            raise DataError(f'{path} was refused: {name} in it would be written outside the '
-                            'folder that it is unpacked in.')
+            raise DataError(
+                f'{path} was refused: {name} in it would be written outside the folder that it is unpacked in.'
+            )

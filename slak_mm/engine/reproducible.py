@@ -27,8 +27,13 @@ from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 from .overrides import datasets_of
 
 __all__ = [
-    'IterationSeedHook', 'KeyedDefaultSampler', 'KeyedIndex', 'KeyedInfiniteSampler',
-    'SeedBySample', 'make_reproducible', 'seed_everything'
+    'IterationSeedHook',
+    'KeyedDefaultSampler',
+    'KeyedIndex',
+    'KeyedInfiniteSampler',
+    'SeedBySample',
+    'make_reproducible',
+    'seed_everything',
 ]
 
 
@@ -102,8 +107,7 @@ class KeyedDefaultSampler(DefaultSampler):
             Defaults to True.
     """
 
-    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None,
-                 round_up: bool = True) -> None:
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True) -> None:
         super().__init__(dataset, shuffle=shuffle, seed=seed, round_up=round_up)
 
     def __iter__(self) -> Iterator[int]:

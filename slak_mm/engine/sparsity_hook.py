@@ -111,25 +111,38 @@ class SparsityHook(Hook):
 
     priority = 'NORMAL'
 
-    def __init__(self, mode: str | None = None, distribution: str | None = None,
-                 sparsity: float | None = None, update_interval: int | None = None,
-                 prune_rate: float | None = None, stop_fraction: float | None = None,
-                 include: str | Sequence[str] | None = None,
-                 exclude: str | Sequence[str] | None = None, selection: str | None = None,
-                 preset: str | None = None, seed: int = 0,
-                 from_scratch: Mapping[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        mode: str | None = None,
+        distribution: str | None = None,
+        sparsity: float | None = None,
+        update_interval: int | None = None,
+        prune_rate: float | None = None,
+        stop_fraction: float | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        selection: str | None = None,
+        preset: str | None = None,
+        seed: int = 0,
+        from_scratch: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         if preset is not None and preset not in PRESETS:
-            raise SparsityError(
-                f'SparsityHook has no preset {preset!r}; there are {", ".join(PRESETS)}.')
+            raise SparsityError(f'SparsityHook has no preset {preset!r}; there are {", ".join(PRESETS)}.')
         unknown = set(options) - set(inspect.signature(SparseTraining).parameters)
         if unknown:
-            raise SparsityError(
-                f'SparsityHook has no argument {min(unknown)!r}; see its documentation.')
+            raise SparsityError(f'SparsityHook has no argument {min(unknown)!r}; see its documentation.')
         published = dict(PRESETS[preset]) if preset else {}
         chosen = published.pop('selection', None)
-        given = dict(mode=mode, distribution=distribution, sparsity=sparsity,
-                     update_interval=update_interval, prune_rate=prune_rate,
-                     stop_fraction=stop_fraction, **options)
+        given = dict(
+            mode=mode,
+            distribution=distribution,
+            sparsity=sparsity,
+            update_interval=update_interval,
+            prune_rate=prune_rate,
+            stop_fraction=stop_fraction,
+            **options,
+        )
         self.options = dict(dict(mode='static', distribution='from_weights'), **published)
         self.options.update({key: value for key, value in given.items() if value is not None})
         if self.options['distribution'] == 'from_weights':
@@ -160,7 +173,8 @@ class SparsityHook(Hook):
             raise CheckpointMismatch(
                 'The run to resume trained densely: its checkpoint has no state of a SparsityHook. '
                 'Resume it with --sparse off, or start a new sparse run from its weights with '
-                '--cfg-options load_from=CHECKPOINT.')
+                '--cfg-options load_from=CHECKPOINT.'
+            )
         try:
             training = self._build(runner)
             mode = state['settings']['mode']
@@ -170,7 +184,8 @@ class SparsityHook(Hook):
         except SparsityError as error:
             raise CheckpointMismatch(
                 f'The masks of the run to resume do not fit this one: {error} Resume it with the '
-                'config and the --sparse that it had.') from error
+                'config and the --sparse that it had.'
+            ) from error
         self.training, self._restored = training, True
 
     def before_train(self, runner: Any) -> None:
@@ -183,22 +198,23 @@ class SparsityHook(Hook):
             try:
                 self._initialize(runner)
             except DenseWeights as error:
-                raise ConfigOverrideError(
-                    f'{error} With tools/train.py: --sparse off, or --sparsity 0.4.') from error
+                raise ConfigOverrideError(f'{error} With tools/train.py: --sparse off, or --sparsity 0.4.') from error
         self._restored = False
         self.training.check_agreement()
         self._runner = runner
         optimizer = runner.optim_wrapper.optimizer
-        self._handles = [self.training.attach(optimizer),
-                         optimizer.register_step_post_hook(self._after_step)]
+        self._handles = [self.training.attach(optimizer), optimizer.register_step_post_hook(self._after_step)]
         self._enforce(runner)
         self._log_scalars(runner)
         self._log_table('Sparse training begins')
         empty = [layer.name for layer in self.training.statistics().layers if not layer.active]
         if empty:
-            print_log(f'{len(empty)} layers have no weight left and cannot learn, the first is '
-                      f'{empty[0]}: lower the sparsity, or choose another distribution.',
-                      logger='current', level=logging.WARNING)
+            print_log(
+                f'{len(empty)} layers have no weight left and cannot learn, the first is '
+                f'{empty[0]}: lower the sparsity, or choose another distribution.',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def after_train(self, runner: Any) -> None:
         """Show what has become of the masks, and let go of the optimizer."""
@@ -216,8 +232,8 @@ class SparsityHook(Hook):
         wrapper = runner.optim_wrapper
         counts = getattr(wrapper, '_accumulative_counts', 1)
         return SparseTraining(
-            self._select(model), seed=self.seed, total_steps=-(-runner.max_iters // counts),
-            **self.options)
+            self._select(model), seed=self.seed, total_steps=-(-runner.max_iters // counts), **self.options
+        )
 
     def _select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         selection, include = self.selection, self.include
@@ -246,8 +262,7 @@ class SparsityHook(Hook):
             return collector.loss
 
         with _untouched_randomness():
-            gradients = snip_gradients(
-                unwrap_model(runner.model), self.training.parameters, compute_loss)
+            gradients = snip_gradients(unwrap_model(runner.model), self.training.parameters, compute_loss)
         self.training.initialize(gradients)
 
     def _draw_batch(self, runner: Any) -> Any:
@@ -264,7 +279,8 @@ class SparsityHook(Hook):
         except TypeError:
             raise SparsityError(
                 f'SNIP draws a batch by index, which {type(dataset).__name__} does not have; '
-                "choose the distribution 'erk' or 'uniform'.") from None
+                "choose the distribution 'erk' or 'uniform'."
+            ) from None
         with _untouched_randomness():
             order = np.random.default_rng(self.seed).permutation(number)
             first = runner.rank * size
@@ -313,16 +329,20 @@ class SparsityHook(Hook):
     def _log_table(self, title: str) -> None:
         assert self.training is not None
         statistics = self.training.statistics()
-        print_log(f'{title} ({self.options["mode"]}): {statistics.density:.2%} of '
-                  f'{statistics.total:,} weights in {len(statistics.layers)} layers are active, '
-                  f'{statistics.exploration:.2%} have ever been.\n{format_table(statistics)}',
-                  logger='current', level=logging.INFO)
+        print_log(
+            f'{title} ({self.options["mode"]}): {statistics.density:.2%} of '
+            f'{statistics.total:,} weights in {len(statistics.layers)} layers are active, '
+            f'{statistics.exploration:.2%} have ever been.\n{format_table(statistics)}',
+            logger='current',
+            level=logging.INFO,
+        )
 
 
 def _averages(runner: Any) -> list[nn.Module]:
     """What the hooks of a runner keep as averaged models, under whatever name."""
-    return [value.module for hook in runner.hooks for value in vars(hook).values()
-            if isinstance(value, BaseAveragedModel)]
+    return [
+        value.module for hook in runner.hooks for value in vars(hook).values() if isinstance(value, BaseAveragedModel)
+    ]
 
 
 def _refuse_unsupported(runner: Any) -> None:
@@ -340,16 +360,19 @@ def _refuse_unsupported(runner: Any) -> None:
     if unsupported:
         raise ConfigOverrideError(
             f'Sparse training does not work with {unsupported}, which cuts up the weights or the '
-            'state of the optimizer: train with DistributedDataParallel, or with --sparse off.')
+            'state of the optimizer: train with DistributedDataParallel, or with --sparse off.'
+        )
     if not isinstance(optimizer, Optimizer):
         raise ConfigOverrideError(
             f'Sparse training needs one optimizer from torch.optim or derived from it; '
-            f'{type(runner.optim_wrapper).__name__} has {type(optimizer).__name__}.')
+            f'{type(runner.optim_wrapper).__name__} has {type(optimizer).__name__}.'
+        )
     others = [hook for hook in runner.hooks if isinstance(hook, SparsityHook)]
     if len(others) > 1:
         raise ConfigOverrideError(
             f'This config has {len(others)} SparsityHooks, whose masks would not know of each '
-            'other: merge them into one with include=[...].')
+            'other: merge them into one with include=[...].'
+        )
 
 
 class _LossCollector:
@@ -429,7 +452,8 @@ def finalize_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         if bool(pruned.any()):
             raise SparsityError(
                 f'{int(pruned.count_nonzero())} pruned weights of {name} are not zero: the '
-                'weights were changed after they were saved.')
+                'weights were changed after they were saved.'
+            )
     result: dict[str, Any] = {'state_dict': weights}
     if isinstance(checkpoint.get('meta'), Mapping):
         result['meta'] = checkpoint['meta']

@@ -16,8 +16,7 @@ from .layers import LayerNorm2d
 
 # Cut at five standard deviations. The official code cuts at +-2, a hundred of them: the inverse
 # error function behind the draw then returns -inf once in 2 ** 24, and that weight becomes -2.
-_DEFAULT_INIT = [
-    dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, a=-0.1, b=0.1, bias=0.0)]
+_DEFAULT_INIT = [dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, a=-0.1, b=0.1, bias=0.0)]
 
 
 class LargeKernelBackbone(BaseModule):
@@ -58,16 +57,16 @@ class LargeKernelBackbone(BaseModule):
             if arch not in cls.arch_settings:
                 raise ValueError(
                     f'{cls.__name__} has no arch {arch!r}; choose from '
-                    f'{", ".join(cls.arch_settings)}, or give dict(depths=…, dims=…)')
+                    f'{", ".join(cls.arch_settings)}, or give dict(depths=…, dims=…)'
+                )
             arch = cls.arch_settings[arch]
         if set(arch) != {'depths', 'dims'}:
-            raise ValueError(
-                f'arch must be a name or dict(depths=…, dims=…), got the keys {sorted(arch)}')
+            raise ValueError(f'arch must be a name or dict(depths=…, dims=…), got the keys {sorted(arch)}')
         depths, dims = tuple(arch['depths']), tuple(arch['dims'])
         if len(depths) != len(dims) or not depths or min((*depths, *dims)) < 1:
             raise ValueError(
-                'arch needs as many depths as dims, all of them positive, got '
-                f'depths={depths}, dims={dims}')
+                f'arch needs as many depths as dims, all of them positive, got depths={depths}, dims={dims}'
+            )
         return depths, dims
 
     @staticmethod
@@ -79,15 +78,16 @@ class LargeKernelBackbone(BaseModule):
         if min(widths) < least:
             raise ValueError(
                 f'arch and width_factor {width_factor} leave {min(widths)} channels to a stage, '
-                f'which needs at least {least}')
+                f'which needs at least {least}'
+            )
         return widths
 
     def _for_each_stage(self, kernel_sizes: Sequence[int]) -> tuple[int, ...]:
         """Kernel sizes as a tuple, one for each stage."""
         if len(kernel_sizes) != len(self.depths):
             raise ValueError(
-                f'kernel_sizes needs one entry for each of the {len(self.depths)} stages, got '
-                f'{tuple(kernel_sizes)}')
+                f'kernel_sizes needs one entry for each of the {len(self.depths)} stages, got {tuple(kernel_sizes)}'
+            )
         return tuple(kernel_sizes)
 
     @staticmethod
@@ -98,22 +98,16 @@ class LargeKernelBackbone(BaseModule):
         return iter([drop_path_rate * i / max(1, num_blocks - 1) for i in range(num_blocks)])
 
     def _finish_init(
-        self,
-        channels: Sequence[int],
-        out_indices: Sequence[int] | int,
-        out_norm: bool,
-        frozen_stages: int,
+        self, channels: Sequence[int], out_indices: Sequence[int] | int, out_norm: bool, frozen_stages: int
     ) -> None:
         """Add the output norms and set what is common, after the stages were built."""
         num_stages = len(self.stages)
         indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
         if not indices or any(not -num_stages <= i < num_stages for i in indices):
-            raise ValueError(
-                f'out_indices must name stages 0 to {num_stages - 1}, got {out_indices}')
+            raise ValueError(f'out_indices must name stages 0 to {num_stages - 1}, got {out_indices}')
         self.out_indices = tuple(sorted({i % num_stages for i in indices}))
         if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(
-                f'frozen_stages must lie between -1 and {num_stages}, got {frozen_stages}')
+            raise ValueError(f'frozen_stages must lie between -1 and {num_stages}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.out_norm = out_norm
         if out_norm:
@@ -140,7 +134,8 @@ class LargeKernelBackbone(BaseModule):
         if min(x.shape[2:]) < smallest:
             raise ValueError(
                 f'the image of {x.shape[2]} x {x.shape[3]} pixels is too small: stage '
-                f'{self.out_indices[-1]} needs at least {smallest} x {smallest}')
+                f'{self.out_indices[-1]} needs at least {smallest} x {smallest}'
+            )
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))
@@ -165,8 +160,7 @@ class LargeKernelBackbone(BaseModule):
         """
         super().init_weights()
         if self.pretrained_cfg is not None:
-            load_pretrained(
-                self, self.pretrained_cfg['checkpoint'], prefix=self.pretrained_cfg.get('prefix'))
+            load_pretrained(self, self.pretrained_cfg['checkpoint'], prefix=self.pretrained_cfg.get('prefix'))
 
     def complete_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> list[str]:
         """Fit a state dict by our names to this backbone where that leaves the function as it is.
@@ -233,9 +227,7 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     return model
 
 
-def _convert_names(
-    module: LargeKernelBackbone, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _convert_names(module: LargeKernelBackbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Bring a backbone's part of a state dict into our names, before it is loaded."""
     own = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
     converted, _notes = convert_state_dict(own, prefix=prefix, family=module.checkpoint_family)

@@ -51,8 +51,7 @@ class SegmentationScores(nn.Module):
         """Compute the scores."""
         head: Any = self.model.decode_head
         scores = head(self.model.extract_feat(images))  # type: ignore[operator]
-        return F.interpolate(
-            scores, size=images.shape[2:], mode='bilinear', align_corners=head.align_corners)
+        return F.interpolate(scores, size=images.shape[2:], mode='bilinear', align_corners=head.align_corners)
 
 
 def export(
@@ -83,13 +82,12 @@ def export(
             file computes something else. No file is left then, and an old one is kept.
     """
     if file_format not in SUFFIXES:
-        raise ExportError(
-            f'There is no format {file_format!r}; choose from {", ".join(SUFFIXES)}.')
-    if dynamic == 'size' and (
-            size[0] % stride or size[1] % stride or min(size) < 2 * stride):  # fmt: skip
+        raise ExportError(f'There is no format {file_format!r}; choose from {", ".join(SUFFIXES)}.')
+    if dynamic == 'size' and (size[0] % stride or size[1] % stride or min(size) < 2 * stride):
         raise ExportError(
             f'Images of variable size must have sides that are multiples of {stride}, from '
-            f'{2 * stride} on; {size[0]}x{size[1]} is not.')
+            f'{2 * stride} on; {size[0]}x{size[1]} is not.'
+        )
     write, load = _WRITERS[file_format]
     if file_format == 'onnx':
         _check_onnx()
@@ -106,28 +104,30 @@ def export(
                 write(model, example, draft, dynamic, stride)
             except Exception as error:  # exporters raise what they like
                 raise ExportError(
-                    f'{type(model).__name__} cannot be exported as {file_format}: '
-                    f'{_first_line(error)}{_hint(dynamic)}') from error
+                    f'{type(model).__name__} cannot be exported as {file_format}: {_first_line(error)}{_hint(dynamic)}'
+                ) from error
             difference = _worst_difference(model, load(draft), example, dynamic, stride)
         if not difference <= TOLERANCE:
             raise ExportError(
                 f'The {file_format} file differs from the network by {difference:.1e} of the '
-                f'largest value, more than {TOLERANCE:g}; it was not kept.{_hint(dynamic)}')
+                f'largest value, more than {TOLERANCE:g}; it was not kept.{_hint(dynamic)}'
+            )
         os.replace(draft, path)
     return difference
 
 
 def _hint(dynamic: str) -> str:
     # Pooling to a fixed size, as in UperNet's head, is exported for one size of the image.
-    return {'size': ' Sides that vary may be the cause: try dynamic "batch".',
-            'batch': ' The varying batch may be the cause: try dynamic "none".'}.get(dynamic, '')
+    return {
+        'size': ' Sides that vary may be the cause: try dynamic "batch".',
+        'batch': ' The varying batch may be the cause: try dynamic "none".',
+    }.get(dynamic, '')
 
 
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     # torch.onnx puts the cause last, behind the steps it has gone through.
-    line = lines[-1] if type(error).__module__.startswith('torch.onnx') and lines else (
-        lines[0] if lines else '')
+    line = lines[-1] if type(error).__module__.startswith('torch.onnx') and lines else (lines[0] if lines else '')
     return f'{type(error).__name__}: {re.sub(r"^[^A-Za-z]*", "", line)}'
 
 
@@ -137,9 +137,8 @@ def _images(n: int, height: int, width: int) -> Tensor:
 
 
 def _worst_difference(
-    model: nn.Module, loaded: Callable[[Tensor], Sequence[Tensor]], example: Tensor,
-    dynamic: str, stride: int,
-) -> float:  # fmt: skip
+    model: nn.Module, loaded: Callable[[Tensor], Sequence[Tensor]], example: Tensor, dynamic: str, stride: int
+) -> float:
     """Compare on the example, and on other batches and sizes where these may vary."""
     inputs = [example]
     height, width = example.shape[2:]
@@ -155,7 +154,8 @@ def _worst_difference(
             if a.shape != b.shape:
                 raise ExportError(
                     f'The file gives a result of shape {tuple(a.shape)} instead of '
-                    f'{tuple(b.shape)} for images of {tuple(images.shape)}; it was not kept.')
+                    f'{tuple(b.shape)} for images of {tuple(images.shape)}; it was not kept.'
+                )
             difference = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
             worst = difference if difference != difference else max(worst, difference)
     return worst
@@ -177,18 +177,20 @@ def _dynamic_shapes(dynamic: str, stride: int) -> tuple[dict[int, Any]] | None:
 def _check_onnx() -> None:
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(
-            f'ONNX export needs {" and ".join(missing)}: pip install {" ".join(missing)}')
+        raise ExportError(f'ONNX export needs {" and ".join(missing)}: pip install {" ".join(missing)}')
     if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
         raise ExportError(f'ONNX export needs torch 2.6 or later, this is {torch.__version__}.')
 
 
-def _write_onnx(
-    model: nn.Module, example: Tensor, path: str, dynamic: str, stride: int
-) -> None:
+def _write_onnx(model: nn.Module, example: Tensor, path: str, dynamic: str, stride: int) -> None:
     program = torch.onnx.export(
-        model, (example,), dynamo=True, verbose=False, input_names=['images'],
-        dynamic_shapes=_dynamic_shapes(dynamic, stride))
+        model,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=['images'],
+        dynamic_shapes=_dynamic_shapes(dynamic, stride),
+    )
     assert program is not None
     program.save(path, external_data=False)
 
@@ -196,13 +198,10 @@ def _write_onnx(
 def _load_onnx(path: str) -> Callable[[Tensor], Sequence[Tensor]]:
     runtime = importlib.import_module('onnxruntime')
     session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    return lambda images: [
-        torch.from_numpy(y) for y in session.run(None, {'images': images.numpy()})]
+    return lambda images: [torch.from_numpy(y) for y in session.run(None, {'images': images.numpy()})]
 
 
-def _write_torchscript(
-    model: nn.Module, example: Tensor, path: str, dynamic: str, stride: int
-) -> None:
+def _write_torchscript(model: nn.Module, example: Tensor, path: str, dynamic: str, stride: int) -> None:
     # The comparison that follows is stricter than the one of the tracer.
     traced = torch.jit.trace(model, (example,), check_trace=False)
     torch.jit.save(torch.jit.freeze(traced), path)
@@ -212,11 +211,8 @@ def _load_torchscript(path: str) -> Callable[[Tensor], Sequence[Tensor]]:
     return _as_sequence(torch.jit.load(path))
 
 
-def _write_program(
-    model: nn.Module, example: Tensor, path: str, dynamic: str, stride: int
-) -> None:
-    program = torch.export.export(
-        model, (example,), dynamic_shapes=_dynamic_shapes(dynamic, stride))
+def _write_program(model: nn.Module, example: Tensor, path: str, dynamic: str, stride: int) -> None:
+    program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_shapes(dynamic, stride))
     torch.export.save(program, path)
 
 

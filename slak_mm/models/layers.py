@@ -31,9 +31,14 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
     is recorded or a mode looks on, or under autocast.
     """
     return (
-        x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.jit.is_tracing()
-        and not is_observed(x) and not is_autocast_enabled('cpu')
-        and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last))
+        x.device.type == 'cpu'
+        and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and not is_observed(x)
+        and not is_autocast_enabled('cpu')
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
     scratch = x.new_empty(max(1, min(len(x), SQUARES_AT_ONCE // x.shape[1])), x.shape[1])
     total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     for part in x.split(len(scratch)):
-        total += torch.mul(part, part, out=scratch[:len(part)]).sum(0, dtype=total.dtype)
+        total += torch.mul(part, part, out=scratch[: len(part)]).sum(0, dtype=total.dtype)
     return total
 
 
@@ -62,8 +67,7 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        y = F.layer_norm(
-            x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         y = y.permute(0, 3, 1, 2)
         return y if is_channels_last else y.contiguous()
 
@@ -80,10 +84,8 @@ def patch_downsampling(before: int, channels: int, is_stem: bool) -> nn.Sequenti
         The layers; sizes are rounded down.
     """
     if is_stem:
-        return nn.Sequential(
-            nn.Conv2d(before, channels, kernel_size=4, stride=4), LayerNorm2d(channels))
-    return nn.Sequential(
-        LayerNorm2d(before), nn.Conv2d(before, channels, kernel_size=2, stride=2))
+        return nn.Sequential(nn.Conv2d(before, channels, kernel_size=4, stride=4), LayerNorm2d(channels))
+    return nn.Sequential(LayerNorm2d(before), nn.Conv2d(before, channels, kernel_size=2, stride=2))
 
 
 def build_branch_norm(norm_cfg: dict, num_channels: int) -> _BatchNorm:
@@ -109,15 +111,17 @@ def build_branch_norm(norm_cfg: dict, num_channels: int) -> _BatchNorm:
     if not isinstance(layer, _BatchNorm):
         raise ValueError(
             f'norm_cfg type {norm_cfg.get("type")!r} is no batch norm: the branches of a '
-            'large kernel need one to be merged (BN or SyncBN)')
+            'large kernel need one to be merged (BN or SyncBN)'
+        )
     return layer
 
 
 @cache  # once is enough
 def _log_replaced_sync_bn() -> None:
     print_log(
-        'No CUDA device: backbones use BN in place of SyncBN (same parameters, statistics of '
-        'each process alone).', logger='current')  # fmt: skip
+        'No CUDA device: backbones use BN in place of SyncBN (same parameters, statistics of each process alone).',
+        logger='current',
+    )
 
 
 def batch_norm_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -141,15 +145,11 @@ class DepthwiseBranch(nn.Module):
         norm_cfg: Config of the batch norm, or None for no norm.
     """
 
-    def __init__(
-        self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None
-    ) -> None:
+    def __init__(self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None) -> None:
         super().__init__()
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        self.conv = nn.Conv2d(
-            channels, channels, kernel_size, padding=padding, groups=channels, bias=bias)
-        self.bn: _BatchNorm | None = (
-            None if norm_cfg is None else build_branch_norm(norm_cfg, channels))
+        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=padding, groups=channels, bias=bias)
+        self.bn: _BatchNorm | None = None if norm_cfg is None else build_branch_norm(norm_cfg, channels)
 
     @property
     def kernel(self) -> Tensor:
@@ -195,8 +195,8 @@ class RecomputableBlock(nn.Module):
         if not (self.with_cp and torch.is_grad_enabled()):
             return self._forward(x)
         return checkpoint(
-            self._forward, x, use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _frozen_running_statistics(self)))  # fmt: skip
+            self._forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_running_statistics(self))
+        )
 
     @abstractmethod
     def _forward(self, x: Tensor) -> Tensor:

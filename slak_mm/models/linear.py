@@ -23,9 +23,7 @@ _LEAST_ROWS_OF_GRADIENTS = 64
 _packed: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
 
-def linear(
-    layer: nn.Module, x: Tensor, act: nn.Module | None = None, keep: bool = False
-) -> Tensor:
+def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None, keep: bool = False) -> Tensor:
     """Call a linear layer, in float32 on the CPU by oneDNN where PyTorch has it.
 
     The arithmetic is that of the layer; sums are rounded in another order. A layer that is not
@@ -47,8 +45,11 @@ def linear(
     if not _is_taken(layer, x):
         y = layer(x)
     elif torch.is_grad_enabled():
-        y = (_Linear.apply(x, layer.weight, layer.bias)
-             if x.numel() >= _LEAST_ROWS_OF_GRADIENTS * x.shape[-1] else layer(x))
+        y = (
+            _Linear.apply(x, layer.weight, layer.bias)
+            if x.numel() >= _LEAST_ROWS_OF_GRADIENTS * x.shape[-1]
+            else layer(x)
+        )
     else:
         assert isinstance(layer, nn.Linear)
         fuses = type(act) is nn.GELU and act.approximate == 'none' and not has_hooks(act)
@@ -61,20 +62,29 @@ def linear(
 def _is_taken(layer: nn.Module, x: Tensor) -> bool:
     # First what torch.compile evaluates while it records: it cannot look into the others.
     return (
-        not torch.jit.is_tracing() and not is_observed(x)
-        and x.device.type == 'cpu' and x.dtype is torch.float32 and x.numel() > 0
-        and type(layer) is nn.Linear and layer.weight.dtype is torch.float32
-        and not is_autocast_enabled('cpu') and has_onednn_linear() and not has_hooks(layer))
+        not torch.jit.is_tracing()
+        and not is_observed(x)
+        and x.device.type == 'cpu'
+        and x.dtype is torch.float32
+        and x.numel() > 0
+        and type(layer) is nn.Linear
+        and layer.weight.dtype is torch.float32
+        and not is_autocast_enabled('cpu')
+        and has_onednn_linear()
+        and not has_hooks(layer)
+    )
 
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether somebody looks at the inputs or results of any of the modules themselves."""
     of_all = nn.modules.module
     return bool(
-        of_all._global_forward_hooks or of_all._global_forward_pre_hooks
-        or of_all._global_backward_hooks or of_all._global_backward_pre_hooks
-        or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-               or m._backward_pre_hooks for m in modules))
+        of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+        or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    )
 
 
 def _packed_weight(layer: nn.Linear) -> Tensor:
@@ -91,15 +101,16 @@ def _packed_weight(layer: nn.Linear) -> Tensor:
 def has_onednn_linear() -> bool:
     """Whether PyTorch has the operators that oneDNN's linear layer needs here."""
     return bool(
-        torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight'))  # fmt: skip
+        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
+    )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """``x @ weight.T + bias``; ``weight`` (D, C) may be packed."""
-    return torch.ops.mkldnn._linear_pointwise(
-        x, weight, bias, 'gelu' if gelu else 'none', [], 'none' if gelu else '')
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'gelu' if gelu else 'none', [], 'none' if gelu else '')
 
 
 class _Linear(torch.autograd.Function):
@@ -129,7 +140,4 @@ class _Linear(torch.autograd.Function):
                 of_x = _product(of_rows, weight.t().contiguous(), None)
             if needs_weight:
                 of_weight = _product(of_rows.t().contiguous(), rows.t().contiguous(), None)
-        return (
-            None if of_x is None else of_x.view(x.shape),
-            of_weight,
-            of_rows.sum(0) if needs_bias else None)
+        return (None if of_x is None else of_x.view(x.shape), of_weight, of_rows.sum(0) if needs_bias else None)

@@ -21,13 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slak_mm.checkpoints import CheckpointMismatch, fit_paths
 from slak_mm.ops import cross_dwconv2d
-from slak_mm.ops.shift_tables import (
-    assemble_kernels,
-    ghost_channels,
-    num_filters,
-    shift_table_error,
-    shift_tables,
-)
+from slak_mm.ops.shift_tables import assemble_kernels, ghost_channels, num_filters, shift_table_error, shift_tables
 
 from .base import LargeKernelBackbone
 from .layers import (
@@ -117,10 +111,11 @@ class ShiftWiseConv(nn.Module):
         self.register_buffer('shifts', shifts.to(device))
         self.register_buffer('picks', picks.to(device))
         self.filters = nn.ModuleList(
-            nn.Conv2d(n, n * nk, small_kernel, padding=small_kernel - 1, groups=n, bias=False)
-            for _ in range(num_paths))
+            nn.Conv2d(n, n * nk, small_kernel, padding=small_kernel - 1, groups=n, bias=False) for _ in range(num_paths)
+        )
         self.bn_wide, self.bn_tall, self.bn_small = (
-            build_branch_norm(norm_cfg, n) if branch_norm else None for _ in range(3))
+            build_branch_norm(norm_cfg, n) if branch_norm else None for _ in range(3)
+        )
 
     def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
         """The assembled kernels: tall (n, nk * s, s), wide (n, s, nk * s), small (n, s, s)."""
@@ -140,8 +135,7 @@ class ShiftWiseConv(nn.Module):
             # cost more than they do (at stage 1 of the tiny network 2.3 ms for 0.6 on one core).
             y = cross_dwconv2d(x, self.tall, self.wide, bias=self.bias, reduce=True)
             if self.ghost_scale is not None and self.ghost_bias is not None:
-                ghosts = torch.addcmul(
-                    self.ghost_bias.view(-1, 1, 1), ghosts, self.ghost_scale.view(-1, 1, 1))
+                ghosts = torch.addcmul(self.ghost_bias.view(-1, 1, 1), ghosts, self.ghost_scale.view(-1, 1, 1))
             return torch.cat([y, ghosts], dim=1)
         tall, wide, small = self.kernels()
         center = self.kernel_size // 2
@@ -175,15 +169,15 @@ class ShiftWiseConv(nn.Module):
         reach = max(center, behind)
         tall = F.pad(tall, (0, 0, reach - center, reach - behind))
         wide = F.pad(wide, (reach - center, reach - behind))
-        wide[:, :, reach - s // 2:reach + s // 2 + 1] += small
+        wide[:, :, reach - s // 2 : reach + s // 2 + 1] += small
         if norm is not None:
             scale, shift = batch_norm_affine(norm)
             of_rep, of_ghosts = scale.split([len(tall), len(scale) - len(tall)])
             tall *= of_rep.view(-1, 1, 1)
             wide *= of_rep.view(-1, 1, 1)
-            bias = bias * of_rep + shift[:len(tall)]
+            bias = bias * of_rep + shift[: len(tall)]
             self.ghost_scale = nn.Parameter(of_ghosts.clone())
-            self.ghost_bias = nn.Parameter(shift[len(tall):].clone())
+            self.ghost_bias = nn.Parameter(shift[len(tall) :].clone())
         del self.filters, self.bn_wide, self.bn_tall, self.bn_small, self.shifts, self.picks
         self.tall, self.wide, self.bias = (nn.Parameter(t) for t in (tall, wide, bias))
         self.deploy = True
@@ -289,8 +283,7 @@ class FeedForward(nn.Module):
             gate: (C,).
             out: As ``x``.
         """
-        hidden = [linear(self.fc1, part * gate, self.act, keep=True)
-                  for part in y.split(PIXELS_AT_ONCE)]
+        hidden = [linear(self.fc1, part * gate, self.act, keep=True) for part in y.split(PIXELS_AT_ONCE)]
         norm = torch.stack([sum_of_squares(part) for part in hidden]).sum(0).sqrt()
         factor = self.grn.factor(norm.to(x.dtype).view(1, 1, 1, -1)).view(-1)
         for part, of_x, into in zip(hidden, *(t.split(PIXELS_AT_ONCE) for t in (x, out))):
@@ -345,15 +338,21 @@ class ShiftWiseBlock(RecomputableBlock):
         self.ffn = FeedForward(channels, norm_cfg, deploy)
         self.gamma = (
             nn.Parameter(layer_scale_init_value * torch.ones(channels))
-            if layer_scale_init_value > 0 and not deploy else None)  # fmt: skip
+            if layer_scale_init_value > 0 and not deploy
+            else None
+        )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _forward(self, x: Tensor) -> Tensor:
         y = self.large_kernel(x)
         if self.norm is not None:
             y = self.norm(y)
-        if (self.deploy and not self.training and runs_eagerly_on_cpu(x)
-                and not has_hooks(*self.se.modules(), *self.ffn.modules())):
+        if (
+            self.deploy
+            and not self.training
+            and runs_eagerly_on_cpu(x)
+            and not has_hooks(*self.se.modules(), *self.ffn.modules())
+        ):
             out = torch.empty_like(x)
             images = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, y, out))
             for of_x, of_y, into, gate in zip(*images, self.se.gate(y).flatten(1)):
@@ -463,8 +462,7 @@ class ShiftWise(LargeKernelBackbone):
             raise ValueError(f'version must be 1 or 2, got {version!r}')
         self.arch = arch
         self.version = version
-        self.depths, dims = self._parse_arch(
-            self._tiny_of_version_1 if arch == 'tiny' and version == 1 else arch)
+        self.depths, dims = self._parse_arch(self._tiny_of_version_1 if arch == 'tiny' and version == 1 else arch)
         # Version 2 divides the width by four in its squeeze-excite layers.
         self.dims = self._widths(dims, width_factor, least=1 if version == 1 else 4)
         self.kernel_sizes = self._for_each_stage(kernel_sizes)
@@ -485,24 +483,35 @@ class ShiftWise(LargeKernelBackbone):
         drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
         for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
             self.downsample_layers.append(
-                _downsampling(version, in_channels if i == 0 else self.dims[i - 1], channels,
-                              is_stem=i == 0))  # fmt: skip
+                _downsampling(version, in_channels if i == 0 else self.dims[i - 1], channels, is_stem=i == 0)
+            )
             num_ghosts = _num_ghosts(version, channels, ghost_ratio)
             if num_ghosts == channels:
                 raise ValueError(
-                    f'ghost_ratio {ghost_ratio} leaves none of the {channels} channels of stage '
-                    f'{i} to be convolved')
+                    f'ghost_ratio {ghost_ratio} leaves none of the {channels} channels of stage {i} to be convolved'
+                )
             blocks: list[nn.Module] = []
             for _ in range(depth):
                 operator = ShiftWiseConv(
-                    channels, num_ghosts, self.kernel_sizes[i], small_kernel, num_paths,
-                    num_reps, branch_norm, norm_cfg, deploy, folds_norm=version == 2)
+                    channels,
+                    num_ghosts,
+                    self.kernel_sizes[i],
+                    small_kernel,
+                    num_paths,
+                    num_reps,
+                    branch_norm,
+                    norm_cfg,
+                    deploy,
+                    folds_norm=version == 2,
+                )
                 drop_path = next(drop_paths)
                 blocks.append(
                     SLaKBlock(channels, operator, drop_path, layer_scale_init_value, with_cp)
-                    if version == 1 else
-                    ShiftWiseBlock(channels, operator, norm_cfg, drop_path,
-                                   layer_scale_init_value, with_cp, deploy))  # fmt: skip
+                    if version == 1
+                    else ShiftWiseBlock(
+                        channels, operator, norm_cfg, drop_path, layer_scale_init_value, with_cp, deploy
+                    )
+                )
             self.stages.append(nn.Sequential(*blocks))
         self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
 
@@ -533,29 +542,24 @@ class ShiftWise(LargeKernelBackbone):
         state_dict.update(fitted)
         remarks = [remark] if remark else []
         operators = {
-            f'{prefix}{name}.': module for name, module in self.named_modules()
-            if isinstance(module, ShiftWiseConv)}  # fmt: skip
-        operators = {
-            key: operator for key, operator in operators.items()
-            if f'{key}filters.0.weight' in state_dict}  # fmt: skip
-        if operators and not any(
-                key + table in state_dict for key in operators for table in _TABLES):
+            f'{prefix}{name}.': module for name, module in self.named_modules() if isinstance(module, ShiftWiseConv)
+        }
+        operators = {key: operator for key, operator in operators.items() if f'{key}filters.0.weight' in state_dict}
+        if operators and not any(key + table in state_dict for key in operators for table in _TABLES):
             remarks.append(self._add_tables(state_dict, operators))
         for key, operator in operators.items():
             _check_tables(state_dict, key, operator)
         return remarks
 
-    def _add_tables(
-        self, state_dict: dict[str, Any], operators: dict[str, ShiftWiseConv]
-    ) -> str:
+    def _add_tables(self, state_dict: dict[str, Any], operators: dict[str, ShiftWiseConv]) -> str:
         for key, operator in operators.items():
             n, num_ghosts = len(operator.rep), len(operator.ghost)
             tables = (
                 *shift_tables(n, operator.kernel_size, self.small_kernel, self.num_reps),
-                *ghost_channels(n + num_ghosts, num_ghosts))
+                *ghost_channels(n + num_ghosts, num_ghosts),
+            )
             state_dict.update((key + name, table) for name, table in zip(_TABLES, tables))
-        return (f'the index tables of {len(operators)} blocks were generated: official '
-                'checkpoints have none')
+        return f'the index tables of {len(operators)} blocks were generated: official checkpoints have none'
 
 
 def _check_tables(state_dict: dict[str, Any], key: str, operator: ShiftWiseConv) -> None:
@@ -572,22 +576,24 @@ def _check_tables(state_dict: dict[str, Any], key: str, operator: ShiftWiseConv)
     if reason is not None:
         raise CheckpointMismatch(
             f'The index tables {key}* do not belong to this backbone: {reason}.',
-            causes=['the checkpoint is of a model with other kernel_sizes or small_kernel'])
+            causes=['the checkpoint is of a model with other kernel_sizes or small_kernel'],
+        )
 
 
 def _downsampling(version: int, before: int, channels: int, is_stem: bool) -> nn.Sequential:
     """The layers between two stages, or between the image and the first stage."""
     if version == 1:
         return patch_downsampling(before, channels, is_stem)
-    half = [
-        nn.Conv2d(before, channels // 2, kernel_size=3, stride=2, padding=1),
-        LayerNorm2d(channels // 2),
-        nn.GELU()] if is_stem else []  # fmt: skip
+    half = (
+        [nn.Conv2d(before, channels // 2, kernel_size=3, stride=2, padding=1), LayerNorm2d(channels // 2), nn.GELU()]
+        if is_stem
+        else []
+    )
     return nn.Sequential(
         *half,
-        nn.Conv2d(channels // 2 if is_stem else before, channels, kernel_size=3, stride=2,
-                  padding=1),
-        LayerNorm2d(channels))  # fmt: skip
+        nn.Conv2d(channels // 2 if is_stem else before, channels, kernel_size=3, stride=2, padding=1),
+        LayerNorm2d(channels),
+    )
 
 
 def _num_ghosts(version: int, channels: int, ghost_ratio: float) -> int:
@@ -600,10 +606,10 @@ def _num_ghosts(version: int, channels: int, ghost_ratio: float) -> int:
 def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int) -> None:
     if not isinstance(small_kernel, int) or small_kernel < 1 or small_kernel % 2 == 0:
         raise ValueError(
-            'small_kernel must be an odd positive integer (an even filter has no center), got '
-            f'{small_kernel!r}')
+            f'small_kernel must be an odd positive integer (an even filter has no center), got {small_kernel!r}'
+        )
     for size in kernel_sizes:
         if not isinstance(size, int) or size < small_kernel:
             raise ValueError(
-                f'kernel_sizes must be integers not smaller than small_kernel ({small_kernel}), '
-                f'got {size!r}')
+                f'kernel_sizes must be integers not smaller than small_kernel ({small_kernel}), got {size!r}'
+            )

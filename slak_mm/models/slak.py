@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from slak_mm.ops import cross_dwconv2d
 
 from .base import LargeKernelBackbone
-from .layers import (
-    PIXELS_AT_ONCE,
-    DepthwiseBranch,
-    RecomputableBlock,
-    patch_downsampling,
-    runs_eagerly_on_cpu,
-)
+from .layers import PIXELS_AT_ONCE, DepthwiseBranch, RecomputableBlock, patch_downsampling, runs_eagerly_on_cpu
 from .linear import has_hooks, linear
 
 
@@ -78,9 +72,8 @@ class LargeKernelConv(nn.Module):
         self.branch_names = tuple(sizes)
         for name, size in sizes.items():
             branch = DepthwiseBranch(
-                channels, size,
-                bias=conv_bias and not deploy,
-                norm_cfg=norm_cfg if branch_norm and not deploy else None)  # fmt: skip
+                channels, size, bias=conv_bias and not deploy, norm_cfg=norm_cfg if branch_norm and not deploy else None
+            )
             self.add_module(name, branch)
         self.bias = nn.Parameter(torch.zeros(channels)) if deploy else None
 
@@ -89,18 +82,13 @@ class LargeKernelConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
-        branches = (self._branch('tall') or self._branch('square'), self._branch('wide'),
-                    self._branch('small'))  # fmt: skip
+        branches = (self._branch('tall') or self._branch('square'), self._branch('wide'), self._branch('small'))
         k_v, k_h, k_s = (None if branch is None else branch.kernel for branch in branches)
         assert k_v is not None
         if self.deploy:
             return cross_dwconv2d(x, k_v, k_h, bias=self.bias, reduce=True)
         results = cross_dwconv2d(x, k_v, k_h, k_s)
-        finished = [
-            branch.finish(y)
-            for branch, y in zip(branches, results)
-            if branch is not None and y is not None
-        ]
+        finished = [branch.finish(y) for branch, y in zip(branches, results) if branch is not None and y is not None]
         return sum(finished[1:], start=finished[0])
 
     @torch.no_grad()
@@ -114,13 +102,11 @@ class LargeKernelConv(nn.Module):
         small = kernels.pop('small', None)
         if small is not None:
             host = 'wide' if 'wide' in kernels else 'square'
-            rows, columns = (
-                (kernels[host].shape[i] - small.shape[i]) // 2 for i in (1, 2))  # fmt: skip
+            rows, columns = ((kernels[host].shape[i] - small.shape[i]) // 2 for i in (1, 2))
             kernels[host] += F.pad(small, (columns, columns, rows, rows))
             del self.small
         for name, kernel in kernels.items():
-            branch = DepthwiseBranch(
-                len(kernel), (kernel.shape[1], kernel.shape[2]), bias=False, norm_cfg=None)
+            branch = DepthwiseBranch(len(kernel), (kernel.shape[1], kernel.shape[2]), bias=False, norm_cfg=None)
             branch.conv.weight = nn.Parameter(kernel.unsqueeze(1))
             branch.train(self.training)
             setattr(self, name, branch)
@@ -156,15 +142,17 @@ class SLaKBlock(RecomputableBlock):
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.gamma = (
-            nn.Parameter(layer_scale_init_value * torch.ones(channels))
-            if layer_scale_init_value > 0 else None)  # fmt: skip
+        self.gamma = nn.Parameter(layer_scale_init_value * torch.ones(channels)) if layer_scale_init_value > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _forward(self, x: Tensor) -> Tensor:
         y = self.large_kernel(x).permute(0, 2, 3, 1)
-        if (not self.training and runs_eagerly_on_cpu(x) and y.is_contiguous()
-                and not has_hooks(self.norm, self.pwconv1, self.act, self.pwconv2)):
+        if (
+            not self.training
+            and runs_eagerly_on_cpu(x)
+            and y.is_contiguous()
+            and not has_hooks(self.norm, self.pwconv1, self.act, self.pwconv2)
+        ):
             # The hidden layer of all pixels is many times larger than the caches of a CPU.
             pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
             out = torch.empty_like(pixels)
@@ -181,9 +169,7 @@ class SLaKBlock(RecomputableBlock):
         hidden = linear(self.pwconv1, self.norm(y), self.act, keep)
         return linear(self.pwconv2, hidden, keep=keep)
 
-    def _scaled_sum(
-        self, x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor | None = None
-    ) -> Tensor:
+    def _scaled_sum(self, x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor | None = None) -> Tensor:
         if self.training and not isinstance(self.drop_path, nn.Identity):
             return x + self.drop_path(y if gamma is None else gamma * y)
         if gamma is None:
@@ -285,32 +271,41 @@ class SLaK(LargeKernelBackbone):
                 SLaKBlock(
                     channels,
                     LargeKernelConv(
-                        channels, self.kernel_sizes[i], small_kernel, decomposed, branch_norm,
-                        conv_bias, norm_cfg or dict(type='SyncBN', requires_grad=True), deploy),
+                        channels,
+                        self.kernel_sizes[i],
+                        small_kernel,
+                        decomposed,
+                        branch_norm,
+                        conv_bias,
+                        norm_cfg or dict(type='SyncBN', requires_grad=True),
+                        deploy,
+                    ),
                     next(drop_paths),
                     layer_scale_init_value,
-                    with_cp)
+                    with_cp,
+                )
                 for _ in range(depth)
-            ]  # fmt: skip
+            ]
             self.stages.append(nn.Sequential(*blocks))
         self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
 
 
-def _check_kernels(
-    kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool
-) -> None:
+def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool) -> None:
     sizes = (*kernel_sizes, *(() if small_kernel is None else (small_kernel,)))
     for size in sizes:
         if not isinstance(size, int) or size < 1 or size % 2 == 0:
             raise ValueError(
                 'kernel_sizes and small_kernel must be odd positive integers (an even kernel '
-                f'has no center and changes the size of the map), got {size!r}')
+                f'has no center and changes the size of the map), got {size!r}'
+            )
     if small_kernel is None:
         if decomposed:
             raise ValueError(
                 'decomposed=True needs small_kernel, the short side of the rectangular '
-                'kernels; give it, or set decomposed=False')
+                'kernels; give it, or set decomposed=False'
+            )
     elif small_kernel >= min(kernel_sizes):
         raise ValueError(
             f'small_kernel ({small_kernel}) must be smaller than every entry of kernel_sizes '
-            f'{tuple(kernel_sizes)}; for a net without small kernels set small_kernel=None')
+            f'{tuple(kernel_sizes)}; for a net without small kernels set small_kernel=None'
+        )

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 
 def is_autocast_enabled(device_type: str) -> bool:
@@ -17,16 +14,19 @@ def is_autocast_enabled(device_type: str) -> bool:
     try:
         return torch.is_autocast_enabled(device_type)
     except TypeError:  # torch < 2.4 takes no device type
-        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else (
-            torch.is_autocast_enabled())
+        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else (torch.is_autocast_enabled())
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:
     """The dtype that autocast computes in on a device type."""
     if hasattr(torch, 'get_autocast_dtype'):
         return torch.get_autocast_dtype(device_type)
-    return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else (  # torch < 2.4
-        torch.get_autocast_gpu_dtype())
+    return (
+        torch.get_autocast_cpu_dtype()
+        if device_type == 'cpu'
+        # torch < 2.4
+        else (torch.get_autocast_gpu_dtype())
+    )
 
 
 def is_compiling() -> bool:
@@ -45,12 +45,13 @@ def is_observed(x: Tensor) -> bool:
         is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
         or x.is_meta
-        or _get_current_dispatch_mode() is not None)  # fmt: skip
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def is_counted() -> bool:
     """Whether a ``torch.utils.flop_counter.FlopCounterMode`` looks on, outside of graphs."""
     # By name: the module imports Triton, and warns where there is none.
     return not is_compiling() and any(
-        type(mode).__module__ == 'torch.utils.flop_counter'
-        for mode in _get_current_dispatch_mode_stack())
+        type(mode).__module__ == 'torch.utils.flop_counter' for mode in _get_current_dispatch_mode_stack()
+    )

@@ -23,9 +23,7 @@ HAS_LIBRARY = hasattr(torch.library, 'register_autograd')
 """Whether this torch can register the operator (from 2.4 on)."""
 
 
-def apply(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> Sequence[Tensor]:
+def apply(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> Sequence[Tensor]:
     """Convolve ``x`` with every kernel, or sum up; see :mod:`slak_mm.ops.backends`."""
     if _wants_plain_graph():
         return reference.forward(x, kernels, bias, reduce)
@@ -38,16 +36,13 @@ def _wants_plain_graph() -> bool:
     """Whether a graph is recorded that knows PyTorch's convolutions only."""
     if torch.jit.is_tracing() or is_counted():
         return True
-    return HAS_LIBRARY and is_compiling() and (
-        torch.onnx.is_in_onnx_export() or forced_backend() == 'reference')
+    return HAS_LIBRARY and is_compiling() and (torch.onnx.is_in_onnx_export() or forced_backend() == 'reference')
 
 
 # --------------------------------------------------------------------------------- computation
 
 
-def forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> list[Tensor]:
+def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> list[Tensor]:
     """Run the chosen backend."""
     layout = memory_format(x)
     if x.numel() == 0:
@@ -63,9 +58,8 @@ def forward(
 
 
 def backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Run the chosen backend's backward; what is not needed is an empty tensor or list."""
     layout = memory_format(x)
     if x.numel() == 0:
@@ -81,9 +75,9 @@ def backward(
                 raise
             grad_x, grad_kernels = reference.backward(*operands)
     return (
-        grad_x.contiguous(memory_format=layout) if needs_x and grad_x is not None
-        else x.new_empty(0),
-        [k.contiguous() for k in grad_kernels or ()] if needs_kernels else [])  # fmt: skip
+        grad_x.contiguous(memory_format=layout) if needs_x and grad_x is not None else x.new_empty(0),
+        [k.contiguous() for k in grad_kernels or ()] if needs_kernels else [],
+    )
 
 
 def _count(kernels: Sequence[Tensor], reduce: bool) -> int:
@@ -115,8 +109,12 @@ def _chosen(x: Tensor, kernels: Sequence[Tensor], operation: Any) -> str:
             reason = backend.unavailable_reason(x, kernels)
             reasons.append(f'not {other}: {reason or "slower for these shapes"}')
         logging.getLogger('slak_mm').info(
-            'cross_dwconv2d runs on the backend %r for %s on %s%s', name, x.dtype, x.device.type,
-            f' ({"; ".join(reasons)})' if reasons else '')  # fmt: skip
+            'cross_dwconv2d runs on the backend %r for %s on %s%s',
+            name,
+            x.dtype,
+            x.device.type,
+            f' ({"; ".join(reasons)})' if reasons else '',
+        )
     return name
 
 
@@ -143,14 +141,20 @@ class _CrossDwconv2d(torch.autograd.Function):
         needs_x, needs_kernels = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         x, *kernels = ctx.saved_tensors
         of_x, of_kernels, of_bias = _gradients(
-            x, kernels, grads, needs_x, needs_kernels, ctx.needs_input_grad[1], backward)
+            x, kernels, grads, needs_x, needs_kernels, ctx.needs_input_grad[1], backward
+        )
         return of_x, of_bias, None, *of_kernels
 
 
 def _gradients(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor | None], needs_x: bool,
-    needs_kernels: bool, needs_bias: bool, run: Any,
-) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needs_x: bool,
+    needs_kernels: bool,
+    needs_bias: bool,
+    run: Any,
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
     """Gradients of the input, of every kernel and of the bias.
 
     Branches whose result is not used have no gradient and are left out.
@@ -178,21 +182,18 @@ def _gradients(
 # -------------------------------------------------------------------------------- registration
 
 
-def _fake_forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> list[Tensor]:
+def _fake_forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> list[Tensor]:
     layout = memory_format(x)
     return [torch.empty_like(x, memory_format=layout) for _ in range(_count(kernels, reduce))]
 
 
 def _fake_backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor, list[Tensor]]:
     return (
         torch.empty_like(x, memory_format=memory_format(x)) if needs_x else x.new_empty(0),
-        [torch.empty_like(k, memory_format=torch.contiguous_format) for k in kernels]
-        if needs_kernels else [])
+        [torch.empty_like(k, memory_format=torch.contiguous_format) for k in kernels] if needs_kernels else [],
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -204,8 +205,8 @@ def _backward_of_operator(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     needs_x, needs_kernels, needs_bias, _ = ctx.needs_input_grad
     x, *kernels = ctx.saved_tensors
     of_x, of_kernels, of_bias = _gradients(
-        x, kernels, grads, needs_x, any(needs_kernels), needs_bias,
-        torch.ops.slak_mm.cross_dwconv2d_backward)
+        x, kernels, grads, needs_x, any(needs_kernels), needs_bias, torch.ops.slak_mm.cross_dwconv2d_backward
+    )
     return of_x, of_kernels, of_bias, None
 
 
@@ -213,20 +214,21 @@ def _register() -> torch.library.Library:
     library = torch.library.Library('slak_mm', 'DEF')
     # The memory format of an input decides which code runs and the format of the results.
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-    library.define(
-        'cross_dwconv2d(Tensor x, Tensor[] kernels, Tensor? bias, bool reduce) -> Tensor[]',
-        tags=tags)
+    library.define('cross_dwconv2d(Tensor x, Tensor[] kernels, Tensor? bias, bool reduce) -> Tensor[]', tags=tags)
     library.define(
         'cross_dwconv2d_backward(Tensor x, Tensor[] kernels, Tensor[] grads, bool needs_x, '
-        'bool needs_kernels) -> (Tensor, Tensor[])', tags=tags)
+        'bool needs_kernels) -> (Tensor, Tensor[])',
+        tags=tags,
+    )
     for name, run, fake in (
-            ('cross_dwconv2d', forward, _fake_forward),
-            ('cross_dwconv2d_backward', backward, _fake_backward)):  # fmt: skip
+        ('cross_dwconv2d', forward, _fake_forward),
+        ('cross_dwconv2d_backward', backward, _fake_backward),
+    ):
         library.impl(name, run, 'CompositeExplicitAutograd')
         torch.library.register_fake(f'slak_mm::{name}', fake, lib=library)
     torch.library.register_autograd(
-        'slak_mm::cross_dwconv2d', _backward_of_operator, setup_context=_setup_context,
-        lib=library)
+        'slak_mm::cross_dwconv2d', _backward_of_operator, setup_context=_setup_context, lib=library
+    )
     return library
 
 

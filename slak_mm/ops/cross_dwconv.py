@@ -19,16 +19,28 @@ from ._context import autocast_dtype, is_autocast_enabled
 
 @overload
 def cross_dwconv2d(
-    x: Tensor, k_v: Tensor, k_h: Tensor | None = ..., k_s: Tensor | None = ...,
-    bias: Tensor | None = ..., *, reduce: Literal[True], center: int | None = ...,
-) -> Tensor: ...  # fmt: skip
+    x: Tensor,
+    k_v: Tensor,
+    k_h: Tensor | None = ...,
+    k_s: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    reduce: Literal[True],
+    center: int | None = ...,
+) -> Tensor: ...
 
 
 @overload
 def cross_dwconv2d(
-    x: Tensor, k_v: Tensor, k_h: Tensor | None = ..., k_s: Tensor | None = ...,
-    bias: Tensor | None = ..., *, reduce: Literal[False] = ..., center: int | None = ...,
-) -> tuple[Tensor, Tensor | None, Tensor | None]: ...  # fmt: skip
+    x: Tensor,
+    k_v: Tensor,
+    k_h: Tensor | None = ...,
+    k_s: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    reduce: Literal[False] = ...,
+    center: int | None = ...,
+) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
 
 def cross_dwconv2d(
@@ -80,24 +92,25 @@ def cross_dwconv2d(
         dtype = autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             results = _operator.apply(
-                x.to(dtype), [k.to(dtype) for k in kernels],
-                None if bias is None else bias.to(dtype), reduce)  # fmt: skip
+                x.to(dtype), [k.to(dtype) for k in kernels], None if bias is None else bias.to(dtype), reduce
+            )
     else:
         results = _operator.apply(x, kernels, bias, reduce)
     if reduce:
         return results[0]
     found = iter(results)
-    return (
-        next(found),
-        None if k_h is None else next(found),
-        None if k_s is None else next(found),
-    )
+    return (next(found), None if k_h is None else next(found), None if k_s is None else next(found))
 
 
 def _check(
-    x: Tensor, k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None, bias: Tensor | None,
-    reduce: bool, center: int | None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    k_v: Tensor,
+    k_h: Tensor | None,
+    k_s: Tensor | None,
+    bias: Tensor | None,
+    reduce: bool,
+    center: int | None,
+) -> None:
     if x.dim() != 4:
         raise ValueError(f'x must have shape (N, C, H, W), got {tuple(x.shape)}')
     channels = x.shape[1]
@@ -107,23 +120,22 @@ def _check(
         if kernel.dim() != 3 or kernel.shape[0] != channels:
             raise ValueError(
                 f'{name} must have shape ({channels}, height, width) for an input of {channels} '
-                f'channels, got {tuple(kernel.shape)}')
+                f'channels, got {tuple(kernel.shape)}'
+            )
         # Under autocast the convolution itself brings its operands to one dtype.
         if kernel.dtype != x.dtype and not is_autocast_enabled(x.device.type):
             raise ValueError(f'{name} has dtype {kernel.dtype}, but x has {x.dtype}')
     long, short = k_v.shape[1:]
     if long < short or short % 2 == 0:
-        raise ValueError(
-            f'k_v must be tall or square with an odd width, got a {long} x {short} kernel')
+        raise ValueError(f'k_v must be tall or square with an odd width, got a {long} x {short} kernel')
     if k_h is not None and tuple(k_h.shape[1:]) != (short, long):
         raise ValueError(
-            f'k_h must be the transposed shape of k_v, {short} x {long}, got '
-            f'{k_h.shape[1]} x {k_h.shape[2]}')
+            f'k_h must be the transposed shape of k_v, {short} x {long}, got {k_h.shape[1]} x {k_h.shape[2]}'
+        )
     if k_s is not None and (k_s.shape[1] != k_s.shape[2] or k_s.shape[1] % 2 == 0):
         raise ValueError(f'k_s must be square and odd, got {k_s.shape[1]} x {k_s.shape[2]}')
     if center is None and long % 2 == 0:
-        raise ValueError(
-            f'a kernel of even length {long} has no middle tap: give center, 0 to {long - 1}')
+        raise ValueError(f'a kernel of even length {long} has no middle tap: give center, 0 to {long - 1}')
     if center is not None and not 0 <= center < long:
         raise ValueError(f'center must lie within the kernel, 0 to {long - 1}, got {center}')
     if bias is not None:
@@ -144,9 +156,7 @@ def _centered(kernel: Tensor, dim: int, center: int | None) -> Tensor:
     return F.pad(kernel, pad if dim == 2 else (0, 0, *pad)) if any(pad) else kernel
 
 
-def _merge_small(
-    k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _merge_small(k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Add the small kernel to the center of a larger one that covers it."""
     if k_s is None:
         return k_v, k_h, None

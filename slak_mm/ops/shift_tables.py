@@ -24,9 +24,7 @@ def num_filters(kernel_size: int, small_kernel: int) -> int:
     return -(-kernel_size // small_kernel)
 
 
-def shift_tables(
-    channels: int, kernel_size: int, small_kernel: int, num_reps: int
-) -> tuple[Tensor, Tensor]:
+def shift_tables(channels: int, kernel_size: int, small_kernel: int, num_reps: int) -> tuple[Tensor, Tensor]:
     """Draw the tables of one layer, from a generator of their own.
 
     Args:
@@ -46,18 +44,16 @@ def shift_tables(
 
 
 @lru_cache(maxsize=64)
-def _draw(
-    channels: int, kernel_size: int, small_kernel: int, num_reps: int
-) -> tuple[Tensor, Tensor]:
+def _draw(channels: int, kernel_size: int, small_kernel: int, num_reps: int) -> tuple[Tensor, Tensor]:
     nk = num_filters(kernel_size, small_kernel)
     # The device is named because a default device may be set around the construction.
     generator = torch.Generator('cpu').manual_seed(_SEED)
-    orders = torch.stack([
-        torch.randperm(nk, generator=generator, device='cpu')
-        for _ in range(2 * num_reps * channels)]).view(2 * num_reps, channels, nk)  # fmt: skip
-    chosen = torch.stack([
-        torch.randint(0, nk, (channels,), generator=generator, device='cpu')
-        for _ in range(num_reps)], dim=1)  # fmt: skip
+    orders = torch.stack(
+        [torch.randperm(nk, generator=generator, device='cpu') for _ in range(2 * num_reps * channels)]
+    ).view(2 * num_reps, channels, nk)
+    chosen = torch.stack(
+        [torch.randint(0, nk, (channels,), generator=generator, device='cpu') for _ in range(num_reps)], dim=1
+    )
     # Place i holds filter orders[..., i]; a filter's place is found by inverting the order.
     places = orders.argsort(dim=-1)
     shifts = kernel_size // 2 - (small_kernel - 1) - small_kernel * places
@@ -79,28 +75,28 @@ def ghost_channels(channels: int, num_ghosts: int) -> tuple[Tensor, Tensor]:
     drawn = np.random.RandomState(_SEED).choice(channels, num_ghosts, replace=False)
     ghosts = np.sort(drawn).astype(np.int64)
     others = np.setdiff1d(np.arange(channels, dtype=np.int64), ghosts)
-    return (torch.tensor(others.tolist(), dtype=torch.int64, device='cpu'),
-            torch.tensor(ghosts.tolist(), dtype=torch.int64, device='cpu'))
+    return (
+        torch.tensor(others.tolist(), dtype=torch.int64, device='cpu'),
+        torch.tensor(ghosts.tolist(), dtype=torch.int64, device='cpu'),
+    )
 
 
-def shift_table_error(
-    shifts: Tensor, picks: Tensor, kernel_size: int, small_kernel: int
-) -> str | None:
+def shift_table_error(shifts: Tensor, picks: Tensor, kernel_size: int, small_kernel: int) -> str | None:
     """Say why tables cannot belong to a layer with these kernels, or None if they can."""
     nk = num_filters(kernel_size, small_kernel)
     taps = kernel_size // 2 - (small_kernel - 1) - shifts.long()
     if bool(((taps % small_kernel != 0) | (taps < 0) | (taps >= nk * small_kernel)).any()):
-        return (f'it has shifts which are no multiple of {small_kernel} from the first place of '
-                f'a kernel of {kernel_size}, or lie outside it')
+        return (
+            f'it has shifts which are no multiple of {small_kernel} from the first place of '
+            f'a kernel of {kernel_size}, or lie outside it'
+        )
     first = nk * torch.arange(len(picks), device=picks.device).view(-1, 1)
     if bool(((picks < first) | (picks >= first + nk)).any()):
         return f'it picks filters of another channel than its own {nk}'
     return None
 
 
-def assemble_kernels(
-    filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def assemble_kernels(filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Assemble the large kernels from small filters; differentiable in the filters.
 
     How often filter p of a channel stands at place i is a small matrix per channel, so that the
@@ -136,5 +132,5 @@ def assemble_kernels(
     kernels = torch.bmm(counts.view(channels, num_rows, nk), filters.view(channels, nk, s * s))
     kernels = kernels.view(channels, num_rows, s, s)
     wide = kernels[:, :nk].permute(0, 2, 1, 3).reshape(channels, s, nk * s)
-    tall = kernels[:, nk:2 * nk].reshape(channels, nk * s, s)
+    tall = kernels[:, nk : 2 * nk].reshape(channels, nk * s, s)
     return tall, wide, kernels[:, 2 * nk]

@@ -1,4 +1,5 @@
 """Agreement of processes about masks. Without an initialized process group nothing happens."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

@@ -3,6 +3,7 @@
 Densities are shares of a layer's entries that are kept, ``1 - sparsity``. A mask drawn from a
 density d has exactly ``round(d * entries)`` active entries, unless the official sampling is named.
 """
+
 from __future__ import annotations
 
 import copy
@@ -16,8 +17,17 @@ from torch import Tensor, nn
 from .errors import DenseWeights, SparsityError
 from .rules import random_positions, smallest
 
-__all__ = ['SAMPLINGS', 'active_count', 'draw_mask', 'erk_densities', 'require_zeros',
-           'snip_densities', 'snip_gradients', 'snip_scores', 'uniform_densities']
+__all__ = [
+    'SAMPLINGS',
+    'active_count',
+    'draw_mask',
+    'erk_densities',
+    'require_zeros',
+    'snip_densities',
+    'snip_gradients',
+    'snip_scores',
+    'uniform_densities',
+]
 
 #: Ways to choose the active entries of a layer once their number is known.
 SAMPLINGS = ('exact', 'bernoulli', 'magnitude', 'saliency')
@@ -66,8 +76,7 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dic
     dense: set[str] = set()
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        budget = sum(sizes[name] * density for name in rest) - sum(
-            sizes[name] * (1 - density) for name in dense)
+        budget = sum(sizes[name] * density for name in rest) - sum(sizes[name] * (1 - density) for name in dense)
         scale = budget / sum(raw[name] * sizes[name] for name in rest)
         top = max(raw[name] for name in rest)
         if top * scale <= 1:
@@ -77,9 +86,7 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dic
 
 
 def snip_scores(
-    weights: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    filters: Mapping[str, list[str]] | None = None,
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], filters: Mapping[str, list[str]] | None = None
 ) -> dict[str, Tensor]:
     """How much the loss would change if a weight were gone: ``|w * dL/dw|``.
 
@@ -127,21 +134,17 @@ def snip_densities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, f
     density = _density(sparsity)
     flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
     if not bool(torch.isfinite(flat).all()):
-        raise SparsityError(
-            'the SNIP scores are not all finite: the loss or its gradients overflowed')
+        raise SparsityError('the SNIP scores are not all finite: the loss or its gradients overflowed')
     rank = max(1, int(flat.numel() * density))
     # Of those that rank as the n smallest after negation, the last.
     chosen = smallest(-flat, rank)
     threshold = flat[chosen].min()
     # From the number of dropped scores, as the official code has it.
-    return {name: 1 - int((score <= threshold).count_nonzero()) / score.numel()
-            for name, score in scores.items()}  # fmt: skip
+    return {name: 1 - int((score <= threshold).count_nonzero()) / score.numel() for name, score in scores.items()}
 
 
 def snip_gradients(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    compute_loss: Callable[[nn.Module], Tensor],
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], compute_loss: Callable[[nn.Module], Tensor]
 ) -> dict[str, Tensor]:
     """Gradients for SNIP, without a trace in the model.
 
@@ -167,15 +170,16 @@ def snip_gradients(
         missing = [name for name in parameters if name not in own]
         if missing:
             raise SparsityError(
-                f'{type(model).__name__} has no parameter {missing[0]}; names must be those of '
-                'the model that SNIP runs')
+                f'{type(model).__name__} has no parameter {missing[0]}; names must be those of the model that SNIP runs'
+            )
         loss = compute_loss(replica)
         if not bool(torch.isfinite(loss)):
             raise SparsityError(f'the loss of the SNIP batch is {float(loss)}')
-        found = torch.autograd.grad(
-            loss, [own[name] for name in parameters], allow_unused=True)
-    return {name: torch.zeros_like(parameter) if gradient is None else gradient.detach()
-            for (name, parameter), gradient in zip(parameters.items(), found)}  # fmt: skip
+        found = torch.autograd.grad(loss, [own[name] for name in parameters], allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient.detach()
+        for (name, parameter), gradient in zip(parameters.items(), found)
+    }
 
 
 def active_count(density: float, entries: int) -> int:
@@ -231,7 +235,8 @@ def require_zeros(masks: Mapping[str, Tensor], promised: float | None = None) ->
             f'{zeros:,} of {entries:,} weights ({zeros / max(1, entries):.2%}) are exactly zero '
             f'where {expected} should be: these are weights of a dense network. Load a sparse '
             "checkpoint, or choose the distribution 'uniform', 'erk' or 'snip' and a sparsity, "
-            'or train without sparsity.')
+            'or train without sparsity.'
+        )
 
 
 def _density(sparsity: Any) -> float:

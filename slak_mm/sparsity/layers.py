@@ -1,4 +1,5 @@
 """The masks of one layer: of a weight, or of the filters of several paths."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,11 +50,12 @@ class Layer:
 
     def set_masks(self, masks: Sequence[Tensor], explored: Sequence[Tensor] | None) -> None:
         """Take over masks; ``explored`` is None for masks that will not change."""
-        self.masks = [self._placed(mask, parameter)
-                      for mask, parameter in zip(masks, self.parameters.values())]  # fmt: skip
-        self.explored = [] if explored is None else [
-            self._placed(mask, parameter)
-            for mask, parameter in zip(explored, self.parameters.values())]
+        self.masks = [self._placed(mask, parameter) for mask, parameter in zip(masks, self.parameters.values())]
+        self.explored = (
+            []
+            if explored is None
+            else [self._placed(mask, parameter) for mask, parameter in zip(explored, self.parameters.values())]
+        )
         self.replaced = [0] * len(self.masks)
 
     def _placed(self, mask: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -74,16 +76,10 @@ class Layer:
         """Absolute values, summed over the taps of a filter where masks are per filter."""
         if not self.per_filter:
             return [tensor.detach().abs() for tensor in tensors]
-        return [tensor.detach().abs().flatten(1).sum(1).view(self.mask_shape)
-                for tensor in tensors]  # fmt: skip
+        return [tensor.detach().abs().flatten(1).sum(1).view(self.mask_shape) for tensor in tensors]
 
     def proposal(
-        self,
-        rate: float,
-        growth: Sequence[Tensor] | None,
-        generator: torch.Generator,
-        exact: bool,
-        is_aligned: bool,
+        self, rate: float, growth: Sequence[Tensor] | None, generator: torch.Generator, exact: bool, is_aligned: bool
     ) -> list[Tensor]:
         """The masks after an update: pruned by magnitude, grown by as many.
 
@@ -109,8 +105,10 @@ class Layer:
             pruned = magnitude_prune(magnitude, mask, rate, exact)
             count = int(mask.count_nonzero()) - int(pruned.count_nonzero())
             updated.append(
-                random_grow(pruned, count, generator, exact) if gains is None else
-                gradient_grow(gains[i], pruned, count, exact))  # fmt: skip
+                random_grow(pruned, count, generator, exact)
+                if gains is None
+                else gradient_grow(gains[i], pruned, count, exact)
+            )
         return [updated[min(i, len(updated) - 1)].clone() for i in range(len(self.masks))]
 
     def replace(self, masks: Sequence[Tensor]) -> list[Tensor]:
@@ -142,5 +140,4 @@ class Layer:
                 replaced = self.replaced[i] * entries
                 if self.explored:
                     explored = int(self.explored[i].count_nonzero()) * entries
-            yield LayerStatistics(
-                name, tuple(parameter.shape), active, total, explored, replaced)
+            yield LayerStatistics(name, tuple(parameter.shape), active, total, explored, replaced)

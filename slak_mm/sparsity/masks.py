@@ -1,4 +1,5 @@
 """Boolean masks: applying, packing and hashing them."""
+
 from __future__ import annotations
 
 import hashlib
@@ -32,8 +33,14 @@ def zero_pruned_(tensors: Iterable[Tensor], mask: Tensor) -> None:
     for tensor in tensors:
         # As integers a product with 0 is 0, whatever the other factor is.
         bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
-        if (mask.shape == bits.shape and mask.stride() == bits.stride() and bits.is_cpu
-                and mask.is_cpu and bits.numel() > 0 and _is_dense(bits)):
+        if (
+            mask.shape == bits.shape
+            and mask.stride() == bits.stride()
+            and bits.is_cpu
+            and mask.is_cpu
+            and bits.numel() > 0
+            and _is_dense(bits)
+        ):
             pending.setdefault(tensor.element_size(), []).append(bits)
         else:
             bits.mul_(mask.to(bits.device))
@@ -43,8 +50,7 @@ def zero_pruned_(tensors: Iterable[Tensor], mask: Tensor) -> None:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the entries fill one piece of memory, in either of the usual orders."""
-    return tensor.is_contiguous() or (
-        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _mul_chunks(tensors: Sequence[Tensor], mask: Tensor) -> None:
@@ -55,7 +61,7 @@ def _mul_chunks(tensors: Sequence[Tensor], mask: Tensor) -> None:
     factor = torch.empty(min(size, _CHUNK), dtype=tensors[0].dtype)
     for start in range(0, size, _CHUNK):
         end = min(size, start + _CHUNK)
-        part = factor[:end - start].copy_(flat_mask[start:end])
+        part = factor[: end - start].copy_(flat_mask[start:end])
         for tensor in flat:
             tensor[start:end].mul_(part)
 
@@ -89,7 +95,8 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     if packed.dtype != torch.uint8 or packed.numel() != -(-size // 8):
         raise SparsityError(
             f'{packed.numel()} packed bytes of {packed.dtype} cannot hold a mask of the shape '
-            f'{tuple(shape)}, which takes {-(-size // 8)}')
+            f'{tuple(shape)}, which takes {-(-size // 8)}'
+        )
     bits = np.unpackbits(packed.cpu().numpy().reshape(-1), count=size)
     return torch.from_numpy(bits.astype(bool)).view(tuple(shape))
 
@@ -107,8 +114,7 @@ def masks_from_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         SparsityError: A mask does not have the bytes that its shape takes.
     """
-    return {name: unpack_mask(entry['bits'], entry['shape'])
-            for name, entry in state['masks'].items()}
+    return {name: unpack_mask(entry['bits'], entry['shape']) for name, entry in state['masks'].items()}
 
 
 def masks_hash(masks: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ With ``exact=True`` the numbers of removed and added entries are equations and t
 position, the first in row-major order first. ``exact=False`` follows the official code of SLaK, in
 which ties with masked entries make fewer go, and random growth adds the right number on average.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,8 +18,15 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = ['gradient_grow', 'magnitude_prune', 'momentum_grow', 'prune_count', 'random_grow',
-           'random_positions', 'smallest']
+__all__ = [
+    'gradient_grow',
+    'magnitude_prune',
+    'momentum_grow',
+    'prune_count',
+    'random_grow',
+    'random_positions',
+    'smallest',
+]
 
 
 def prune_count(active: int, rate: float) -> int:
@@ -54,9 +62,7 @@ def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = 
     return mask & ~smallest(magnitude, mask.numel() - active + count)
 
 
-def random_grow(
-    mask: Tensor, count: int, generator: torch.Generator, exact: bool = True
-) -> Tensor:
+def random_grow(mask: Tensor, count: int, generator: torch.Generator, exact: bool = True) -> Tensor:
     """Add inactive entries at random (SET).
 
     Args:
@@ -86,8 +92,8 @@ def random_positions(candidates: Tensor, count: int, generator: torch.Generator)
     else:
         places = flat.nonzero()[:, 0]
     # Narrow numbers are drawn several times as fast.
-    dtype = torch.int32 if len(places) < 2 ** 31 else torch.int64
-    order = torch.randperm(len(places), generator=generator, dtype=dtype)[:max(0, count)]
+    dtype = torch.int32 if len(places) < 2**31 else torch.int64
+    order = torch.randperm(len(places), generator=generator, dtype=dtype)[: max(0, count)]
     chosen = torch.zeros_like(flat)
     chosen[places[order.to(places.device, torch.int64)]] = True
     return chosen.view(candidates.shape)
@@ -117,11 +123,7 @@ def gradient_grow(gradient: Tensor, mask: Tensor, count: int, exact: bool = True
 
 
 def momentum_grow(
-    momentum: Tensor,
-    mask: Tensor,
-    count: int,
-    second_moment: Tensor | None = None,
-    exact: bool = True,
+    momentum: Tensor, mask: Tensor, count: int, second_moment: Tensor | None = None, exact: bool = True
 ) -> Tensor:
     """Add the inactive entries with the largest momentum.
 
@@ -185,4 +187,5 @@ def _same_shape(score: Tensor, mask: Tensor, what: str) -> None:
     if score.shape != mask.shape:
         raise SparsityError(
             f'{what} has the shape {tuple(score.shape)} and the mask {tuple(mask.shape)}; one '
-            'entry of the mask needs one score')
+            'entry of the mask needs one score'
+        )

@@ -1,4 +1,5 @@
 """When masks change and by how much."""
+
 from __future__ import annotations
 
 import math
@@ -14,25 +15,30 @@ __all__ = ['FINAL_PRUNE_RATE', 'PRESETS', 'UpdateSchedule', 'cosine_prune_rate']
 #: What the rate falls to, in the official code of SLaK and ShiftWise.
 FINAL_PRUNE_RATE = 0.005
 
-_SLAK: dict[str, Any] = dict(
-    mode='set', distribution='snip', sparsity=0.4, stop_fraction=1.0, dense_above=0.99)
+_SLAK: dict[str, Any] = dict(mode='set', distribution='snip', sparsity=0.4, stop_fraction=1.0, dense_above=0.99)
 
 #: Arguments of :class:`~slak_mm.sparsity.SparseTraining` for the published trainings, and under
 #: ``selection`` the preset of :func:`~slak_mm.sparsity.select_parameters`. Their numbers of
 #: non-zero weights are exact; ``sampling='bernoulli'`` draws them as the official code does.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    'slak_t': dict(_SLAK, selection='all', update_interval=2000, prune_rate=0.5),
-    'slak_s': dict(_SLAK, selection='all', update_interval=100, prune_rate=0.3),
-    'slak_b': dict(_SLAK, selection='all', update_interval=100, prune_rate=0.3),
-    'shiftwise': dict(
-        _SLAK, selection='shiftwise_filters', sparsity=0.3, update_interval=100, prune_rate=0.3,
-        per_filter=True, sparse_gap=131),
-})  # fmt: skip
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        'slak_t': dict(_SLAK, selection='all', update_interval=2000, prune_rate=0.5),
+        'slak_s': dict(_SLAK, selection='all', update_interval=100, prune_rate=0.3),
+        'slak_b': dict(_SLAK, selection='all', update_interval=100, prune_rate=0.3),
+        'shiftwise': dict(
+            _SLAK,
+            selection='shiftwise_filters',
+            sparsity=0.3,
+            update_interval=100,
+            prune_rate=0.3,
+            per_filter=True,
+            sparse_gap=131,
+        ),
+    }
+)
 
 
-def cosine_prune_rate(
-    step: int, total_steps: int, initial: float, final: float = FINAL_PRUNE_RATE
-) -> float:
+def cosine_prune_rate(step: int, total_steps: int, initial: float, final: float = FINAL_PRUNE_RATE) -> float:
     """Share of a layer's weights to replace, falling along half a cosine.
 
     ``final + (initial - final) (1 + cos(pi step / total_steps)) / 2``, which rises again after
@@ -75,14 +81,11 @@ class UpdateSchedule:
     def __post_init__(self) -> None:
         for name in ('total_steps', 'update_interval'):
             if int(getattr(self, name)) < 1:
-                raise SparsityError(
-                    f'{name} must be a positive number of optimizer steps, got '
-                    f'{getattr(self, name)}')
+                raise SparsityError(f'{name} must be a positive number of optimizer steps, got {getattr(self, name)}')
         if not 0 < self.prune_rate < 1:
             raise SparsityError(f'prune_rate must lie in (0, 1), got {self.prune_rate}')
         if not 0 <= self.final_prune_rate <= 1:
-            raise SparsityError(
-                f'final_prune_rate must lie in [0, 1], got {self.final_prune_rate}')
+            raise SparsityError(f'final_prune_rate must lie in [0, 1], got {self.final_prune_rate}')
         if not 0 <= self.stop_fraction <= 1:
             raise SparsityError(f'stop_fraction must lie in [0, 1], got {self.stop_fraction}')
 
@@ -103,5 +106,4 @@ class UpdateSchedule:
 
     def rate(self, step: int) -> float:
         """Prune rate of an update after this optimizer step."""
-        return cosine_prune_rate(
-            step, self.total_steps, self.prune_rate, self.final_prune_rate)
+        return cosine_prune_rate(step, self.total_steps, self.prune_rate, self.final_prune_rate)

@@ -1,4 +1,5 @@
 """Which parameters are sparse."""
+
 from __future__ import annotations
 
 import re
@@ -53,33 +54,42 @@ def select_parameters(
         SparsityError: Nothing is left, the preset is unknown, or an expression is invalid.
     """
     modules = {
-        f'{name}.weight' if name else 'weight': module for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))}  # fmt: skip
-    chosen = {name: parameter for name, parameter in model.named_parameters()
-              if name in modules and parameter.requires_grad}  # fmt: skip
+        f'{name}.weight' if name else 'weight': module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    }
+    chosen = {
+        name: parameter for name, parameter in model.named_parameters() if name in modules and parameter.requires_grad
+    }
     if not chosen:
         raise SparsityError(
-            f'{type(model).__name__} has no trainable weight of a convolution or linear layer '
-            'that could be sparse')
+            f'{type(model).__name__} has no trainable weight of a convolution or linear layer that could be sparse'
+        )
     if preset == 'backbone':
         roots = tuple({found.group('root') for found in map(_BLOCK.match, chosen) if found})
-        chosen = {name: parameter for name, parameter in chosen.items() if any(
-            name.startswith((f'{root}stages.', f'{root}downsample_layers.')) for root in roots)}
+        chosen = {
+            name: parameter
+            for name, parameter in chosen.items()
+            if any(name.startswith((f'{root}stages.', f'{root}downsample_layers.')) for root in roots)
+        }
     elif preset is not None and preset not in SELECTIONS:
-        raise SparsityError(
-            f'unknown selection {preset!r}: choose from backbone, {", ".join(SELECTIONS)}')
+        raise SparsityError(f'unknown selection {preset!r}: choose from backbone, {", ".join(SELECTIONS)}')
     else:
         pattern = SELECTIONS[preset or 'all']
         chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
     for patterns, wanted in ((include, True), (exclude, False)):
         if patterns is not None:
-            chosen = {name: parameter for name, parameter in chosen.items() if _matches(
-                name, type(modules[name]).__name__, patterns) == wanted}
+            chosen = {
+                name: parameter
+                for name, parameter in chosen.items()
+                if _matches(name, type(modules[name]).__name__, patterns) == wanted
+            }
     if not chosen:
         raise SparsityError(
             f'no weight of {type(model).__name__} is selected by preset={preset!r}, '
             f'include={include!r}, exclude={exclude!r}; look at the names of '
-            'model.named_parameters()')
+            'model.named_parameters()'
+        )
     return chosen
 
 
@@ -108,5 +118,4 @@ def path_groups(names: Iterable[str]) -> dict[str, list[str]]:
         found = _PATH.match(name)
         if found:
             groups.setdefault(found.group('layer'), {})[int(found.group('path'))] = name
-    return {layer: [paths[number] for number in sorted(paths)]
-            for layer, paths in groups.items()}  # fmt: skip
+    return {layer: [paths[number] for number in sorted(paths)] for layer, paths in groups.items()}

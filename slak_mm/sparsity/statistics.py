@@ -1,4 +1,5 @@
 """How sparse a network is, and how much of it has been tried."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -74,8 +75,7 @@ class Statistics:
 
     def scalars(self, prefix: str = 'sparsity/') -> dict[str, float]:
         """``density``, ``churn`` and ``exploration`` for a log."""
-        return {prefix + name: getattr(self, name)
-                for name in ('density', 'churn', 'exploration')}  # fmt: skip
+        return {prefix + name: getattr(self, name) for name in ('density', 'churn', 'exploration')}
 
 
 def format_table(statistics: Statistics) -> str:
@@ -89,14 +89,30 @@ def format_table(statistics: Statistics) -> str:
     """
     rows = [('parameter', 'shape', 'active', 'all', 'density', 'explored')]
     for layer in statistics.layers:
-        rows.append((
-            layer.name, 'x'.join(map(str, layer.shape)), f'{layer.active:,}', f'{layer.total:,}',
-            f'{layer.density:.4f}', f'{layer.explored / layer.total:.4f}'))  # fmt: skip
-    rows.append((
-        'sum', '', f'{statistics.active:,}', f'{statistics.total:,}',
-        f'{statistics.density:.4f}', f'{statistics.exploration:.4f}'))  # fmt: skip
+        rows.append(
+            (
+                layer.name,
+                'x'.join(map(str, layer.shape)),
+                f'{layer.active:,}',
+                f'{layer.total:,}',
+                f'{layer.density:.4f}',
+                f'{layer.explored / layer.total:.4f}',
+            )
+        )
+    rows.append(
+        (
+            'sum',
+            '',
+            f'{statistics.active:,}',
+            f'{statistics.total:,}',
+            f'{statistics.density:.4f}',
+            f'{statistics.exploration:.4f}',
+        )
+    )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return '\n'.join(
-        '  '.join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                  for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
-        for row in rows)  # fmt: skip
+        '  '.join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    )

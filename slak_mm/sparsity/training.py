@@ -1,4 +1,5 @@
 """What a training loop needs for sparse training."""
+
 from __future__ import annotations
 
 import logging
@@ -35,8 +36,16 @@ _VERSION = 1
 _BETA = 0.9
 
 # Those that matter after the first masks were made.
-_ONGOING_SETTINGS = ('mode', 'sampling', 'sparse_gap', 'total_steps', 'update_interval',
-                     'prune_rate', 'stop_fraction', 'final_prune_rate')  # fmt: skip
+_ONGOING_SETTINGS = (
+    'mode',
+    'sampling',
+    'sparse_gap',
+    'total_steps',
+    'update_interval',
+    'prune_rate',
+    'stop_fraction',
+    'final_prune_rate',
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -116,21 +125,20 @@ class SparseTraining:
         seed: int = 0,
     ) -> None:
         for name, value, choices in (
-            ('mode', mode, MODES), ('distribution', distribution, DISTRIBUTIONS),
-            ('sampling', sampling, SAMPLINGS)):  # fmt: skip
+            ('mode', mode, MODES),
+            ('distribution', distribution, DISTRIBUTIONS),
+            ('sampling', sampling, SAMPLINGS),
+        ):
             if value not in choices:
-                raise SparsityError(
-                    f'unknown {name} {value!r}: choose from {", ".join(choices)}')
+                raise SparsityError(f'unknown {name} {value!r}: choose from {", ".join(choices)}')
         if sparsity is None and distribution != 'from_weights':
-            raise SparsityError(
-                f'the distribution {distribution!r} needs a sparsity, the share of zeros')
+            raise SparsityError(f'the distribution {distribution!r} needs a sparsity, the share of zeros')
         if sparsity is not None and not 0 < sparsity < 1:
             raise SparsityError(f'sparsity must lie in (0, 1), got {sparsity}')
         if sampling == 'saliency' and distribution != 'snip':
             raise SparsityError("the sampling 'saliency' needs the distribution 'snip'")
         if mode != 'static' and total_steps is None:
-            raise SparsityError(
-                f'the mode {mode!r} needs total_steps, the optimizer steps of the training')
+            raise SparsityError(f'the mode {mode!r} needs total_steps, the optimizer steps of the training')
         for name, number in (('sparse_gap', sparse_gap), ('momentum_window', momentum_window)):
             if number < 1:
                 raise SparsityError(f'{name} must be a positive number, got {number}')
@@ -146,8 +154,11 @@ class SparseTraining:
         self.sparse_gap = sparse_gap
         self.dense_above = dense_above
         self.momentum_window = momentum_window
-        self.schedule = None if total_steps is None else UpdateSchedule(
-            total_steps, update_interval, prune_rate, stop_fraction, final_prune_rate)
+        self.schedule = (
+            None
+            if total_steps is None
+            else UpdateSchedule(total_steps, update_interval, prune_rate, stop_fraction, final_prune_rate)
+        )
         self.steps = 0
         self.updates = 0
         self.last_update = 0
@@ -214,11 +225,15 @@ class SparseTraining:
         if gradients is None or missing:
             raise SparsityError(
                 "the distribution 'snip' needs the gradients of a batch for every selected "
-                f'parameter{f"; {missing[0]} has none" if gradients else ""}')
+                f'parameter{f"; {missing[0]} has none" if gradients else ""}'
+            )
         averaged = {name: gradients[name].detach().clone() for name in self.parameters}
         average_(averaged.values())
-        return snip_scores(self.parameters, averaged, {
-            layer.name: list(layer.parameters) for layer in self._layers if layer.per_filter})
+        return snip_scores(
+            self.parameters,
+            averaged,
+            {layer.name: list(layer.parameters) for layer in self._layers if layer.per_filter},
+        )
 
     def _densities(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
         assert self.sparsity is not None
@@ -226,20 +241,16 @@ class SparseTraining:
             densities: dict[str, float] = {}
             # Filters and single weights have thresholds of their own, as in the official code.
             for per_filter in (True, False):
-                chosen = {layer.name: scores[layer.name] for layer in self._layers
-                          if layer.per_filter == per_filter}  # fmt: skip
+                chosen = {layer.name: scores[layer.name] for layer in self._layers if layer.per_filter == per_filter}
                 if chosen:
                     densities |= snip_densities(chosen, self.sparsity)
             return densities
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        by_name = (uniform_densities if self.distribution == 'uniform' else erk_densities)(
-            shapes, self.sparsity)
+        by_name = (uniform_densities if self.distribution == 'uniform' else erk_densities)(shapes, self.sparsity)
         # All paths of an operator have the same shape.
         return {layer.name: by_name[next(iter(layer.parameters))] for layer in self._layers}
 
-    def _draw(
-        self, densities: Mapping[str, float], scores: Mapping[str, Tensor]
-    ) -> dict[str, list[Tensor]]:
+    def _draw(self, densities: Mapping[str, float], scores: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         drawn = {}
         for layer in self._layers:
             score = None
@@ -249,26 +260,26 @@ class SparseTraining:
                 score = scores[layer.name]
                 if layer.per_filter:
                     score = score.sum(1).view(layer.mask_shape)
-            mask = draw_mask(
-                layer.mask_shape, densities[layer.name], self._generator, self.sampling, score)
+            mask = draw_mask(layer.mask_shape, densities[layer.name], self._generator, self.sampling, score)
             drawn[layer.name] = [mask] * len(layer.parameters)
         return drawn
 
     def _masks_of_weights(self) -> dict[str, list[Tensor]]:
         # A zero among the taps of a filter does not remove the filter.
-        found = {layer.name: [score != 0 for score in layer.scores(list(layer.parameters.values()))]
-                 for layer in self._layers}
-        siblings = {name: names for names in path_groups(self.parameters).values()
-                    for name in names}  # fmt: skip
+        found = {
+            layer.name: [score != 0 for score in layer.scores(list(layer.parameters.values()))]
+            for layer in self._layers
+        }
+        siblings = {name: names for names in path_groups(self.parameters).values() for name in names}
         for layer in self._layers:
             # A path that is zero beside others that are not adds nothing, and should not start.
             related = {name for own in layer.parameters for name in siblings.get(own, [own])}
             if not any(bool(self.parameters[name].any()) for name in related):
-                _logger.warning(
-                    '%s is zero throughout: it was initialized so and stays dense', layer.name)
+                _logger.warning('%s is zero throughout: it was initialized so and stays dense', layer.name)
                 found[layer.name] = [torch.ones_like(mask) for mask in found[layer.name]]
-        require_zeros({f'{name}.{i}': mask for name, masks in found.items()
-                       for i, mask in enumerate(masks)}, self.sparsity)  # fmt: skip
+        require_zeros(
+            {f'{name}.{i}': mask for name, masks in found.items() for i, mask in enumerate(masks)}, self.sparsity
+        )
         return found
 
     # Training
@@ -284,9 +295,12 @@ class SparseTraining:
         Returns:
             A handle whose ``remove()`` undoes this.
         """
-        handle = _Handles([
-            optimizer.register_step_pre_hook(lambda opt, *_: self.gather_gradients(opt)),
-            optimizer.register_step_post_hook(lambda opt, *_: _nothing(self.step(opt)))])
+        handle = _Handles(
+            [
+                optimizer.register_step_pre_hook(lambda opt, *_: self.gather_gradients(opt)),
+                optimizer.register_step_post_hook(lambda opt, *_: _nothing(self.step(opt))),
+            ]
+        )
         self._handles.append(handle)
         return handle
 
@@ -349,8 +363,7 @@ class SparseTraining:
         if _is_skipped(optimizer):
             return False
         self.steps += 1
-        is_due = (self.mode != 'static' and self.schedule is not None
-                  and self.schedule.is_due(self.steps))  # fmt: skip
+        is_due = self.mode != 'static' and self.schedule is not None and self.schedule.is_due(self.steps)
         sparse = [layer for layer in self._layers if not layer.is_dense]
         for layer in sparse:
             layer.follow_device()
@@ -367,11 +380,15 @@ class SparseTraining:
         is_aligned = self.steps // self.schedule.update_interval % self.sparse_gap == 0
         proposals = []
         for layer in layers:
-            proposals.append(layer.proposal(
-                self.schedule.rate(self.steps),
-                None if growth is None else [growth[name] for name in layer.parameters],
-                self._generator, self.sampling != 'bernoulli',
-                is_aligned and layer.per_filter))  # fmt: skip
+            proposals.append(
+                layer.proposal(
+                    self.schedule.rate(self.steps),
+                    None if growth is None else [growth[name] for name in layer.parameters],
+                    self._generator,
+                    self.sampling != 'bernoulli',
+                    is_aligned and layer.per_filter,
+                )
+            )
         broadcast_masks([mask for masks in proposals for mask in masks])
         self.updates += 1
         self.last_update = self.steps
@@ -394,7 +411,8 @@ class SparseTraining:
         if layers and not found:
             raise SparsityError(
                 'masks are to grow by gradients, but no parameter has any: call step() before '
-                'the gradients are set to zero')
+                'the gradients are set to zero'
+            )
         own = {name: tensor.detach().clone() for name, tensor in growth.items()}
         average_(own.values())
         return own
@@ -422,17 +440,13 @@ class SparseTraining:
             if tensor is None:
                 continue
             if tensor.shape != mask.shape:
-                raise SparsityError(
-                    f'{prefix}{name} has the shape {tuple(tensor.shape)}, its mask '
-                    f'{tuple(mask.shape)}')
+                raise SparsityError(f'{prefix}{name} has the shape {tuple(tensor.shape)}, its mask {tuple(mask.shape)}')
             zero_pruned_([tensor], mask)
             found.append(prefix + name)
         return found
 
     @torch.no_grad()
-    def enforce_average(
-        self, averages: Mapping[str, Tensor], prefix: str = '', force: bool = False
-    ) -> None:
+    def enforce_average(self, averages: Mapping[str, Tensor], prefix: str = '', force: bool = False) -> None:
         """Keep a moving average of the weights sparse while masks change.
 
         Call it after :meth:`step` and before the average takes in the new weights. Entries that
@@ -456,8 +470,7 @@ class SparseTraining:
                 if average is not None and average.shape == weight.shape:
                     mask = mask.to(average.device)
                     is_new = (average == 0).logical_and_(mask)
-                    average.copy_(torch.where(
-                        is_new, weight.detach().to(average.device, average.dtype), average))
+                    average.copy_(torch.where(is_new, weight.detach().to(average.device, average.dtype), average))
         if force or age == 0:
             self.enforce(averages, prefix)
 
@@ -481,16 +494,16 @@ class SparseTraining:
             layers = None if self._statistics is None else self._statistics.layers
             if layers is None:
                 order = {name: i for i, name in enumerate(self.parameters)}
-                layers = sorted((entry for layer in self._layers for entry in layer.statistics()),
-                                key=lambda entry: order[entry.name])
+                layers = sorted(
+                    (entry for layer in self._layers for entry in layer.statistics()),
+                    key=lambda entry: order[entry.name],
+                )
             self._statistics = Statistics(self.steps, self.updates, layers)
         return self._statistics
 
     def hash(self) -> str:
         """A hash of all masks; see :func:`~slak_mm.sparsity.masks_hash`."""
-        return masks_hash({
-            name: mask for layer in self._layers
-            for name, mask in zip(layer.parameters, layer.masks)})  # fmt: skip
+        return masks_hash({name: mask for layer in self._layers for name, mask in zip(layer.parameters, layer.masks)})
 
     def check_agreement(self) -> None:
         """Raise unless all processes have the same masks. Costs a message of 16 bytes.
@@ -499,8 +512,7 @@ class SparseTraining:
             RuntimeError: They differ.
         """
         if not same_on_all_ranks(self.hash()):
-            raise RuntimeError(
-                'the masks of the processes differ: a process stepped or loaded differently')
+            raise RuntimeError('the masks of the processes differ: a process stepped or loaded differently')
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs: tensors, numbers and strings only.
@@ -518,21 +530,28 @@ class SparseTraining:
             settings=self._settings(),
             generator=self._generator.get_state(),
             dense=self.dense_parameters,
-            masks={name: dict(shape=list(mask.shape), bits=pack_mask(mask))
-                   for layer in sparse for name, mask in zip(layer.parameters, layer.masks)},
-            explored={name: pack_mask(mask) for layer in sparse
-                      for name, mask in zip(layer.parameters, layer.explored)},
-            replaced={name: number for layer in sparse
-                      for name, number in zip(layer.parameters, layer.replaced)},
+            masks={
+                name: dict(shape=list(mask.shape), bits=pack_mask(mask))
+                for layer in sparse
+                for name, mask in zip(layer.parameters, layer.masks)
+            },
+            explored={
+                name: pack_mask(mask) for layer in sparse for name, mask in zip(layer.parameters, layer.explored)
+            },
+            replaced={name: number for layer in sparse for name, number in zip(layer.parameters, layer.replaced)},
             gathered={name: tensor.clone() for name, tensor in self._gathered.items()},
-        )  # fmt: skip
+        )
 
     def _settings(self) -> dict[str, Any]:
         schedule = self.schedule
         return dict(
-            mode=self.mode, distribution=self.distribution, sparsity=self.sparsity,
-            sampling=self.sampling, sparse_gap=self.sparse_gap,
-            **({} if schedule is None else vars(schedule)))
+            mode=self.mode,
+            distribution=self.distribution,
+            sparsity=self.sparsity,
+            sampling=self.sampling,
+            sparse_gap=self.sparse_gap,
+            **({} if schedule is None else vars(schedule)),
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned.
@@ -548,30 +567,34 @@ class SparseTraining:
         """
         if state.get('version') != _VERSION:
             raise SparsityError(
-                f'the sparsity state has the version {state.get("version")!r}, this code reads '
-                f'{_VERSION}')
+                f'the sparsity state has the version {state.get("version")!r}, this code reads {_VERSION}'
+            )
         saved, dense = state['masks'], set(state['dense'])
         unknown = sorted((set(saved) | dense) - set(self.parameters))
         missing = [name for name in self.parameters if name not in saved and name not in dense]
         if unknown or missing:
             raise SparsityError(
                 'the sparsity state is of other parameters: '
-                + (f'{missing[0]} and {len(missing) - 1} more have no mask in it' if missing else
-                   f'{unknown[0]} and {len(unknown) - 1} more are not selected here')
-                + '; select the same parameters as the interrupted training')
+                + (
+                    f'{missing[0]} and {len(missing) - 1} more have no mask in it'
+                    if missing
+                    else f'{unknown[0]} and {len(unknown) - 1} more are not selected here'
+                )
+                + '; select the same parameters as the interrupted training'
+            )
         loaded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         for layer in self._layers:
             if all(name in saved for name in layer.parameters):
                 loaded[layer.name] = self._unpack(layer, state)
             elif any(name in saved for name in layer.parameters):
                 raise SparsityError(f'the sparsity state has masks for some paths of {layer.name}')
-        differences = [f'{key} {value!r} (saved: {state["settings"][key]!r})'
-                       for key, value in self._settings().items()
-                       if key in _ONGOING_SETTINGS
-                       and state['settings'].get(key, value) != value]  # fmt: skip
+        differences = [
+            f'{key} {value!r} (saved: {state["settings"][key]!r})'
+            for key, value in self._settings().items()
+            if key in _ONGOING_SETTINGS and state['settings'].get(key, value) != value
+        ]
         if differences:
-            _logger.warning(
-                'sparse training goes on with other settings: %s', ', '.join(differences))
+            _logger.warning('sparse training goes on with other settings: %s', ', '.join(differences))
         for layer in self._layers:
             masks, explored = loaded.get(layer.name, ([], []))
             layer.set_masks(masks, None if self.mode == 'static' else explored)
@@ -580,14 +603,13 @@ class SparseTraining:
         self.updates = int(state['updates'])
         self.last_update = int(state['last_update'])
         self._generator.set_state(state['generator'].cpu())
-        self._gathered = {name: tensor.to(self.parameters[name].device, copy=True)
-                          for name, tensor in state['gathered'].items()}  # fmt: skip
+        self._gathered = {
+            name: tensor.to(self.parameters[name].device, copy=True) for name, tensor in state['gathered'].items()
+        }
         self._is_initialized = True
         self._statistics = None
 
-    def _unpack(
-        self, layer: Layer, state: Mapping[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _unpack(self, layer: Layer, state: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Masks of a layer, and those of what was ever active."""
         masks, explored = [], []
         for name in layer.parameters:
@@ -595,11 +617,11 @@ class SparseTraining:
             if shape != layer.mask_shape:
                 raise SparsityError(
                     f'the mask of {name} has the shape {shape} in the sparsity state, here '
-                    f'{layer.mask_shape}; the network or per_filter is another')
+                    f'{layer.mask_shape}; the network or per_filter is another'
+                )
             masks.append(unpack_mask(state['masks'][name]['bits'], shape))
             # A static training kept no record: what is active was ever active.
-            explored.append(unpack_mask(
-                state['explored'].get(name, state['masks'][name]['bits']), shape))
+            explored.append(unpack_mask(state['explored'].get(name, state['masks'][name]['bits']), shape))
         return masks, explored
 
 
@@ -625,14 +647,13 @@ def _make_layers(parameters: Mapping[str, nn.Parameter], per_filter: bool) -> li
     groups = path_groups(parameters) if per_filter else {}
     if per_filter and not groups:
         raise SparsityError(
-            'per_filter=True, but no selected parameter is a filter of ShiftWise '
-            '(….large_kernel.filters.0.weight)')
+            'per_filter=True, but no selected parameter is a filter of ShiftWise (….large_kernel.filters.0.weight)'
+        )
     in_group = {name for names in groups.values() for name in names}
     layers = [
-        Layer(name, {path: parameters[path] for path in names}, per_filter=True)
-        for name, names in groups.items()]  # fmt: skip
-    layers += [Layer(name, {name: parameter}) for name, parameter in parameters.items()
-               if name not in in_group]  # fmt: skip
+        Layer(name, {path: parameters[path] for path in names}, per_filter=True) for name, names in groups.items()
+    ]
+    layers += [Layer(name, {name: parameter}) for name, parameter in parameters.items() if name not in in_group]
     return layers
 
 
@@ -640,8 +661,7 @@ def _with_state(parameter: nn.Parameter, optimizer: Optimizer) -> Iterable[Tenso
     """A parameter and what the optimizer keeps of the same shape."""
     yield parameter
     for value in optimizer.state.get(parameter, {}).values():
-        if (isinstance(value, Tensor) and value.shape == parameter.shape
-                and value.is_floating_point()):
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             yield value
 
 

@@ -24,8 +24,11 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
     condensed: dict[str, np.ndarray] = {}
     for file in sorted(f for p in patterns for f in (reference / 'goldens').glob(p)):
         source = np.load(file)
-        names = [n for n in source.files if f'{n}_stride' in source.files
-                 or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n == 'out']
+        names = [
+            n
+            for n in source.files
+            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n == 'out'
+        ]
         for name in names:
             values = source[name].reshape(-1)
             step = max(1, -(-values.size // LIMIT))
@@ -33,8 +36,9 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
             key = f'{file.stem}/{name}'
             condensed[key] = values[::step].astype(np.float32)
             condensed[f'{key}/stats'] = np.array(
-                [stride * step, source.get(f'{name}_mean', values.mean()),
-                 source.get(f'{name}_std', values.std())], np.float64)  # fmt: skip
+                [stride * step, source.get(f'{name}_mean', values.mean()), source.get(f'{name}_std', values.std())],
+                np.float64,
+            )
     return condensed
 
 
@@ -42,18 +46,24 @@ def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
     """Hashes of index tables, ghost channels, and names and shapes of whole networks."""
     condensed: dict[str, np.ndarray] = {}
     tables = json.loads((reference / 'goldens' / 'tables.json').read_text())
-    condensed['tables'] = np.array([
-        f'{t["big_kernel"]} {t["small_kernel"]} {t["c_out"]} {t["N_rep"]} '
-        f'{t["sha256_pad_hv"][:16]} {t["sha256_idx_identit"][:16]}'
-        for t in tables['addshift']])  # fmt: skip
-    condensed['ghosts'] = np.array([
-        f'{t["version"]} {t["channels"]} {t["ghost_ratio"]} {t["n_ghost"]} '
-        f'{t["sha256_ghost"][:16]} {t["sha256_rep"][:16]}' for t in tables['ghost']])  # fmt: skip
+    condensed['tables'] = np.array(
+        [
+            f'{t["big_kernel"]} {t["small_kernel"]} {t["c_out"]} {t["N_rep"]} '
+            f'{t["sha256_pad_hv"][:16]} {t["sha256_idx_identit"][:16]}'
+            for t in tables['addshift']
+        ]
+    )
+    condensed['ghosts'] = np.array(
+        [
+            f'{t["version"]} {t["channels"]} {t["ghost_ratio"]} {t["n_ghost"]} '
+            f'{t["sha256_ghost"][:16]} {t["sha256_rep"][:16]}'
+            for t in tables['ghost']
+        ]
+    )
     for file in sorted((reference / 'manifests').glob('shiftwise_*.json')):
         manifest = json.loads(file.read_text())
         lines = sorted(f'{key} {shape}' for key, shape, _ in manifest['state_dict'])
-        condensed[f'manifest/{file.stem}'] = np.array(
-            hashlib.sha256('\n'.join(lines).encode()).hexdigest())
+        condensed[f'manifest/{file.stem}'] = np.array(hashlib.sha256('\n'.join(lines).encode()).hexdigest())
     return condensed
 
 
@@ -70,11 +80,18 @@ def main(reference: Path) -> None:
     arrays = {
         'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
         'shiftwise': {
-            **condense(reference, 'feat_shiftwise*', 'logits_shiftwise*',
-                       'block_train_shiftwise*', 'addshift_*', 'equivalent_conv_*'),
-            **shiftwise_hashes(reference)},
+            **condense(
+                reference,
+                'feat_shiftwise*',
+                'logits_shiftwise*',
+                'block_train_shiftwise*',
+                'addshift_*',
+                'equivalent_conv_*',
+            ),
+            **shiftwise_hashes(reference),
+        },
         'sparse': sparse_training(reference),
-    }  # fmt: skip
+    }
     for family, condensed in arrays.items():
         path = Path(__file__).with_name(f'{family}_goldens.npz')
         np.savez_compressed(path, **condensed)

@@ -19,8 +19,16 @@ ARCH = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 TINY = dict(
     slak=dict(type='SLaK', arch=ARCH, width_factor=1.0, norm_cfg=dict(type='BN')),
     shiftwise=dict(type='ShiftWise', arch=ARCH, norm_cfg=dict(type='BN')),
-    convnext=dict(type='SLaK', arch=ARCH, width_factor=1.0, kernel_sizes=(7,) * 4,
-                  small_kernel=None, decomposed=False, norm_cfg=dict(type='BN')))
+    convnext=dict(
+        type='SLaK',
+        arch=ARCH,
+        width_factor=1.0,
+        kernel_sizes=(7,) * 4,
+        small_kernel=None,
+        decomposed=False,
+        norm_cfg=dict(type='BN'),
+    ),
+)
 
 
 def classifier(kind, **options):
@@ -36,16 +44,29 @@ def measure(model, masked=(), size=(96, 128)):
 # ------------------------------------------------------------------------------ published figures
 
 TOLERANCES = {  # of parameters and FLOPs; above 1 % is what the table explains
-    'slak_t_in1k_300e': (0.03, 0.05), 'slak_s_in1k_300e': (0.01, 0.02),
-    'slak_b_in1k_300e': (0.01, 0.01), 'convnext_t_in1k_300e': (0.03, 0.01),
-    'cascade_mask_rcnn_shiftwise_t_coco': (0.02, 0.01)}
+    'slak_t_in1k_300e': (0.03, 0.05),
+    'slak_s_in1k_300e': (0.01, 0.02),
+    'slak_b_in1k_300e': (0.01, 0.01),
+    'convnext_t_in1k_300e': (0.03, 0.01),
+    'cascade_mask_rcnn_shiftwise_t_coco': (0.02, 0.01),
+}
 
 
-@pytest.mark.parametrize('name', [
-    'slak_t_in1k_300e', 'slak_s_in1k_300e', 'slak_b_in1k_300e', 'convnext_t_in1k_300e',
-    'upernet_slak_t_ade20k', 'upernet_slak_b_ade20k', 'upernet_convnext_t_ade20k',
-    'upernet_shiftwise_t_ade20k', 'cascade_mask_rcnn_convnext_t_coco',
-    'cascade_mask_rcnn_shiftwise_t_coco'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'slak_t_in1k_300e',
+        'slak_s_in1k_300e',
+        'slak_b_in1k_300e',
+        'convnext_t_in1k_300e',
+        'upernet_slak_t_ade20k',
+        'upernet_slak_b_ade20k',
+        'upernet_convnext_t_ade20k',
+        'upernet_shiftwise_t_ade20k',
+        'cascade_mask_rcnn_convnext_t_coco',
+        'cascade_mask_rcnn_shiftwise_t_coco',
+    ],
+)
 def test_published_figures(name):
     if 'upernet' in name:
         pytest.importorskip('mmseg')
@@ -59,14 +80,19 @@ def test_published_figures(name):
     assert flops / 1e9 == pytest.approx(published.flops_g, rel=tolerance[1])
 
 
-@pytest.mark.parametrize(('config', 'parameters_m', 'flops_g'), [
-    ('retinanet/retinanet_r50_fpn_1x_coco', 37.7, 239),
-    ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', 41.5, 207),
-    ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco', 44.2, 260)])
+@pytest.mark.parametrize(
+    ('config', 'parameters_m', 'flops_g'),
+    [
+        ('retinanet/retinanet_r50_fpn_1x_coco', 37.7, 239),
+        ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', 41.5, 207),
+        ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco', 44.2, 260),
+    ],
+)
 def test_detectors_of_the_framework(config, parameters_m, flops_g):
     """Figures of mmdetection 2 for ResNet-50, at 1280 x 800."""
     pytest.importorskip('mmdet')
     from slak_mm.engine.bases import framework_configs
+
     result = count(framework_configs('mmdet', f'../{config}.py')[0])
     assert result.published is None and result.masks == 'none'
     # The framework leaves out the frozen first stage.
@@ -86,8 +112,7 @@ def test_dense_and_sparse_slak_t():
 
 def test_variants_have_the_figures_of_their_config():
     pytest.importorskip('mmseg')
-    assert count(str(CONFIGS / 'upernet_slak_t_ade20k_80k.py')).published is PUBLISHED[
-        'upernet_slak_t_ade20k']
+    assert count(str(CONFIGS / 'upernet_slak_t_ade20k_80k.py')).published is PUBLISHED['upernet_slak_t_ade20k']
     other = count(str(CONFIGS / 'upernet_slak_t_ade20k.py'), (512, 512))
     assert other.published is None and other.size == (512, 512)
 
@@ -145,12 +170,16 @@ def test_the_formula_of_the_operator(reduce):
 
 def test_masked_slak_weights_by_hand():
     model = classifier('slak')
-    result = measure(model, {
-        'downsample_layers.1.1.weight': 100,  # a 2x2 convolution whose result is 12 x 16
-        'stages.2.0.pwconv1.weight': 7,  # on 6 x 8 pixels
-        'stages.3.0.large_kernel.wide.conv.weight': 11,  # on 3 x 4
-        'stages.3.0.large_kernel.small.conv.weight': 2,
-        'norm3.weight': 3})  # no weight of a layer that is counted
+    result = measure(
+        model,
+        {
+            'downsample_layers.1.1.weight': 100,  # a 2x2 convolution whose result is 12 x 16
+            'stages.2.0.pwconv1.weight': 7,  # on 6 x 8 pixels
+            'stages.3.0.large_kernel.wide.conv.weight': 11,  # on 3 x 4
+            'stages.3.0.large_kernel.small.conv.weight': 2,
+            'norm3.weight': 3,
+        },
+    )  # no weight of a layer that is counted
     assert result.masked_parameters == 100 + 7 + 11 + 2
     assert result.masked_large_parameters == 13
     assert result.masked_large_flops == 13 * 3 * 4
@@ -160,9 +189,8 @@ def test_masked_slak_weights_by_hand():
 def test_masked_filters_are_the_zeros_of_the_kernels():
     """Compared with kernels of real weights, of which some filters are zero."""
     generator = torch.Generator().manual_seed(1)
-    layer = ShiftWiseConv(8, 2, 13, 3, num_paths=2, num_reps=1, branch_norm=True,
-                          norm_cfg=dict(type='BN'))
-    kept = (torch.rand(layer.filters[0].weight.shape[0], 1, 1, 1, generator=generator) > 0.4)
+    layer = ShiftWiseConv(8, 2, 13, 3, num_paths=2, num_reps=1, branch_norm=True, norm_cfg=dict(type='BN'))
+    kept = torch.rand(layer.filters[0].weight.shape[0], 1, 1, 1, generator=generator) > 0.4
     with torch.no_grad():
         for path in layer.filters:
             path.weight.copy_(torch.rand(path.weight.shape, generator=generator) * kept + 0)
@@ -176,8 +204,9 @@ def test_masked_filters_are_the_zeros_of_the_kernels():
 def test_shiftwise_parts():
     model = classifier('shiftwise')
     result = measure(model)
-    filters = [layer.filters[0].weight.numel() for layer in model.backbone.modules()
-               if isinstance(layer, ShiftWiseConv)]
+    filters = [
+        layer.filters[0].weight.numel() for layer in model.backbone.modules() if isinstance(layer, ShiftWiseConv)
+    ]
     assert result.path_parameters == sum(filters)  # two paths, one of which is merged away
     pixels = [24 * 32, 12 * 16, 6 * 8, 6 * 8, 3 * 4]
     assert result.filter_flops == sum(n * p for n, p in zip(filters, pixels))
@@ -185,11 +214,16 @@ def test_shiftwise_parts():
 
 def test_zeros_of_a_checkpoint(tmp_path, monkeypatch):
     config = tmp_path / 'tiny.py'
-    config.write_text('\n'.join([
-        "default_scope = 'mmseg'",
-        'model = dict(type="EncoderDecoder", backbone=dict(type="SLaK", '
-        f'arch={ARCH!r}, width_factor=1.0), decode_head=dict(type="FCNHead", in_channels=32, '
-        'in_index=3, channels=8, num_classes=4))']))
+    config.write_text(
+        '\n'.join(
+            [
+                "default_scope = 'mmseg'",
+                'model = dict(type="EncoderDecoder", backbone=dict(type="SLaK", '
+                f'arch={ARCH!r}, width_factor=1.0), decode_head=dict(type="FCNHead", in_channels=32, '
+                'in_index=3, channels=8, num_classes=4))',
+            ]
+        )
+    )
     pytest.importorskip('mmseg')
     backbone = MODELS.build(TINY['slak'])
     backbone.init_weights()
@@ -220,6 +254,7 @@ def test_drawn_masks_have_their_sparsity(distribution):
 
 def test_the_sparsity_of_the_config_is_taken():
     from mmengine.config import ConfigDict
+
     slak, convnext = classifier('slak').backbone, classifier('convnext').backbone
     hook = dict(type='SparsityHook', sparsity=0.7)
     later = dict(type='SparsityHook', distribution='from_weights', from_scratch=dict(sparsity=0.2))

@@ -21,7 +21,7 @@ def test_colorize():
     assert colorize(LABELS, PALETTE, (9, 9, 9))[1, 2].tolist() == [9, 9, 9]
 
 
-@pytest.mark.parametrize('opacity', [0., 0.25, 1.])
+@pytest.mark.parametrize('opacity', [0.0, 0.25, 1.0])
 def test_overlay_mixes_linearly_and_leaves_the_unlabeled(opacity):
     image = np.full((2, 3, 3), 100, np.uint8)
     picture = overlay(image, LABELS, PALETTE, opacity)
@@ -42,8 +42,7 @@ def test_overlay_refuses_what_does_not_fit():
 def test_legend_is_beside_the_picture_and_has_every_color(height, entries):
     picture = np.full((height, 50, 3), 77, np.uint8)
     colors = [(10 + 5 * index, 200, 40) for index in range(entries)]
-    result = with_legend(picture, [(f'class {index}', color)
-                                   for index, color in enumerate(colors)])
+    result = with_legend(picture, [(f'class {index}', color) for index, color in enumerate(colors)])
     assert (result[:height, :50] == 77).all()
     legend = {tuple(pixel) for pixel in result[:, 50:].reshape(-1, 3).tolist()}
     assert set(colors) <= legend

@@ -10,23 +10,35 @@ from slak_mm.analysis.sparsity import draw_sparsity, layer_sparsity, tap_densiti
 def test_counts_of_weights_alone():
     weight = torch.ones(2, 3)
     weight[0, 0] = 0
-    layers = layer_sparsity({'a.weight': weight, 'a.bias': torch.zeros(2),
-                             'a.table': torch.zeros(2, 2, dtype=torch.long),
-                             'b.weight': torch.zeros(4, 1, 51, 5)})
+    layers = layer_sparsity(
+        {
+            'a.weight': weight,
+            'a.bias': torch.zeros(2),
+            'a.table': torch.zeros(2, 2, dtype=torch.long),
+            'b.weight': torch.zeros(4, 1, 51, 5),
+        }
+    )
     assert [(x.name, x.zeros, x.total, x.kind) for x in layers] == [
-        ('a.weight', 1, 6, 'linear'), ('b.weight', 1020, 1020, 'large kernel')]
+        ('a.weight', 1, 6, 'linear'),
+        ('b.weight', 1020, 1020, 'large kernel'),
+    ]
     assert layers[0].sparsity == pytest.approx(1 / 6)
 
 
 def test_taps_are_laid_over_each_other_at_the_center():
     tall, wide, small = torch.zeros(2, 1, 9, 3), torch.zeros(2, 1, 3, 9), torch.zeros(2, 1, 3, 3)
-    tall[0, 0, 0, 1] = 1      # top of the column, in one of two channels
-    wide[:, 0, 1, 0] = 1      # left end of the row, in both
-    small[0, 0, 1, 1] = 1     # center: one of six, as all three reach it
+    tall[0, 0, 0, 1] = 1  # top of the column, in one of two channels
+    wide[:, 0, 1, 0] = 1  # left end of the row, in both
+    small[0, 0, 1, 1] = 1  # center: one of six, as all three reach it
     prefix = 'backbone.stages.2.0.large_kernel'
-    maps = tap_densities({f'{prefix}.tall.conv.weight': tall, f'{prefix}.wide.conv.weight': wide,
-                          f'{prefix}.small.conv.weight': small,
-                          'backbone.stages.1.0.dw.weight': torch.ones(2, 1, 3, 3)})
+    maps = tap_densities(
+        {
+            f'{prefix}.tall.conv.weight': tall,
+            f'{prefix}.wide.conv.weight': wide,
+            f'{prefix}.small.conv.weight': small,
+            'backbone.stages.1.0.dw.weight': torch.ones(2, 1, 3, 3),
+        }
+    )
     assert list(maps) == ['stage 2']
     expected = np.full((9, 9), np.nan)
     expected[:, 3:6] = expected[3:6, :] = 0

@@ -1,4 +1,5 @@
 """Synthetic checkpoints in the official layout, written down independently of the package."""
+
 from collections import OrderedDict
 
 import pytest
@@ -10,22 +11,35 @@ TOY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 TOY_KERNELS = (13, 11, 9, 7)
 
 
-def official_layout(depths, dims, kernels, small=5, width_factor=1.0, decomposed=True, bn=True,
-                    classifier=True, names=('LoRA1', 'LoRA2')):
+def official_layout(
+    depths,
+    dims,
+    kernels,
+    small=5,
+    width_factor=1.0,
+    decomposed=True,
+    bn=True,
+    classifier=True,
+    names=('LoRA1', 'LoRA2'),
+):
     """Keys and shapes of the official class, in its order."""
     c = [int(d * width_factor) for d in dims]
-    layout = [('downsample_layers.0.0.weight', (c[0], 3, 4, 4)),
-              ('downsample_layers.0.0.bias', (c[0],)),
-              ('downsample_layers.0.1.weight', (c[0],)), ('downsample_layers.0.1.bias', (c[0],))]
+    layout = [
+        ('downsample_layers.0.0.weight', (c[0], 3, 4, 4)),
+        ('downsample_layers.0.0.bias', (c[0],)),
+        ('downsample_layers.0.1.weight', (c[0],)),
+        ('downsample_layers.0.1.bias', (c[0],)),
+    ]
     for i in range(1, 4):
-        layout += [(f'downsample_layers.{i}.0.weight', (c[i - 1],)),
-                   (f'downsample_layers.{i}.0.bias', (c[i - 1],)),
-                   (f'downsample_layers.{i}.1.weight', (c[i], c[i - 1], 2, 2)),
-                   (f'downsample_layers.{i}.1.bias', (c[i],))]
+        layout += [
+            (f'downsample_layers.{i}.0.weight', (c[i - 1],)),
+            (f'downsample_layers.{i}.0.bias', (c[i - 1],)),
+            (f'downsample_layers.{i}.1.weight', (c[i], c[i - 1], 2, 2)),
+            (f'downsample_layers.{i}.1.bias', (c[i],)),
+        ]
     for i in range(4):
         big = kernels[i]
-        branches = ([(names[0], (big, small)), (names[1], (small, big))] if decomposed
-                    else [('lkb_origin', (big, big))])
+        branches = [(names[0], (big, small)), (names[1], (small, big))] if decomposed else [('lkb_origin', (big, big))]
         if small < big:
             branches.append(('small_conv', (small, small)))
         for j in range(depths[i]):
@@ -35,36 +49,47 @@ def official_layout(depths, dims, kernels, small=5, width_factor=1.0, decomposed
                 branch = f'{block}large_kernel.{name}.'
                 layout.append((branch + 'conv.weight', (c[i], 1, *size)))
                 if bn:
-                    layout += [(f'{branch}bn.{leaf}', (c[i],)) for leaf in
-                               ('weight', 'bias', 'running_mean', 'running_var')]
+                    layout += [
+                        (f'{branch}bn.{leaf}', (c[i],)) for leaf in ('weight', 'bias', 'running_mean', 'running_var')
+                    ]
                     layout.append((branch + 'bn.num_batches_tracked', ()))
-            layout += [(block + 'norm.weight', (c[i],)), (block + 'norm.bias', (c[i],)),
-                       (block + 'pwconv1.weight', (4 * c[i], c[i])),
-                       (block + 'pwconv1.bias', (4 * c[i],)),
-                       (block + 'pwconv2.weight', (c[i], 4 * c[i])),
-                       (block + 'pwconv2.bias', (c[i],))]
+            layout += [
+                (block + 'norm.weight', (c[i],)),
+                (block + 'norm.bias', (c[i],)),
+                (block + 'pwconv1.weight', (4 * c[i], c[i])),
+                (block + 'pwconv1.bias', (4 * c[i],)),
+                (block + 'pwconv2.weight', (c[i], 4 * c[i])),
+                (block + 'pwconv2.bias', (c[i],)),
+            ]
     if classifier:
-        layout += [('norm.weight', (c[3],)), ('norm.bias', (c[3],)),
-                   ('head.weight', (1000, c[3])), ('head.bias', (1000,))]
+        layout += [
+            ('norm.weight', (c[3],)),
+            ('norm.bias', (c[3],)),
+            ('head.weight', (1000, c[3])),
+            ('head.bias', (1000,)),
+        ]
     else:
         layout += [(f'norm{i}.{leaf}', (c[i],)) for i in range(4) for leaf in ('weight', 'bias')]
     return layout
 
 
-def official_state_dict(seed=0, kernels=TOY_KERNELS, depths=TOY['depths'], dims=TOY['dims'],
-                        **kwargs):
+def official_state_dict(seed=0, kernels=TOY_KERNELS, depths=TOY['depths'], dims=TOY['dims'], **kwargs):
     """Random tensors in the official layout."""
     generator = torch.Generator().manual_seed(seed)
     return OrderedDict(
-        (key, torch.zeros((), dtype=torch.int64) if key.endswith('num_batches_tracked')
-         else torch.rand(shape, generator=generator) + 0.5)
-        for key, shape in official_layout(depths, dims, kernels, **kwargs))
+        (
+            key,
+            torch.zeros((), dtype=torch.int64)
+            if key.endswith('num_batches_tracked')
+            else torch.rand(shape, generator=generator) + 0.5,
+        )
+        for key, shape in official_layout(depths, dims, kernels, **kwargs)
+    )
 
 
 def toy_backbone(**kwargs):
     """A SLaK small enough for tests."""
-    settings = dict(arch=TOY, kernel_sizes=TOY_KERNELS, small_kernel=5, width_factor=1.0,
-                    norm_cfg=dict(type='BN'))
+    settings = dict(arch=TOY, kernel_sizes=TOY_KERNELS, small_kernel=5, width_factor=1.0, norm_cfg=dict(type='BN'))
     return SLaK(**{**settings, **kwargs})
 
 

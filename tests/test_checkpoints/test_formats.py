@@ -26,14 +26,24 @@ OFFICIAL = [
     ('slak_base_k51_w1.3__seg', 'base', 51, {}, 924, 'fe314338c7dc4598'),
     ('slak_small_k51_w1.3', 'small', 51, {}, 920, 'd151f928daa092ff'),
     ('slak_small_k51_w1.3__seg', 'small', 51, {}, 924, '9d286d7a85d0c746'),
-    ('slak_tiny_convnext_w1.0', 'tiny', 7, dict(width_factor=1.0, decomposed=False, small=100),
-     254, 'd6165b86495c7ef3'),
-    ('slak_tiny_convnext_w1.0__seg', 'tiny', 7,
-     dict(width_factor=1.0, decomposed=False, small=100), 258, 'd43dea42077a1e19'),
-    ('slak_tiny_k31_lkb_w1.0', 'tiny', 31, dict(width_factor=1.0, decomposed=False), 362,
-     'b09fe24362ef1676'),
-    ('slak_tiny_k31_lkb_w1.0__seg', 'tiny', 31, dict(width_factor=1.0, decomposed=False), 366,
-     '75332b259a9d4553'),
+    (
+        'slak_tiny_convnext_w1.0',
+        'tiny',
+        7,
+        dict(width_factor=1.0, decomposed=False, small=100),
+        254,
+        'd6165b86495c7ef3',
+    ),
+    (
+        'slak_tiny_convnext_w1.0__seg',
+        'tiny',
+        7,
+        dict(width_factor=1.0, decomposed=False, small=100),
+        258,
+        'd43dea42077a1e19',
+    ),
+    ('slak_tiny_k31_lkb_w1.0', 'tiny', 31, dict(width_factor=1.0, decomposed=False), 362, 'b09fe24362ef1676'),
+    ('slak_tiny_k31_lkb_w1.0__seg', 'tiny', 31, dict(width_factor=1.0, decomposed=False), 366, '75332b259a9d4553'),
     ('slak_tiny_k31_w1.3', 'tiny', 31, {}, 470, '97e86d5dae19609c'),
     ('slak_tiny_k31_w1.3__seg', 'tiny', 31, {}, 474, '8bf077d677621147'),
     ('slak_tiny_k51_w1.3', 'tiny', 51, {}, 470, '247722a35906296a'),
@@ -47,8 +57,9 @@ variants = pytest.mark.parametrize('case', OFFICIAL, ids=[case[0] for case in OF
 
 def layout_of(toy, case):
     name, arch, kernel, options, _, _ = case
-    return toy.layout(DEPTHS[arch], DIMS[arch], K[kernel], classifier=not name.endswith('__seg'),
-                      **{'width_factor': 1.3, **options})
+    return toy.layout(
+        DEPTHS[arch], DIMS[arch], K[kernel], classifier=not name.endswith('__seg'), **{'width_factor': 1.3, **options}
+    )
 
 
 def meta(layout):
@@ -74,12 +85,16 @@ def test_official_keys_map_onto_our_class_and_back(toy, case):
         assert ours[new] is official[old]
     with torch.device('meta'):
         model = SLaK(
-            arch=arch, kernel_sizes=K[kernel], width_factor=options.get('width_factor', 1.3),
-            small_kernel=None if kernel == 7 else 5, decomposed=options.get('decomposed', True),
-            branch_norm=options.get('bn', True), out_norm=name.endswith('__seg'))
+            arch=arch,
+            kernel_sizes=K[kernel],
+            width_factor=options.get('width_factor', 1.3),
+            small_kernel=None if kernel == 7 else 5,
+            decomposed=options.get('decomposed', True),
+            branch_norm=options.get('bn', True),
+            out_norm=name.endswith('__seg'),
+        )
     expected = {key: value.shape for key, value in model.state_dict().items()}
-    ours = {key: value.shape for key, value in ours.items()
-            if not key.startswith(('norm.', 'head.'))}
+    ours = {key: value.shape for key, value in ours.items() if not key.startswith(('norm.', 'head.'))}
     assert ours == expected
 
     back = to_official(convert_state_dict(official)[0])
@@ -119,21 +134,28 @@ def test_spelling_of_july_2022(toy):
 
 
 def test_merged_square_kernel():
-    official = {'stages.0.0.large_kernel.lkb_reparam.weight': torch.ones(4, 1, 7, 7),
-                'stages.0.0.large_kernel.lkb_reparam.bias': torch.ones(4),
-                'stages.0.0.norm.weight': torch.ones(4)}
+    official = {
+        'stages.0.0.large_kernel.lkb_reparam.weight': torch.ones(4, 1, 7, 7),
+        'stages.0.0.large_kernel.lkb_reparam.bias': torch.ones(4),
+        'stages.0.0.norm.weight': torch.ones(4),
+    }
     ours, notes = convert_state_dict(official)
     assert notes.format == 'official-merged'
-    assert list(ours) == ['stages.0.0.large_kernel.square.conv.weight',
-                          'stages.0.0.large_kernel.bias', 'stages.0.0.norm.weight']
+    assert list(ours) == [
+        'stages.0.0.large_kernel.square.conv.weight',
+        'stages.0.0.large_kernel.bias',
+        'stages.0.0.norm.weight',
+    ]
     assert detect_format(ours) == 'ours-deployed'
     assert list(to_official(ours)) == list(official)
 
 
 def test_folded_strips_have_no_official_form():
-    ours = {'stages.0.0.large_kernel.tall.conv.weight': torch.ones(4, 1, 7, 5),
-            'stages.0.0.large_kernel.wide.conv.weight': torch.ones(4, 1, 5, 7),
-            'stages.0.0.large_kernel.bias': torch.ones(4)}
+    ours = {
+        'stages.0.0.large_kernel.tall.conv.weight': torch.ones(4, 1, 7, 5),
+        'stages.0.0.large_kernel.wide.conv.weight': torch.ones(4, 1, 5, 7),
+        'stages.0.0.large_kernel.bias': torch.ones(4),
+    }
     with pytest.raises(CheckpointError, match='convert the training form'):
         to_official(ours)
 
@@ -178,14 +200,14 @@ def test_table_is_one_to_one():
     for family in FAMILIES.values():
         for spelling in family.columns:
             rows = family.rows(spelling)
-            assert len({ours for ours, _ in rows}) == len({theirs for _, theirs in rows}) \
-                == len(rows)
+            assert len({ours for ours, _ in rows}) == len({theirs for _, theirs in rows}) == len(rows)
 
 
 @pytest.mark.parametrize('spelling', ['facebook', 'mmpretrain', 'timm'])
 def test_convnext_spellings_round_trip(toy, spelling):
-    ours = toy.backbone(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False,
-                        branch_norm=False, conv_bias=True).state_dict()
+    ours = toy.backbone(
+        kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, branch_norm=False, conv_bias=True
+    ).state_dict()
     theirs = to_official(ours, spelling)
     assert detect_format(theirs) == f'convnext-{spelling}'
     assert theirs.keys() != ours.keys() and len(theirs) == len(ours)
@@ -199,19 +221,29 @@ def test_every_tensor_of_timms_convnext():
     ours, notes = convert_state_dict(theirs)
     assert notes.format == 'convnext-timm' and not notes.unrecognized
     with torch.device('meta'):
-        model = SLaK(arch='tiny', kernel_sizes=K[7], small_kernel=None, decomposed=False,
-                     branch_norm=False, conv_bias=True, width_factor=1.0, out_norm=False)
+        model = SLaK(
+            arch='tiny',
+            kernel_sizes=K[7],
+            small_kernel=None,
+            decomposed=False,
+            branch_norm=False,
+            conv_bias=True,
+            width_factor=1.0,
+            out_norm=False,
+        )
     expected = {key: value.shape for key, value in model.state_dict().items()}
-    extra = {'norm.weight': (768,), 'norm.bias': (768,), 'head.weight': (1000, 768),
-             'head.bias': (1000,)}
+    extra = {'norm.weight': (768,), 'norm.bias': (768,), 'head.weight': (1000, 768), 'head.bias': (1000,)}
     assert {key: value.shape for key, value in ours.items()} == {**expected, **extra}
     assert sorted(map(id, ours.values())) == sorted(map(id, theirs.values()))
-    pairs = {'stem.0.weight': 'downsample_layers.0.0.weight',
-             'stages.1.downsample.0.bias': 'downsample_layers.1.0.bias',
-             'stages.2.blocks.8.conv_dw.weight': 'stages.2.8.large_kernel.square.conv.weight',
-             'stages.3.blocks.1.mlp.fc2.weight': 'stages.3.1.pwconv2.weight',
-             'stages.0.blocks.0.gamma': 'stages.0.0.gamma', 'head.norm.weight': 'norm.weight',
-             'head.fc.bias': 'head.bias'}
+    pairs = {
+        'stem.0.weight': 'downsample_layers.0.0.weight',
+        'stages.1.downsample.0.bias': 'downsample_layers.1.0.bias',
+        'stages.2.blocks.8.conv_dw.weight': 'stages.2.8.large_kernel.square.conv.weight',
+        'stages.3.blocks.1.mlp.fc2.weight': 'stages.3.1.pwconv2.weight',
+        'stages.0.blocks.0.gamma': 'stages.0.0.gamma',
+        'head.norm.weight': 'norm.weight',
+        'head.fc.bias': 'head.bias',
+    }
     for old, new in pairs.items():
         assert ours[new] is theirs[old]
     assert to_official(ours, 'timm').keys() == theirs.keys()
@@ -219,8 +251,9 @@ def test_every_tensor_of_timms_convnext():
 
 def test_pointwise_convolutions_become_linear_weights():
     weight = torch.randn(16, 4, 1, 1)
-    ours, notes = convert_state_dict({'stages.0.0.depthwise_conv.weight': torch.ones(4, 1, 7, 7),
-                                      'stages.0.0.pointwise_conv1.weight': weight})
+    ours, notes = convert_state_dict(
+        {'stages.0.0.depthwise_conv.weight': torch.ones(4, 1, 7, 7), 'stages.0.0.pointwise_conv1.weight': weight}
+    )
     assert torch.equal(ours['stages.0.0.pwconv1.weight'], weight[:, :, 0, 0])
     assert notes.reshaped == ['stages.0.0.pwconv1.weight']
 

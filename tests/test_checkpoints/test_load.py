@@ -9,13 +9,7 @@ from torch import nn
 
 import slak_mm
 from slak_mm import load_pretrained, switch_to_deploy
-from slak_mm.checkpoints import (
-    CheckpointError,
-    CheckpointMismatch,
-    CheckpointNotFound,
-    prepare_checkpoint,
-    to_official,
-)
+from slak_mm.checkpoints import CheckpointError, CheckpointMismatch, CheckpointNotFound, prepare_checkpoint, to_official
 
 OUT_NORMS = [f'norm{i}.{leaf}' for i in range(4) for leaf in ('weight', 'bias')]
 
@@ -54,8 +48,7 @@ def segmentor(toy):
 def whole_official(toy, segmentor, seed=1):
     """A checkpoint of the whole model, as the official downstream code writes it."""
     generator = torch.Generator().manual_seed(seed)
-    weights = OrderedDict(
-        ('backbone.' + k, v) for k, v in toy.official(seed, classifier=False).items())
+    weights = OrderedDict(('backbone.' + k, v) for k, v in toy.official(seed, classifier=False).items())
     for key, value in segmentor.state_dict().items():
         if not key.startswith('backbone.'):
             weights[key] = torch.randn(value.shape, generator=generator)
@@ -73,15 +66,19 @@ def refused(toy, model, source, match, **kwargs):
 
 # What fits
 
+
 def test_imagenet_checkpoint_into_a_backbone(toy, tmp_path):
     official = toy.official()
-    torch.save({'model': official, 'args': argparse.Namespace(epochs=300), 'epoch': 299},
-               tmp_path / 'slak.pth')
+    torch.save({'model': official, 'args': argparse.Namespace(epochs=300), 'epoch': 299}, tmp_path / 'slak.pth')
     model = toy.backbone()
     before = toy.snapshot(model)
     report = load_pretrained(model, tmp_path / 'slak.pth')
     assert to_official(model.state_dict()).keys() == {*official, *OUT_NORMS} - {
-        'norm.weight', 'norm.bias', 'head.weight', 'head.bias'}
+        'norm.weight',
+        'norm.bias',
+        'head.weight',
+        'head.bias',
+    }
     loaded = to_official({k: v for k, v in model.state_dict().items() if k not in OUT_NORMS})
     assert all(torch.equal(value, official[key]) for key, value in loaded.items())
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in OUT_NORMS)
@@ -93,8 +90,7 @@ def test_imagenet_checkpoint_into_a_backbone(toy, tmp_path):
     assert set(report.dropped) == {'norm.weight', 'norm.bias', 'head.weight', 'head.bias'}
     # 5 blocks, 3 branches, a weight and 5 entries of the norm
     assert len(report.converted) == 5 * 3 * 6
-    assert report.converted['stages.2.1.large_kernel.LoRA2.bn.bias'] == \
-        'stages.2.1.large_kernel.wide.bn.bias'
+    assert report.converted['stages.2.1.large_kernel.LoRA2.bn.bias'] == 'stages.2.1.large_kernel.wide.bn.bias'
     text = str(report)
     assert 'classification head' in text and 'norm3' in text and 'official-LoRA' in text
 
@@ -103,8 +99,7 @@ def test_both_forms_compute_the_same(toy):
     torch.manual_seed(1)
     one, other = toy.backbone().eval(), toy.backbone().eval()
     load_pretrained(one, {'model': toy.official(names=('Decom1', 'Decom2'))})
-    load_pretrained(other, {'state_dict': OrderedDict(
-        ('module.backbone.' + k, v) for k, v in toy.official().items())})
+    load_pretrained(other, {'state_dict': OrderedDict(('module.backbone.' + k, v) for k, v in toy.official().items())})
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(one(x), other(x)))
@@ -119,8 +114,7 @@ def test_values_are_copied_into_the_models_own_tensors(toy):
     assert {key: value.data_ptr() for key, value in model.named_parameters()} == pointers
     weight = tensors['stages.0.0.large_kernel.tall.conv.weight']
     assert weight.dtype == torch.bfloat16 and weight.requires_grad
-    assert torch.equal(weight.detach(),
-                       official['stages.0.0.large_kernel.LoRA1.conv.weight'].bfloat16())
+    assert torch.equal(weight.detach(), official['stages.0.0.large_kernel.LoRA1.conv.weight'].bfloat16())
 
 
 def test_sparsity_report(toy):
@@ -132,8 +126,10 @@ def test_sparsity_report(toy):
     official['head.weight'][:] = 0  # dropped: not counted
     report = load_pretrained(toy.backbone(), official)
     zeros = {k: count for k, count in report.zeros.items() if count[0]}
-    assert zeros == {'stages.0.0.large_kernel.tall.conv.weight': (100, 8 * 13 * 5),
-                     'stages.3.0.pwconv1.weight': (128 * 32, 128 * 32)}
+    assert zeros == {
+        'stages.0.0.large_kernel.tall.conv.weight': (100, 8 * 13 * 5),
+        'stages.3.0.pwconv1.weight': (128 * 32, 128 * 32),
+    }
     assert report.sparsity['stages.3.0.pwconv1.weight'] == 1.0
     total = sum(v.numel() for k, v in official.items() if v.dim() > 1 and k != 'head.weight')
     assert report.overall_sparsity == pytest.approx((100 + 128 * 32) / total, rel=1e-12)
@@ -202,8 +198,7 @@ def test_prefix(toy, segmentor):
 def test_wrapped_models(toy, segmentor):
     checkpoint = whole_official(toy, segmentor)
     load_pretrained(nn.DataParallel(segmentor), checkpoint)
-    assert torch.equal(segmentor.backbone.norm0.bias,
-                       checkpoint['state_dict']['backbone.norm0.bias'])
+    assert torch.equal(segmentor.backbone.norm0.bias, checkpoint['state_dict']['backbone.norm0.bias'])
 
 
 def test_own_checkpoints_round_trip(toy, segmentor, tmp_path):
@@ -226,8 +221,7 @@ def test_heads_may_convert_older_versions(toy, segmentor):
     weights._metadata['decode_head']['version'] = 1
     before = toy.snapshot(segmentor)
     load_pretrained(segmentor, {'state_dict': weights})
-    assert torch.equal(segmentor.decode_head.conv_seg.weight,
-                       before['decode_head.conv_seg.weight'] + 1)
+    assert torch.equal(segmentor.decode_head.conv_seg.weight, before['decode_head.conv_seg.weight'] + 1)
     load_pretrained(segmentor, weights)  # the same as a bare state dict
     # A head that says it is of version 2 has no such name.
     weights._metadata['decode_head']['version'] = 2
@@ -250,8 +244,7 @@ def test_fewer_stages_than_the_checkpoint(toy):
 
 
 def test_convnext_weights(toy):
-    mode = dict(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, branch_norm=False,
-                conv_bias=True)
+    mode = dict(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, branch_norm=False, conv_bias=True)
     ours = toy.backbone(**mode, out_norm=False).state_dict()
     for spelling in ('facebook', 'timm', 'mmpretrain'):
         model = toy.backbone(**mode)
@@ -260,12 +253,15 @@ def test_convnext_weights(toy):
         assert all(torch.equal(model.state_dict()[key], ours[key]) for key in ours)
     # A classifier of mmpretrain, whose head is outside the backbone
     weights = {f'backbone.{k}': v for k, v in to_official(ours, 'mmpretrain').items()}
-    weights |= {'backbone.norm3.weight': torch.ones(32), 'backbone.norm3.bias': torch.ones(32),
-                'head.fc.weight': torch.ones(10, 32), 'head.fc.bias': torch.ones(10)}
+    weights |= {
+        'backbone.norm3.weight': torch.ones(32),
+        'backbone.norm3.bias': torch.ones(32),
+        'head.fc.weight': torch.ones(10, 32),
+        'head.fc.bias': torch.ones(10),
+    }
     whole = Segmentor(toy.backbone(**mode))
     report = load_pretrained(whole, {'state_dict': weights})
-    assert set(report.dropped) == set(weights) - {
-        f'backbone.{k}' for k in to_official(ours, 'mmpretrain')}
+    assert set(report.dropped) == set(weights) - {f'backbone.{k}' for k in to_official(ours, 'mmpretrain')}
     assert {f'backbone.{k}' for k in OUT_NORMS} < set(report.newly_initialized)
 
 
@@ -296,8 +292,7 @@ MODES = {
 @pytest.mark.parametrize('whole', [False, True], ids=['backbone', 'whole'])
 def test_other_variants(toy, segmentor, mode, whole):
     options, message = MODES[mode]
-    error = refused(toy, segmentor if whole else segmentor.backbone,
-                    {'model': toy.official(**options)}, message)
+    error = refused(toy, segmentor if whole else segmentor.backbone, {'model': toy.official(**options)}, message)
     assert isinstance(error, CheckpointMismatch)
     assert error.causes and 'Nothing was loaded' in str(error)
     assert error.missing or error.unexpected or error.shape_mismatches
@@ -319,8 +314,11 @@ def test_other_projects_weights(toy, segmentor):
     resnet = {'conv1.weight': torch.ones(1), 'layer1.0.conv1.weight': torch.ones(1)}
     refused(toy, model, resnet, 'no SLaK.* or ConvNeXt backbone')
     convnext = to_official(
-        toy.backbone(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False,
-                     branch_norm=False, conv_bias=True).state_dict(), 'facebook')
+        toy.backbone(
+            kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, branch_norm=False, conv_bias=True
+        ).state_dict(),
+        'facebook',
+    )
     refused(toy, model, convnext, r'ConvNeXt weights.*small_kernel=None, decomposed=False')
     shiftwise = toy.official()
     for key in [k for k in shiftwise if 'large_kernel' in k]:
@@ -333,8 +331,9 @@ def test_other_projects_weights(toy, segmentor):
 
 
 def test_slak_weights_into_convnext(toy):
-    model = toy.backbone(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False,
-                         branch_norm=False, conv_bias=True)
+    model = toy.backbone(
+        kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, branch_norm=False, conv_bias=True
+    )
     refused(toy, model, toy.official(), 'the model is in ConvNeXt mode')
 
 
@@ -361,8 +360,7 @@ def test_incomplete_file(toy):
 def test_values_that_are_not_finite(toy, value):
     official = toy.official()
     official['stages.0.0.large_kernel.LoRA1.bn.running_var'][3] = value
-    refused(toy, toy.backbone(), official,
-            r'infinite values or NaN in 1 tensors: stages\.0\.0\.large_kernel\.tall\.bn')
+    refused(toy, toy.backbone(), official, r'infinite values or NaN in 1 tensors: stages\.0\.0\.large_kernel\.tall\.bn')
     official = toy.official()
     official['head.weight'][0] = value  # not loaded, does not matter
     load_pretrained(toy.backbone(), official)
@@ -378,8 +376,7 @@ def test_other_heads(toy, segmentor):
 
 
 def test_backbone_under_another_name(toy, segmentor):
-    weights = {k.replace('backbone.', 'encoder.'): v
-               for k, v in whole_official(toy, segmentor)['state_dict'].items()}
+    weights = {k.replace('backbone.', 'encoder.'): v for k, v in whole_official(toy, segmentor)['state_dict'].items()}
     refused(toy, segmentor, weights, 'called backbone in the model and encoder in the checkpoint')
     load_pretrained(segmentor, weights, prefix='encoder.')
 
@@ -387,8 +384,7 @@ def test_backbone_under_another_name(toy, segmentor):
 def test_several_backbones(toy):
     pair = nn.ModuleDict(dict(student=toy.backbone(), teacher=toy.backbone()))
     refused(toy, pair, toy.official(), 'contains 2 backbones')
-    both = {f'{name}.{k}': v for name in pair
-            for k, v in toy.official(classifier=False).items()}
+    both = {f'{name}.{k}': v for name in pair for k, v in toy.official(classifier=False).items()}
     refused(toy, toy.backbone(), both, 'holds 2 backbones')
     load_pretrained(toy.backbone(), both, prefix='teacher.')
 
@@ -402,10 +398,10 @@ def test_meta_device(toy):
 
 # What fits in part
 
+
 def test_not_strict(toy, segmentor, monkeypatch):
     logged = []
-    monkeypatch.setattr('slak_mm.checkpoints.load.log_report',
-                        lambda text, level: logged.append((level, text)))
+    monkeypatch.setattr('slak_mm.checkpoints.load.log_report', lambda text, level: logged.append((level, text)))
     checkpoint = whole_official(toy, Segmentor(toy.backbone(), classes=7))
     del checkpoint['state_dict']['backbone.stages.0.0.gamma']
     checkpoint['state_dict']['neck.weight'] = torch.ones(1)
@@ -413,8 +409,9 @@ def test_not_strict(toy, segmentor, monkeypatch):
     report = load_pretrained(segmentor, checkpoint, strict=False)
     assert report.missing == ['backbone.stages.0.0.gamma']
     assert len(report.mismatched) == 4 and report.dropped['neck.weight'] == 'not in the model'
-    assert torch.equal(segmentor.state_dict()['backbone.stages.1.0.gamma'],
-                       checkpoint['state_dict']['backbone.stages.1.0.gamma'])
+    assert torch.equal(
+        segmentor.state_dict()['backbone.stages.1.0.gamma'], checkpoint['state_dict']['backbone.stages.1.0.gamma']
+    )
     for key in (*report.missing, *report.mismatched):
         assert torch.equal(segmentor.state_dict()[key], before[key])
     [(level, text)] = logged
@@ -423,12 +420,16 @@ def test_not_strict(toy, segmentor, monkeypatch):
 
 
 def test_not_strict_still_needs_something_to_match(toy):
-    official = {k: v for k, v in toy.official(dims=(12, 24, 36, 48)).items()
-                if v.dim() and not k.startswith('downsample_layers.0.0.bias')}
+    official = {
+        k: v
+        for k, v in toy.official(dims=(12, 24, 36, 48)).items()
+        if v.dim() and not k.startswith('downsample_layers.0.0.bias')
+    }
     refused(toy, toy.backbone(), official, 'another width', strict=False)
 
 
 # The framework's own loading
+
 
 def test_prepare_for_the_runner(toy, segmentor):
     checkpoint = whole_official(toy, segmentor)
@@ -439,8 +440,7 @@ def test_prepare_for_the_runner(toy, segmentor):
     assert report.source == 'x.pth' and checkpoint['meta'] == {'CLASSES': ('a', 'b')}
     segmentor.load_state_dict(checkpoint['state_dict'], strict=True)
     key = 'backbone.stages.3.0.large_kernel.'
-    assert torch.equal(segmentor.state_dict()[key + 'wide.conv.weight'],
-                       official[key + 'LoRA2.conv.weight'])
+    assert torch.equal(segmentor.state_dict()[key + 'wide.conv.weight'], official[key + 'LoRA2.conv.weight'])
 
 
 @pytest.mark.parametrize('wrapped', [True, False])
@@ -471,11 +471,9 @@ def test_prepare_converts_the_hooks_second_copy(toy, segmentor):
     checkpoint['ema_state_dict'] = {'steps': torch.tensor(7), **live}
     report = prepare_checkpoint(segmentor, checkpoint)
     assert report.is_ema and 'ema_state_dict' in report.other_copy
-    assert {k.removeprefix('module.') for k in checkpoint['ema_state_dict']} == {
-        'steps', *segmentor.state_dict()}
+    assert {k.removeprefix('module.') for k in checkpoint['ema_state_dict']} == {'steps', *segmentor.state_dict()}
     key = 'module.backbone.stages.0.0.large_kernel.'
-    assert torch.equal(checkpoint['ema_state_dict'][key + 'tall.conv.weight'],
-                       live[key + 'LoRA1.conv.weight'])
+    assert torch.equal(checkpoint['ema_state_dict'][key + 'tall.conv.weight'], live[key + 'LoRA1.conv.weight'])
     checkpoint = whole_official(toy, segmentor)
     checkpoint['ema_state_dict'] = {'steps': torch.tensor(7), 'module.x': torch.ones(1)}
     with pytest.raises(CheckpointMismatch, match='not of one model'):
@@ -487,21 +485,35 @@ def test_a_real_segmentor(toy, tmp_path):
     pytest.importorskip('mmseg.models')
     from mmengine.registry import DefaultScope
     from mmseg.registry import MODELS
-    head = dict(type='UPerHead', in_channels=[8, 16, 24, 32], in_index=[0, 1, 2, 3], channels=8,
-                pool_scales=(1, 2), dropout_ratio=0.1, num_classes=4, norm_cfg=dict(type='BN'),
-                align_corners=False)
-    cfg = dict(type='EncoderDecoder', decode_head=head, train_cfg={}, test_cfg=dict(mode='whole'),
-               data_preprocessor=dict(type='SegDataPreProcessor', mean=[0, 0, 0], std=[1, 1, 1]),
-               auxiliary_head=dict(type='FCNHead', in_channels=24, in_index=2, channels=8,
-                                   num_convs=1, num_classes=4, norm_cfg=dict(type='BN')),
-               backbone=dict(type='SLaK', arch=toy.TOY,
-                             kernel_sizes=toy.TOY_KERNELS, width_factor=1.0,
-                             norm_cfg=dict(type='BN')))
+
+    head = dict(
+        type='UPerHead',
+        in_channels=[8, 16, 24, 32],
+        in_index=[0, 1, 2, 3],
+        channels=8,
+        pool_scales=(1, 2),
+        dropout_ratio=0.1,
+        num_classes=4,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+    )
+    cfg = dict(
+        type='EncoderDecoder',
+        decode_head=head,
+        train_cfg={},
+        test_cfg=dict(mode='whole'),
+        data_preprocessor=dict(type='SegDataPreProcessor', mean=[0, 0, 0], std=[1, 1, 1]),
+        auxiliary_head=dict(
+            type='FCNHead', in_channels=24, in_index=2, channels=8, num_convs=1, num_classes=4, norm_cfg=dict(type='BN')
+        ),
+        backbone=dict(
+            type='SLaK', arch=toy.TOY, kernel_sizes=toy.TOY_KERNELS, width_factor=1.0, norm_cfg=dict(type='BN')
+        ),
+    )
     with DefaultScope.overwrite_default_scope('mmseg'):
         one, other = (MODELS.build(cfg) for _ in range(2))
     weights = to_official(one.state_dict(), prefix='backbone.')
-    torch.save({'state_dict': OrderedDict(weights), 'meta': {'mmseg_version': '0.30.0'}},
-               tmp_path / 'upernet.pth')
+    torch.save({'state_dict': OrderedDict(weights), 'meta': {'mmseg_version': '0.30.0'}}, tmp_path / 'upernet.pth')
     report = load_pretrained(other, tmp_path / 'upernet.pth')
     toy.assert_untouched(other, toy.snapshot(one))
     assert report.format == 'official-LoRA' and len(report.loaded) == len(one.state_dict())

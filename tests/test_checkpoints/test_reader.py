@@ -31,7 +31,7 @@ from slak_mm.checkpoints import (
     reader,
 )
 
-WEIGHTS = {'a.weight': torch.arange(6.).reshape(2, 3), 'a.bias': torch.ones(2)}
+WEIGHTS = {'a.weight': torch.arange(6.0).reshape(2, 3), 'a.bias': torch.ones(2)}
 
 
 @pytest.fixture(params=['weights_only', 'restricted'])
@@ -50,11 +50,16 @@ def assert_same(read, written=WEIGHTS):
 
 # What is read
 
+
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 def test_official_file(tmp_path, route, zipped):
-    content = {'model': OrderedDict(WEIGHTS), 'epoch': 299, 'optimizer': {'state': {}},
-               'scaler': {'scale': 1.0},
-               'args': argparse.Namespace(Decom=True, kernel_size=[51, 5], device='cuda')}
+    content = {
+        'model': OrderedDict(WEIGHTS),
+        'epoch': 299,
+        'optimizer': {'state': {}},
+        'scaler': {'scale': 1.0},
+        'args': argparse.Namespace(Decom=True, kernel_size=[51, 5], device='cuda'),
+    }
     torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
     read = read_checkpoint(tmp_path / 'x.pth')
     assert_same(read['model'])
@@ -64,12 +69,15 @@ def test_official_file(tmp_path, route, zipped):
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 def test_mmengine_file(tmp_path, route, zipped):
     history = HistoryBuffer([1.0, 2.0], [1, 1])
-    content = {'state_dict': OrderedDict(WEIGHTS),
-               'meta': {'dataset_meta': {'palette': np.arange(6, dtype=np.uint8).reshape(2, 3)}},
-               'message_hub': {'log_scalars': OrderedDict({'train/loss': history}),
-                               'runtime_info': {'lr': np.float64(0.1), 'iter': np.int64(3),
-                                                'name': np.array(['a', 'bc'])}},
-               'param_schedulers': [{'milestones': Counter({27: 1, 33: 1})}]}
+    content = {
+        'state_dict': OrderedDict(WEIGHTS),
+        'meta': {'dataset_meta': {'palette': np.arange(6, dtype=np.uint8).reshape(2, 3)}},
+        'message_hub': {
+            'log_scalars': OrderedDict({'train/loss': history}),
+            'runtime_info': {'lr': np.float64(0.1), 'iter': np.int64(3), 'name': np.array(['a', 'bc'])},
+        },
+        'param_schedulers': [{'milestones': Counter({27: 1, 33: 1})}],
+    }
     torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
     read = read_checkpoint(tmp_path / 'x.pth')
     assert_same(read['state_dict'])
@@ -77,15 +85,14 @@ def test_mmengine_file(tmp_path, route, zipped):
     assert read['param_schedulers'] == content['param_schedulers']
     info = read['message_hub']['runtime_info']
     assert info['lr'] == 0.1 and info['iter'] == 3 and list(info['name']) == ['a', 'bc']
-    assert np.array_equal(read['meta']['dataset_meta']['palette'],
-                          content['meta']['dataset_meta']['palette'])
+    assert np.array_equal(read['meta']['dataset_meta']['palette'], content['meta']['dataset_meta']['palette'])
 
 
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
 def test_file_written_under_the_other_numpy(tmp_path, route, module):
     here = np.array(1).__reduce__()[0].__module__
     buffer = io.BytesIO()
-    torch.save({'x': np.arange(3.), 'w': WEIGHTS['a.bias']}, buffer)
+    torch.save({'x': np.arange(3.0), 'w': WEIGHTS['a.bias']}, buffer)
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(tmp_path / 'x.pth', 'w') as new:
         for item in old.infolist():
             new.writestr(item, old.read(item).replace(here.encode(), module.encode()))
@@ -129,6 +136,7 @@ def test_lists_of_others_are_left_as_they_were(tmp_path):
 
 # What is refused
 
+
 class Call:
     """Pickles as a call."""
 
@@ -161,42 +169,50 @@ def attacks(victim):
 @pytest.mark.parametrize('kind', list(attacks('')))
 def test_pickles_that_run_code(tmp_path, route, kind, zipped):
     victim = tmp_path / 'victim'
-    torch.save({'model': WEIGHTS, 'args': attacks(victim)[kind]}, tmp_path / 'bad.pth',
-               _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {'model': WEIGHTS, 'args': attacks(victim)[kind]}, tmp_path / 'bad.pth', _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(UnsafeCheckpoint, match='was refused: reading it would run code') as error:
         read_checkpoint(tmp_path / 'bad.pth')
     assert not list(tmp_path.glob('victim*'))
     assert 'weights_only=False' in str(error.value)  # how to convert it
-    wanted = {'os.system': f'{os.system.__module__}.system', 'own class': 'test_reader.Settable',
-              'write': 'save', 'open': 'open', 'eval': 'eval', 'exec': 'exec'}.get(kind, 'getattr')
+    wanted = {
+        'os.system': f'{os.system.__module__}.system',
+        'own class': 'test_reader.Settable',
+        'write': 'save',
+        'open': 'open',
+        'eval': 'eval',
+        'exec': 'exec',
+    }.get(kind, 'getattr')
     assert error.value.global_name.endswith(wanted) and wanted in str(error.value)
 
 
 def raw_pickle(tmp_path, data):
     """A file in torch's zip format around a hand-written pickle."""
     torch.save(WEIGHTS, tmp_path / 'good.pth')
-    with zipfile.ZipFile(tmp_path / 'good.pth') as old, \
-            zipfile.ZipFile(tmp_path / 'bad.pth', 'w') as new:
+    with zipfile.ZipFile(tmp_path / 'good.pth') as old, zipfile.ZipFile(tmp_path / 'bad.pth', 'w') as new:
         for item in old.infolist():
             is_pickle = item.filename.endswith('data.pkl')
             new.writestr(item.filename, data if is_pickle else old.read(item))
     return tmp_path / 'bad.pth'
 
 
-@pytest.mark.parametrize('data', [
-    pytest.param(b'(S"touch victim"\nios\nsystem\n.', id='INST'),
-    pytest.param(b'(cos\nsystem\nS"touch victim"\no.', id='OBJ'),
-    pytest.param(b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch victim\x85R.',
-                 id='STACK_GLOBAL'),
-    pytest.param(b'\x80\x02ccollections\nOrderedDict\n)R}(X\x01\x00\x00\x00aK\x01u\x86b.',
-                 id='state of the wrong kind'),
-    pytest.param(b'\x80\x02cargparse\nNamespace\nN}X\x03\x00\x00\x00fooK\x01s\x86b.',
-                 id='attribute of a class'),
-    pytest.param(b'\x80\x02cargparse\nNamespace\n)\x81K\x01a.', id='append to an object'),
-    pytest.param(b'\x80\x02cargparse\nNamespace\n)\x81K\x01K\x02s.', id='item of an object'),
-    pytest.param(b'\x80\x02X\x01\x00\x00\x00xQ.', id='foreign persistent id'),
-    pytest.param(b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\nU\x01x\x85R.', id='bad arguments'),
-])
+@pytest.mark.parametrize(
+    'data',
+    [
+        pytest.param(b'(S"touch victim"\nios\nsystem\n.', id='INST'),
+        pytest.param(b'(cos\nsystem\nS"touch victim"\no.', id='OBJ'),
+        pytest.param(b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch victim\x85R.', id='STACK_GLOBAL'),
+        pytest.param(
+            b'\x80\x02ccollections\nOrderedDict\n)R}(X\x01\x00\x00\x00aK\x01u\x86b.', id='state of the wrong kind'
+        ),
+        pytest.param(b'\x80\x02cargparse\nNamespace\nN}X\x03\x00\x00\x00fooK\x01s\x86b.', id='attribute of a class'),
+        pytest.param(b'\x80\x02cargparse\nNamespace\n)\x81K\x01a.', id='append to an object'),
+        pytest.param(b'\x80\x02cargparse\nNamespace\n)\x81K\x01K\x02s.', id='item of an object'),
+        pytest.param(b'\x80\x02X\x01\x00\x00\x00xQ.', id='foreign persistent id'),
+        pytest.param(b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\nU\x01x\x85R.', id='bad arguments'),
+    ],
+)
 def test_hand_written_pickles(tmp_path, route, data, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((UnsafeCheckpoint, CheckpointUnreadable)):
@@ -208,17 +224,20 @@ def test_hand_written_pickles(tmp_path, route, data, monkeypatch):
 HTML = b'<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head></html>'
 
 
-@pytest.mark.parametrize(('data', 'message'), [
-    (b'', 'is empty'),
-    (HTML, 'HTML page, not a checkpoint .Google Drive'),
-    (b'\n\n  <html><body>Please log in</body></html>', 'HTML page.*log-in'),
-    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n', 'git-lfs pointer'),
-    (b'\x1f\x8b\x08\x00rest', 'compressed archive'),
-    (b'\x00' * 257 + b'ustar' + b'\x00' * 300, 'tar archive'),
-    (b'just some text, for instance a log', 'not a checkpoint'),
-    (pickle.dumps([1, 2]), 'truncated or damaged|damaged or in a pickle format'),
-    (b'PK\x03\x04 but no more', 'truncated or damaged'),
-])
+@pytest.mark.parametrize(
+    ('data', 'message'),
+    [
+        (b'', 'is empty'),
+        (HTML, 'HTML page, not a checkpoint .Google Drive'),
+        (b'\n\n  <html><body>Please log in</body></html>', 'HTML page.*log-in'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n', 'git-lfs pointer'),
+        (b'\x1f\x8b\x08\x00rest', 'compressed archive'),
+        (b'\x00' * 257 + b'ustar' + b'\x00' * 300, 'tar archive'),
+        (b'just some text, for instance a log', 'not a checkpoint'),
+        (pickle.dumps([1, 2]), 'truncated or damaged|damaged or in a pickle format'),
+        (b'PK\x03\x04 but no more', 'truncated or damaged'),
+    ],
+)
 def test_other_files(tmp_path, data, message):
     (tmp_path / 'x.pth').write_bytes(data)
     with pytest.raises(CheckpointUnreadable, match=message) as error:
@@ -229,17 +248,23 @@ def test_other_files(tmp_path, data, message):
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 @pytest.mark.parametrize('share', [0.02, 0.3, 0.6, 0.95, 0.999])
 def test_truncated(tmp_path, route, zipped, share):
-    torch.save({'model': {f'{i}': torch.randn(40, 10) for i in range(20)}}, tmp_path / 'x.pth',
-               _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {'model': {f'{i}': torch.randn(40, 10) for i in range(20)}},
+        tmp_path / 'x.pth',
+        _use_new_zipfile_serialization=zipped,
+    )
     data = (tmp_path / 'x.pth').read_bytes()
-    (tmp_path / 'x.pth').write_bytes(data[:int(share * len(data))])
+    (tmp_path / 'x.pth').write_bytes(data[: int(share * len(data))])
     with pytest.raises(CheckpointUnreadable, match='truncated or damaged'):
         read_checkpoint(tmp_path / 'x.pth')
 
 
 def test_damaged_bytes_end_in_our_errors(tmp_path, route):
-    torch.save({'model': WEIGHTS, 'args': argparse.Namespace(a=[1, (2, 3)])}, tmp_path / 'x.pth',
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        {'model': WEIGHTS, 'args': argparse.Namespace(a=[1, (2, 3)])},
+        tmp_path / 'x.pth',
+        _use_new_zipfile_serialization=False,
+    )
     good = (tmp_path / 'x.pth').read_bytes()
     random = np.random.RandomState(0)
     refused = 0
@@ -281,6 +306,7 @@ def test_missing_and_folder(tmp_path):
 
 
 # Downloads
+
 
 def test_file_url_is_fetched_once(tmp_path, own_cache):
     torch.save(WEIGHTS, tmp_path / 'x.pth')
@@ -410,8 +436,7 @@ def test_http(tmp_path, own_cache, monkeypatch):
         address = f'http://127.0.0.1:{server.server_port}'
         with pytest.raises(CheckpointNotFound, match='answered 404'):
             read_checkpoint(f'{address}/missing')
-        with pytest.raises((CheckpointUnreadable, CheckpointNotFound),
-                           match='ended after|could not be downloaded'):
+        with pytest.raises((CheckpointUnreadable, CheckpointNotFound), match='ended after|could not be downloaded'):
             read_checkpoint(f'{address}/cut')
         assert not list(own_cache.iterdir())
         assert_same(read_checkpoint(f'{address}/x.pth'))
@@ -443,9 +468,13 @@ def test_every_process_hears_of_a_failure(tmp_path, own_cache):
     ranks = [
         subprocess.Popen(
             [sys.executable, '-c', RANK, str(tmp_path), rank, (tmp_path / 'x.pth').as_uri()],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-            env={**os.environ, 'PYTHONPATH': root})
-        for rank in '01']
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, 'PYTHONPATH': root},
+        )
+        for rank in '01'
+    ]
     for process in ranks:
         text = process.communicate(timeout=120)[1]
         assert process.returncode == 0, text

@@ -9,14 +9,17 @@ A = {'x.weight': torch.ones(1)}
 B = {'x.weight': torch.zeros(1)}
 
 
-@pytest.mark.parametrize(('checkpoint', 'wrapper'), [
-    ({'state_dict': A, 'meta': {}}, 'state_dict'),
-    ({'model': A, 'epoch': 3}, 'model'),
-    ({'module': A}, 'module'),
-    ({'model': B, 'state_dict': A}, 'state_dict'),
-    (A, ''),
-    ({'model': {'state_dict': A}}, 'model'),
-])
+@pytest.mark.parametrize(
+    ('checkpoint', 'wrapper'),
+    [
+        ({'state_dict': A, 'meta': {}}, 'state_dict'),
+        ({'model': A, 'epoch': 3}, 'model'),
+        ({'module': A}, 'module'),
+        ({'model': B, 'state_dict': A}, 'state_dict'),
+        (A, ''),
+        ({'model': {'state_dict': A}}, 'model'),
+    ],
+)
 def test_wrappers(checkpoint, wrapper):
     taken = unwrap(checkpoint)
     assert taken.wrapper == wrapper and not taken.is_ema and not taken.other_copy
@@ -36,8 +39,7 @@ def test_moving_average(name):
 
 
 def test_mmengines_ema_hook_stores_the_average_as_state_dict():
-    checkpoint = {'state_dict': A, 'ema_state_dict': {'steps': torch.tensor(3),
-                                                      'module.x.weight': B['x.weight']}}
+    checkpoint = {'state_dict': A, 'ema_state_dict': {'steps': torch.tensor(3), 'module.x.weight': B['x.weight']}}
     taken = unwrap(checkpoint)
     assert taken.is_ema and taken.wrapper == 'state_dict' and 'ema_state_dict' in taken.other_copy
     assert unwrap(checkpoint, 'ema').wrapper == 'state_dict'
@@ -48,8 +50,9 @@ def test_mmengines_ema_hook_stores_the_average_as_state_dict():
         unwrap(checkpoint, 'other')
 
 
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.',
-                                    '_orig_mod.module.', 'module.module.'])
+@pytest.mark.parametrize(
+    'prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'module.module.']
+)
 def test_outer_prefixes(prefix):
     weights = OrderedDict({f'{prefix}backbone.x': torch.ones(1), f'{prefix}y': torch.ones(1)})
     weights._metadata = {'': {}, f'{prefix}y'.rstrip('.'): {'version': 2}}
@@ -57,8 +60,7 @@ def test_outer_prefixes(prefix):
     assert list(taken) == ['backbone.x', 'y']
     assert taken._metadata['y'] == {'version': 2}
     # Only a prefix of every name is one of a wrapper.
-    assert list(unwrap({f'{prefix}x': torch.ones(1), 'y': torch.ones(1)}).state_dict) == [
-        f'{prefix}x', 'y']
+    assert list(unwrap({f'{prefix}x': torch.ones(1), 'y': torch.ones(1)}).state_dict) == [f'{prefix}x', 'y']
 
 
 @pytest.mark.parametrize('checkpoint', [{}, {'epoch': 3}, {'model': {}}, {'state_dict': {'a': 1}}])

@@ -22,10 +22,20 @@ def test_real_slak_t(toy):
     assert str(variant).startswith('tiny (depths 3/3/9/3), width factor 1.3, channels 124/249')
 
 
-@pytest.mark.parametrize('options', [
-    {}, dict(decomposed=False), dict(branch_norm=False), dict(small_kernel=3),
-    dict(layer_scale_init_value=0.0), dict(out_indices=(1, 3)), dict(out_norm=False),
-    dict(in_channels=1), dict(small_kernel=None, decomposed=False)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(decomposed=False),
+        dict(branch_norm=False),
+        dict(small_kernel=3),
+        dict(layer_scale_init_value=0.0),
+        dict(out_indices=(1, 3)),
+        dict(out_norm=False),
+        dict(in_channels=1),
+        dict(small_kernel=None, decomposed=False),
+    ],
+)
 def test_constructor_arguments_are_recovered(toy, options):
     model = toy.backbone(**options)
     variant = of(model)
@@ -36,7 +46,8 @@ def test_constructor_arguments_are_recovered(toy, options):
     assert variant.layer_scale == ('layer_scale_init_value' not in options)
     assert variant.in_channels == options.get('in_channels', 3)
     assert variant.output_norms == (
-        () if options.get('out_norm') is False else options.get('out_indices', (0, 1, 2, 3)))
+        () if options.get('out_norm') is False else options.get('out_indices', (0, 1, 2, 3))
+    )
     assert not variant.deploy and not variant.is_convnext
     assert not likely_causes(variant, variant)
 
@@ -50,33 +61,51 @@ def test_folded(toy):
 
 def test_convnext():
     with torch.device('meta'):
-        model = SLaK(arch='tiny', kernel_sizes=(7,) * 4, small_kernel=None, decomposed=False,
-                     width_factor=1.0, branch_norm=False, conv_bias=True)
+        model = SLaK(
+            arch='tiny',
+            kernel_sizes=(7,) * 4,
+            small_kernel=None,
+            decomposed=False,
+            width_factor=1.0,
+            branch_norm=False,
+            conv_bias=True,
+        )
     variant = of(model)
     assert variant.is_convnext and variant.arch == 'tiny' and variant.width_factor == 1.0
     assert str(variant).startswith('ConvNeXt, tiny')
 
 
-@pytest.mark.parametrize(('options', 'argument'), [
-    (dict(decomposed=False), 'decomposed=False'), (dict(branch_norm=False), 'branch_norm=False'),
-    (dict(small_kernel=3), 'small_kernel'), (dict(layer_scale_init_value=0.0), 'to 0'),
-    (dict(in_channels=4), 'in_channels'), (dict(kernel_sizes=(9, 9, 9, 7)), 'kernel_sizes'),
-    (dict(arch=dict(depths=(2, 1, 2, 1), dims=(8, 16, 24, 32))), 'set arch'),
-    (dict(width_factor=2.0), 'set arch or width_factor'), (dict(conv_bias=True), 'conv_bias=True')])
+@pytest.mark.parametrize(
+    ('options', 'argument'),
+    [
+        (dict(decomposed=False), 'decomposed=False'),
+        (dict(branch_norm=False), 'branch_norm=False'),
+        (dict(small_kernel=3), 'small_kernel'),
+        (dict(layer_scale_init_value=0.0), 'to 0'),
+        (dict(in_channels=4), 'in_channels'),
+        (dict(kernel_sizes=(9, 9, 9, 7)), 'kernel_sizes'),
+        (dict(arch=dict(depths=(2, 1, 2, 1), dims=(8, 16, 24, 32))), 'set arch'),
+        (dict(width_factor=2.0), 'set arch or width_factor'),
+        (dict(conv_bias=True), 'conv_bias=True'),
+    ],
+)
 def test_every_difference_names_its_argument(toy, options, argument):
     theirs, ours = of(toy.backbone(**options)), of(toy.backbone())
     assert any(argument in cause for cause in likely_causes(theirs, ours))
     assert likely_causes(ours, theirs)
 
 
-@pytest.mark.parametrize(('depths', 'dims', 'name', 'factor'), [
-    ((3, 3, 9, 3), (124, 249, 499, 998), 'tiny', 1.3),
-    ((3, 3, 27, 3), (124, 249, 499, 998), 'small', 1.3),
-    ((3, 3, 27, 3), (166, 332, 665, 1331), 'base', 1.3),
-    ((3, 3, 27, 3), (128, 256, 512, 1024), 'base', 1.0),
-    ((3, 3, 9, 3), (96, 192, 384, 768), 'tiny', 1.0),
-    ((3, 3, 9, 3), (97, 192, 384, 768), None, None),
-])
+@pytest.mark.parametrize(
+    ('depths', 'dims', 'name', 'factor'),
+    [
+        ((3, 3, 9, 3), (124, 249, 499, 998), 'tiny', 1.3),
+        ((3, 3, 27, 3), (124, 249, 499, 998), 'small', 1.3),
+        ((3, 3, 27, 3), (166, 332, 665, 1331), 'base', 1.3),
+        ((3, 3, 27, 3), (128, 256, 512, 1024), 'base', 1.0),
+        ((3, 3, 9, 3), (96, 192, 384, 768), 'tiny', 1.0),
+        ((3, 3, 9, 3), (97, 192, 384, 768), None, None),
+    ],
+)
 def test_published_widths_are_named(toy, depths, dims, name, factor):
     layout = toy.layout(depths, dims, (51, 49, 47, 13))
     official = {key: torch.empty(shape, device='meta') for key, shape in layout}

@@ -3,13 +3,7 @@ import argparse
 import pytest
 import torch
 
-from slak_mm.checkpoints import (
-    CheckpointError,
-    convert_checkpoint,
-    load_pretrained,
-    read_checkpoint,
-    write_checkpoint,
-)
+from slak_mm.checkpoints import CheckpointError, convert_checkpoint, load_pretrained, read_checkpoint, write_checkpoint
 
 
 def test_there_and_back(toy, tmp_path):
@@ -44,8 +38,7 @@ def test_whole_model_keeps_heads_and_meta(toy):
 def test_moving_average(toy):
     checkpoint = {'model': toy.official(1), 'model_ema': toy.official(2)}
     key = 'stages.0.0.gamma'
-    assert torch.equal(convert_checkpoint(checkpoint, use_ema=True)['state_dict'][key],
-                       checkpoint['model_ema'][key])
+    assert torch.equal(convert_checkpoint(checkpoint, use_ema=True)['state_dict'][key], checkpoint['model_ema'][key])
 
 
 def test_safetensors(toy, tmp_path):

@@ -8,18 +8,22 @@ from slak_mm.checkpoints import ZOO, find_model, normalize_url, zoo_table
 DRIVE = 'https://drive.usercontent.google.com/download?id=a-B_1&export=download&confirm=t'
 
 
-@pytest.mark.parametrize(('pasted', 'direct'), [
-    ('https://drive.google.com/file/d/a-B_1/view?usp=sharing', DRIVE),
-    ('https://drive.google.com/file/d/a-B_1', DRIVE),
-    ('https://drive.google.com/open?id=a-B_1', DRIVE),
-    ('https://drive.google.com/uc?export=download&id=a-B_1', DRIVE),
-    ('https://surfdrive.surf.nl/files/index.php/s/abc',
-     'https://surfdrive.surf.nl/files/index.php/s/abc/download'),
-    ('https://surfdrive.surf.nl/files/index.php/s/abc/download',
-     'https://surfdrive.surf.nl/files/index.php/s/abc/download'),
-    ('https://example.org/x.pth', 'https://example.org/x.pth'),
-    ('file:///tmp/x.pth', 'file:///tmp/x.pth'),
-])
+@pytest.mark.parametrize(
+    ('pasted', 'direct'),
+    [
+        ('https://drive.google.com/file/d/a-B_1/view?usp=sharing', DRIVE),
+        ('https://drive.google.com/file/d/a-B_1', DRIVE),
+        ('https://drive.google.com/open?id=a-B_1', DRIVE),
+        ('https://drive.google.com/uc?export=download&id=a-B_1', DRIVE),
+        ('https://surfdrive.surf.nl/files/index.php/s/abc', 'https://surfdrive.surf.nl/files/index.php/s/abc/download'),
+        (
+            'https://surfdrive.surf.nl/files/index.php/s/abc/download',
+            'https://surfdrive.surf.nl/files/index.php/s/abc/download',
+        ),
+        ('https://example.org/x.pth', 'https://example.org/x.pth'),
+        ('file:///tmp/x.pth', 'file:///tmp/x.pth'),
+    ],
+)
 def test_addresses_of_pages_become_addresses_of_files(pasted, direct):
     assert normalize_url(pasted) == direct
 
@@ -37,6 +41,7 @@ def test_entries_are_consistent():
 
 def test_constructors_are_those_of_our_class():
     import torch
+
     with torch.device('meta'):
         for info in ZOO.values():
             MODELS.build(dict(info.backbone))
@@ -46,10 +51,8 @@ def test_published_figures():
     # From the README of the official repository
     assert ZOO['slak_t_in1k_300e'].figures == dict(top1_percent=82.5, params_m=30, flops_g=5.0)
     assert ZOO['slak_b_in1k_300e'].figures['top1_percent'] == 84.0
-    assert ZOO['upernet_slak_s_ade20k_160k'].figures == dict(
-        miou_percent=49.4, params_m=91, flops_g=1028)
-    assert ZOO['cascade_mask_rcnn_slak_t_coco_1x'].figures == dict(
-        box_ap_percent=48.4, mask_ap_percent=41.8)
+    assert ZOO['upernet_slak_s_ade20k_160k'].figures == dict(miou_percent=49.4, params_m=91, flops_g=1028)
+    assert ZOO['cascade_mask_rcnn_slak_t_coco_1x'].figures == dict(box_ap_percent=48.4, mask_ap_percent=41.8)
     # From the README of shift-wiseConv
     assert ZOO['shiftwise_t_in1k_300e'].figures == dict(top1_percent=83.39)
 
@@ -66,5 +69,4 @@ def test_lookup():
 def test_table():
     rows = zoo_table()
     assert len(rows) == len(ZOO) + 1 and {len(row) for row in rows} == {5}
-    assert ['47.6% mIoU ss, 65M, 936G'] == [
-        row[2] for row in rows if row[0] == 'upernet_slak_t_ade20k_160k']
+    assert ['47.6% mIoU ss, 65M, 936G'] == [row[2] for row in rows if row[0] == 'upernet_slak_t_ade20k_160k']

@@ -10,8 +10,9 @@ from slak_mm.engine import cli
 from slak_mm.engine.overrides import ConfigOverrideError
 
 
-@pytest.mark.parametrize('text,size', [('128', (128, 128)), ('96x160', (96, 160)),
-                                       ('96,160', (96, 160)), ('96X160', (96, 160))])
+@pytest.mark.parametrize(
+    'text,size', [('128', (128, 128)), ('96x160', (96, 160)), ('96,160', (96, 160)), ('96X160', (96, 160))]
+)
 def test_crop_size(text, size):
     assert cli.crop_size(text) == size
 
@@ -22,8 +23,9 @@ def test_crop_size_refuses(text):
         cli.crop_size(text)
 
 
-@pytest.mark.parametrize('text,size', [('400', (0, 400)), ('667x400', (667, 400)),
-                                       ('400,667', (667, 400)), ('64X64', (64, 64))])
+@pytest.mark.parametrize(
+    'text,size', [('400', (0, 400)), ('667x400', (667, 400)), ('400,667', (667, 400)), ('64X64', (64, 64))]
+)
 def test_img_scale(text, size):
     assert cli.img_scale(text) == size
 
@@ -34,18 +36,22 @@ def test_img_scale_refuses(text):
         cli.img_scale(text)
 
 
-@pytest.mark.parametrize('error,message', [
-    (ConfigOverrideError('so and so'), 'so and so'),
-    (torch.cuda.OutOfMemoryError('CUDA out of memory. Tried'), 'lower --batch-size'),
-    (ValueError('Expected more than 1 value per channel when training'), 'raise --batch-size'),
-    (OSError(errno.ENOSPC, 'No space left on device', 'x.pth'), 'No space left.*x.pth'),
-    (AssertionError('failed to load image: a.jpg'), 'The image a.jpg cannot be read'),
-])
+@pytest.mark.parametrize(
+    'error,message',
+    [
+        (ConfigOverrideError('so and so'), 'so and so'),
+        (torch.cuda.OutOfMemoryError('CUDA out of memory. Tried'), 'lower --batch-size'),
+        (ValueError('Expected more than 1 value per channel when training'), 'raise --batch-size'),
+        (OSError(errno.ENOSPC, 'No space left on device', 'x.pth'), 'No space left.*x.pth'),
+        (AssertionError('failed to load image: a.jpg'), 'The image a.jpg cannot be read'),
+    ],
+)
 def test_errors_of_the_user_are_sentences(monkeypatch, capsys, error, message):
     monkeypatch.delenv('SLAK_MM_DEBUG', raising=False)
 
     def main():
         raise error
+
     with pytest.raises(SystemExit) as exit_info:
         cli.run_tool(main)
     err = capsys.readouterr().err
@@ -56,6 +62,7 @@ def test_errors_of_the_user_are_sentences(monkeypatch, capsys, error, message):
 def test_defects_keep_their_traceback():
     def main():
         raise ZeroDivisionError('a defect')
+
     with pytest.raises(ZeroDivisionError):
         cli.run_tool(main)
 
@@ -63,6 +70,7 @@ def test_defects_keep_their_traceback():
 def test_interrupt(capsys):
     def main():
         raise KeyboardInterrupt
+
     with pytest.raises(SystemExit) as exit_info:
         cli.run_tool(main)
     assert exit_info.value.code == 130 and 'interrupted' in capsys.readouterr().err
@@ -73,8 +81,7 @@ def test_options_come_last(config_path):
     parser = argparse.ArgumentParser()
     cli.add_config_arguments(parser)
     cli.add_override_arguments(parser, training=True)
-    args = parser.parse_args([config_path, '--max-iters', '100', '--cfg-options',
-                              'train_cfg.val_interval=7'])
+    args = parser.parse_args([config_path, '--max-iters', '100', '--cfg-options', 'train_cfg.val_interval=7'])
     cfg = cli.load_config(args.config)
     cli.apply_overrides(cfg, args)
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (100, 7)
@@ -100,8 +107,13 @@ def test_configs_that_cannot_be_read(tmp_path):
 def test_resume_takes_the_seed_and_drops_the_weights(tmp_path):
     path = tmp_path / 'iter_3.pth'
     torch.save(dict(meta=dict(iter=3, seed=11), state_dict={}, optimizer={}, message_hub={}), path)
-    cfg = Config(dict(work_dir=str(tmp_path), randomness=dict(seed=5, deterministic=True),
-                      model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x')))))
+    cfg = Config(
+        dict(
+            work_dir=str(tmp_path),
+            randomness=dict(seed=5, deterministic=True),
+            model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x'))),
+        )
+    )
     assert cli.prepare_resume(cfg, str(path)) == str(path)
     assert cfg.randomness == ConfigDict(seed=11, deterministic=True)
     assert cfg.resume is True and cfg.load_from == str(path)

@@ -27,14 +27,15 @@ def root(tmp_path_factory):
 
 
 def labels_of(root, split):
-    return [np.asarray(Image.open(path))
-            for path in sorted((root / 'annotations' / split).glob('*.png'))]
+    return [np.asarray(Image.open(path)) for path in sorted((root / 'annotations' / split).glob('*.png'))]
 
 
 def test_layout_is_ade20ks(root):
     from mmseg.datasets import ADE20KDataset
-    dataset = ADE20KDataset(data_root=str(root), data_prefix=dict(
-        img_path='images/training', seg_map_path='annotations/training'))
+
+    dataset = ADE20KDataset(
+        data_root=str(root), data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')
+    )
     assert len(dataset) == 30
     for index in range(30):
         info = dataset.get_data_info(index)
@@ -70,14 +71,14 @@ def test_no_class_is_a_color(root):
     pixels, truth = [], []
     for path in sorted((root / 'images' / 'training').glob('*.jpg')):
         pixels.append(np.asarray(Image.open(path), float).reshape(-1, 3))
-        truth.append(np.asarray(Image.open(
-            root / 'annotations' / 'training' / f'{path.stem}.png')).ravel())
+        truth.append(np.asarray(Image.open(root / 'annotations' / 'training' / f'{path.stem}.png')).ravel())
     pixels, truth = np.concatenate(pixels), np.concatenate(truth)
     classes = np.array(list(DEMO_CLASSES))
     means = np.stack([pixels[truth == value].mean(0) for value in classes])
     guess = classes[((pixels[:, None] - means) ** 2).sum(-1).argmin(1)]
-    ious = [((guess == value) & (truth == value)).sum()
-            / ((guess == value) | (truth == value)).sum() for value in classes]
+    ious = [
+        ((guess == value) & (truth == value)).sum() / ((guess == value) | (truth == value)).sum() for value in classes
+    ]
     assert np.mean(ious) < 0.4
 
 
@@ -95,6 +96,7 @@ def dataset_and_metric(name, root, loader='test_dataloader'):
     """What a detection config reads a data set with, and measures it by."""
     pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")
     from mmdet.registry import DATASETS, METRICS
+
     cfg = Config.fromfile(Path(__file__).resolve().parents[2] / 'configs' / f'{name}.py')
     set_data_root(cfg, str(root))
     init_default_scope('mmdet')
@@ -107,6 +109,7 @@ def dataset_and_metric(name, root, loader='test_dataloader'):
 def score(name, root, keep, shift_masks=0):
     """The metrics of detections that are the annotated objects with ``keep(label)``."""
     from mmdet.models.utils import samplelist_boxtype2tensor
+
     dataset, metric = dataset_and_metric(name, root)
     for index in range(len(dataset)):
         sample = dataset[index]['data_samples']
@@ -124,28 +127,34 @@ def score(name, root, keep, shift_masks=0):
 
 
 def test_voc_layout_and_metric(tmp_path):
-    name, root = 'faster_rcnn_slak_t_voc07', write_demo_voc(
-        tmp_path, num_train=6, num_test=20, size=96, years=(2007, 2012))
+    name, root = (
+        'faster_rcnn_slak_t_voc07',
+        write_demo_voc(tmp_path, num_train=6, num_test=20, size=96, years=(2007, 2012)),
+    )
     dataset, _ = dataset_and_metric(name, root)
     assert len(dataset) == 20
-    counts = Counter(instance['bbox_label'] for index in range(20)
-                     for instance in dataset.get_data_info(index)['instances'])
+    counts = Counter(
+        instance['bbox_label'] for index in range(20) for instance in dataset.get_data_info(index)['instances']
+    )
     assert {dataset.metainfo['classes'][label] for label in counts} == set(DEMO_OBJECTS)
     assert score(name, root, lambda label: True)['mAP'] == 1
 
     # Some of a class at precision 1: of the recalls 0, 0.1, ... 1 the metric of 2007 finds those
     # up to theirs. (The area below the curve, the metric of 2012, would be the recall itself.)
-    number = {label: next(k for k in range(1, count + 1) if 2 * k >= count
-                          and (10 * k % count or k in (count, count / 2)))
-              for label, count in counts.items()}
+    number = {
+        label: next(k for k in range(1, count + 1) if 2 * k >= count and (10 * k % count or k in (count, count / 2)))
+        for label, count in counts.items()
+    }
     assert any(number[label] < count for label, count in counts.items())
     left = dict(number)
 
     def first_ones(label):
         left[label] -= 1
         return left[label] >= 0
-    assert score(name, root, first_ones)['mAP'] == pytest.approx(np.mean(
-        [(10 * number[label] // count + 1) / 11 for label, count in counts.items()]))
+
+    assert score(name, root, first_ones)['mAP'] == pytest.approx(
+        np.mean([(10 * number[label] // count + 1) / 11 for label, count in counts.items()])
+    )
 
     both, _ = dataset_and_metric('faster_rcnn_slak_t_voc0712', root, 'train_dataloader')
     assert len(both) == 12
@@ -154,8 +163,7 @@ def test_voc_layout_and_metric(tmp_path):
 
 def test_coco_layout_and_metric(tmp_path):
     pytest.importorskip('mmdet')
-    name, root = 'cascade_mask_rcnn_slak_t_coco', write_demo_coco(
-        tmp_path, num_train=4, num_val=12, size=96)
+    name, root = ('cascade_mask_rcnn_slak_t_coco', write_demo_coco(tmp_path, num_train=4, num_val=12, size=96))
     result = score(name, root, lambda label: True)
     assert result['bbox_mAP'] == result['segm_mAP'] == 1
     # The masks count: elsewhere they are worth nothing, the boxes as much as before.
@@ -180,7 +188,7 @@ def test_objects_are_whole_apart_and_a_function_of_the_seed(tmp_path):
             points = np.concatenate(item.polygons)
             np.testing.assert_allclose(points.min(0), (left, top), atol=1)
             np.testing.assert_allclose(points.max(0), (right, bottom), atol=1)
-            cover[round(top):round(bottom), round(left):round(right)] += 1
+            cover[round(top) : round(bottom), round(left) : round(right)] += 1
         assert (cover > 1).sum() <= 240  # boxes touch at most at their rims
     assert seen == set(DEMO_OBJECTS)
     first = write_demo_voc(tmp_path / 'a', 2, 1, size=64, seed=5)

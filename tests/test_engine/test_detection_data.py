@@ -37,8 +37,10 @@ def annotated(image):
     """Boxes in the file of an image, pixels counted from 0, and the image's size."""
     path = Path(image)
     root = ElementTree.parse(path.parents[1] / 'Annotations' / f'{path.stem}.xml').getroot()
-    boxes = [[float(o.find('bndbox').find(k).text) - 1 for k in ('xmin', 'ymin', 'xmax', 'ymax')]
-             for o in root.iter('object')]
+    boxes = [
+        [float(o.find('bndbox').find(k).text) - 1 for k in ('xmin', 'ymin', 'xmax', 'ymax')]
+        for o in root.iter('object')
+    ]
     return np.array(boxes), [int(root.find(f'size/{k}').text) for k in ('width', 'height')]
 
 
@@ -52,8 +54,7 @@ def test_boxes_and_pixels_follow_the_augmentation(demo_voc):
         boxes *= np.tile([width / w, height / h], 2)
         if sample.flip:
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        np.testing.assert_allclose(
-            np.sort(sample.gt_instances.bboxes.tensor.numpy(), 0), np.sort(boxes, 0), atol=1e-3)
+        np.testing.assert_allclose(np.sort(sample.gt_instances.bboxes.tensor.numpy(), 0), np.sort(boxes, 0), atol=1e-3)
         with Image.open(sample.img_path) as file:
             pixels = np.asarray(file.convert('RGB').resize((width, height), Image.BILINEAR))
         found = image.numpy().transpose(1, 2, 0)[:, :, ::-1].astype(float)
@@ -72,7 +73,6 @@ def test_boxes_and_pixels_follow_the_augmentation(demo_voc):
 
 def test_workers_draw_the_same(demo_voc):
     def stream(num_workers):
-        return [(sample.img_path, sample.flip, image.shape)
-                for image, sample in drawn(demo_voc, num_workers, 2)]
+        return [(sample.img_path, sample.flip, image.shape) for image, sample in drawn(demo_voc, num_workers, 2)]
 
     assert stream(2) == stream(0)

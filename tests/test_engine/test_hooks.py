@@ -11,11 +11,13 @@ from slak_mm.engine.hooks import StrictCheckpointHook, load_whole_model, unwrap_
 @pytest.fixture(scope='module')
 def build(build_tiny):
     """Builds the tiny segmentor with random weights."""
+
     def build(seed, **changes):
         torch.manual_seed(seed)
         model = build_tiny(**changes)
         model.init_weights()
         return model
+
     return build
 
 
@@ -25,10 +27,8 @@ def same(model, weights):
 
 def official_checkpoint(model):
     """As mmseg 0.x wrote it, with the official class inside."""
-    state_dict = {f'backbone.{key}': value
-                  for key, value in to_official(model.backbone.state_dict()).items()}
-    state_dict.update({key: value for key, value in model.state_dict().items()
-                       if not key.startswith('backbone.')})
+    state_dict = {f'backbone.{key}': value for key, value in to_official(model.backbone.state_dict()).items()}
+    state_dict.update({key: value for key, value in model.state_dict().items() if not key.startswith('backbone.')})
     assert any('LoRA1' in key for key in state_dict)
     return dict(meta=dict(iter=1), state_dict=state_dict)
 
@@ -75,10 +75,13 @@ def test_load_whole_model_inside_a_test_time_augmentation(build):
 
 
 def test_other_backbones_are_loaded_strictly_too(build):
-    changes = {'model.backbone': dict(
-        _delete_=True, type='MobileNetV2', out_indices=(0, 1, 2, 4), widen_factor=0.1,
-        norm_cfg=dict(type='BN')), 'model.decode_head.in_channels': [8, 8, 8, 16],
-        'model.auxiliary_head.in_channels': 8}
+    changes = {
+        'model.backbone': dict(
+            _delete_=True, type='MobileNetV2', out_indices=(0, 1, 2, 4), widen_factor=0.1, norm_cfg=dict(type='BN')
+        ),
+        'model.decode_head.in_channels': [8, 8, 8, 16],
+        'model.auxiliary_head.in_channels': 8,
+    }
     source, target = build(0, **changes), build(1, **changes)
     weights = {f'module.{key}': value for key, value in source.state_dict().items()}
     assert load_whole_model(target, dict(state_dict=dict(weights)), 'a file') is None

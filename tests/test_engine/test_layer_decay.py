@@ -11,24 +11,25 @@ class Segmentor(nn.Module):
     def __init__(self, depth=9, backbone=None):
         super().__init__()
         self.backbone = backbone or SLaK(
-            dict(depths=(1, 1, depth, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7),
-            width_factor=1.0)  # fmt: skip
+            dict(depths=(1, 1, depth, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7), width_factor=1.0
+        )
         self.decode_head = nn.Conv2d(4, 2, 1)
 
 
 def build(model, lr=1e-4, **paramwise):
-    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
-        type='LargeKernelLayerDecayConstructor',
-        optim_wrapper_cfg=dict(
-            type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05)),
-        paramwise_cfg=paramwise))  # fmt: skip
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        dict(
+            type='LargeKernelLayerDecayConstructor',
+            optim_wrapper_cfg=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05)),
+            paramwise_cfg=paramwise,
+        )
+    )
     return constructor(model).optimizer
 
 
 def scales(model, optimizer):
     names = {id(p): n for n, p in model.named_parameters()}
-    return {names[id(p)]: (g['lr'] / 1e-4, g['weight_decay'])
-            for g in optimizer.param_groups for p in g['params']}  # fmt: skip
+    return {names[id(p)]: (g['lr'] / 1e-4, g['weight_decay']) for g in optimizer.param_groups for p in g['params']}
 
 
 def test_stage_wise():
@@ -54,12 +55,20 @@ def test_layer_wise(depth, num_layers):
     model = Segmentor(depth)
     got = scales(model, build(model, decay_rate=0.7))
     ids = {
-        'downsample_layers.0.0': 0, 'stages.0.0.norm': 1, 'downsample_layers.1.1': 2,
-        'stages.1.0.norm': 2, 'downsample_layers.2.1': 3, 'stages.2.0.norm': 3,
-        'stages.2.2.norm': 3, 'stages.2.3.norm': 4, f'stages.2.{depth - 1}.norm': num_layers - 1,
-        'downsample_layers.3.1': num_layers, 'stages.3.0.norm': num_layers,
-        'norm0': num_layers + 1, 'norm3': num_layers + 1,
-    }  # fmt: skip
+        'downsample_layers.0.0': 0,
+        'stages.0.0.norm': 1,
+        'downsample_layers.1.1': 2,
+        'stages.1.0.norm': 2,
+        'downsample_layers.2.1': 3,
+        'stages.2.0.norm': 3,
+        'stages.2.2.norm': 3,
+        'stages.2.3.norm': 4,
+        f'stages.2.{depth - 1}.norm': num_layers - 1,
+        'downsample_layers.3.1': num_layers,
+        'stages.3.0.norm': num_layers,
+        'norm0': num_layers + 1,
+        'norm3': num_layers + 1,
+    }
     for name, number in ids.items():
         scale = got[f'backbone.{name}.weight'][0]
         assert scale == pytest.approx(0.7 ** (num_layers + 1 - number)), name
@@ -74,9 +83,11 @@ def test_weight_decay_spares_vectors_and_biases():
 
 
 def test_frozen_parameters_are_left_out():
-    model = Segmentor(backbone=SLaK(
-        dict(depths=(1, 1, 3, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7),
-        width_factor=1.0, frozen_stages=2))  # fmt: skip
+    model = Segmentor(
+        backbone=SLaK(
+            dict(depths=(1, 1, 3, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7), width_factor=1.0, frozen_stages=2
+        )
+    )
     names = scales(model, build(model, decay_rate=0.9))
     assert not any('.stages.0.' in n or '.stages.1.' in n for n in names)
     assert any('.stages.2.' in n for n in names)
@@ -106,13 +117,16 @@ def test_groups_are_logged(caplog):
     assert 'layer_0_decay' in table and '0.4783' in table  # 0.9 ** 7
 
 
-@pytest.mark.parametrize('paramwise, message', [
-    (dict(), r'decay_rate must lie in \(0, 1\], got None'),
-    (dict(decay_rate=1.5), r'decay_rate must lie in \(0, 1\], got 1.5'),
-    (dict(decay_rate=0.9, decay_type='block_wise'), 'must be one of layer_wise, stage_wise'),
-    (dict(decay_rate=0.9, norm_decay_mult=0), r"unknown keys \['norm_decay_mult'\]"),
-    (dict(decay_rate=0.9, num_layers=4), 'num_layers is 4, .* 9 blocks needs at least 6'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'paramwise, message',
+    [
+        (dict(), r'decay_rate must lie in \(0, 1\], got None'),
+        (dict(decay_rate=1.5), r'decay_rate must lie in \(0, 1\], got 1.5'),
+        (dict(decay_rate=0.9, decay_type='block_wise'), 'must be one of layer_wise, stage_wise'),
+        (dict(decay_rate=0.9, norm_decay_mult=0), r"unknown keys \['norm_decay_mult'\]"),
+        (dict(decay_rate=0.9, num_layers=4), 'num_layers is 4, .* 9 blocks needs at least 6'),
+    ],
+)
 def test_bad_options(paramwise, message):
     with pytest.raises(ValueError, match=message):
         build(Segmentor(), **paramwise)
@@ -129,8 +143,6 @@ def test_needs_our_backbone():
 
 
 def test_needs_four_stages():
-    model = SLaK(
-        dict(depths=(1, 1), dims=(4, 4)), kernel_sizes=(7, 7), width_factor=1.0,
-        out_indices=(0, 1))  # fmt: skip
+    model = SLaK(dict(depths=(1, 1), dims=(4, 4)), kernel_sizes=(7, 7), width_factor=1.0, out_indices=(0, 1))
     with pytest.raises(ValueError, match='four stages, the backbone has 2'):
         build(model, decay_rate=0.9)

@@ -29,9 +29,13 @@ def det_cfg():
     """Faster R-CNN on COCO in epochs, put together from mmdet's own bases."""
     pytest.importorskip('mmdet')
     merged = {}
-    for path in framework_configs('mmdet', 'models/faster-rcnn_r50_fpn.py',
-                                  'datasets/coco_detection.py', 'schedules/schedule_1x.py',
-                                  'default_runtime.py'):
+    for path in framework_configs(
+        'mmdet',
+        'models/faster-rcnn_r50_fpn.py',
+        'datasets/coco_detection.py',
+        'schedules/schedule_1x.py',
+        'default_runtime.py',
+    ):
         merged.update(Config.fromfile(path).to_dict())
     return Config(merged)
 
@@ -40,8 +44,8 @@ def concat(cfg):
     """The config with its training set wrapped as people wrap it."""
     inner = cfg.train_dataloader.dataset
     cfg.train_dataloader.dataset = dict(
-        type='RepeatDataset', times=2,
-        dataset=dict(type='ConcatDataset', datasets=[inner, copy.deepcopy(inner)]))
+        type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[inner, copy.deepcopy(inner)])
+    )
     return cfg
 
 
@@ -51,10 +55,12 @@ def concat(cfg):
 def test_data_root_reaches_every_dataset(cfg, demo_data):
     overrides.set_data_root(concat(cfg), demo_data)
     found = dict(overrides.datasets_of(cfg))
-    assert sorted(found) == ['test_dataloader.dataset',
-                             'train_dataloader.dataset.dataset.datasets[0]',
-                             'train_dataloader.dataset.dataset.datasets[1]',
-                             'val_dataloader.dataset']
+    assert sorted(found) == [
+        'test_dataloader.dataset',
+        'train_dataloader.dataset.dataset.datasets[0]',
+        'train_dataloader.dataset.dataset.datasets[1]',
+        'val_dataloader.dataset',
+    ]
     assert {dataset.data_root for dataset in found.values()} == {demo_data}
     assert cfg.data_root == demo_data
 
@@ -124,14 +130,18 @@ def test_check_data_of_voc(config_folder, demo_voc, tmp_path):
     (root / 'VOC2007/JPEGImages/000008.jpg').unlink()
     # 000008 is a test image.
     overrides.check_data(cfg, ('train_dataloader',))
-    with pytest.raises(ConfigOverrideError, match='1 of 2 images .*test.txt" lists are missing, '
-                                                  'the first is .*000008.jpg'):
+    with pytest.raises(
+        ConfigOverrideError, match='1 of 2 images .*test.txt" lists are missing, the first is .*000008.jpg'
+    ):
         overrides.check_data(cfg)
     for number in (2, 5):
         (root / f'VOC2012/Annotations/{number:06d}.xml').unlink()
-    with pytest.raises(ConfigOverrideError, match=r'2 of 6 images .*without annotation, the first '
-                                                  r'is .*VOC2012/Annotations/000002.xml" '
-                                                  r'\(train_dataloader.dataset.datasets\[1\]\)'):
+    with pytest.raises(
+        ConfigOverrideError,
+        match=r'2 of 6 images .*without annotation, the first '
+        r'is .*VOC2012/Annotations/000002.xml" '
+        r'\(train_dataloader.dataset.datasets\[1\]\)',
+    ):
         overrides.check_data(cfg)
     shutil.rmtree(root / 'VOC2012')
     with pytest.raises(ConfigOverrideError, match='VOC2012/" does not exist'):
@@ -153,8 +163,9 @@ def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
     listing.write_text(other + '\n')
     overrides.check_data(cfg)
     (root / 'val2017/000000000002.jpg').unlink()
-    with pytest.raises(ConfigOverrideError, match='1 of 2 images .*val2017.json" lists are '
-                                                  'missing, the first is .*000000000002.jpg'):
+    with pytest.raises(
+        ConfigOverrideError, match='1 of 2 images .*val2017.json" lists are missing, the first is .*000000000002.jpg'
+    ):
         overrides.check_data(cfg)
     listing.write_text(content[:-200])
     with pytest.raises(ConfigOverrideError, match='val2017.json" ends in the middle'):
@@ -172,10 +183,11 @@ def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
 
 def learning_rates(cfg, iters):
     """What mmengine's schedulers make of base rate 1, for each iteration."""
-    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.))
-    schedulers = [PARAM_SCHEDULERS.build(dict(scheduler, verbose=False),
-                                         default_args=dict(optimizer=wrapper))
-                  for scheduler in copy.deepcopy(cfg.param_scheduler)]
+    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(scheduler, verbose=False), default_args=dict(optimizer=wrapper))
+        for scheduler in copy.deepcopy(cfg.param_scheduler)
+    ]
     rates = []
     for _ in range(iters):
         rates.append(wrapper.param_groups[0]['lr'])
@@ -212,15 +224,13 @@ def test_short_runs_do_learn(cfg, iters):
 def test_max_iters_turns_epochs_into_iterations(det_cfg):
     assert det_cfg.train_cfg.max_epochs == 12
     overrides.set_max_iters(det_cfg, 1200)
-    assert det_cfg.train_cfg.to_dict() == dict(
-        type='IterBasedTrainLoop', max_iters=1200, val_interval=100)
+    assert det_cfg.train_cfg.to_dict() == dict(type='IterBasedTrainLoop', max_iters=1200, val_interval=100)
     warm_up, steps = det_cfg.param_scheduler
     # Epochs 8 and 11 of 12; the warm-up counts iterations already and is capped at a tenth.
     assert (steps.milestones, steps.end, steps.by_epoch) == ([800, 1100], 1200, False)
     assert (warm_up.begin, warm_up.end, warm_up.by_epoch) == (0, 120, False)
     assert det_cfg.log_processor.by_epoch is False
-    assert det_cfg.default_hooks.checkpoint.to_dict() == dict(
-        type='CheckpointHook', interval=100, by_epoch=False)
+    assert det_cfg.default_hooks.checkpoint.to_dict() == dict(type='CheckpointHook', interval=100, by_epoch=False)
     assert det_cfg.default_hooks.logger.log_metric_by_epoch is False
     assert det_cfg.train_dataloader.sampler.type == 'InfiniteSampler'
     rates = learning_rates(det_cfg, 1200)
@@ -232,7 +242,8 @@ def test_max_iters_turns_epochs_into_iterations(det_cfg):
 def test_max_iters_scales_every_kind_of_boundary(cfg):
     cfg.param_scheduler = [
         dict(type='CosineAnnealingLR', T_max=160000, begin=0, end=160000, by_epoch=False),
-        dict(type='StepLR', step_size=40000, by_epoch=False, end=math.inf)]
+        dict(type='StepLR', step_size=40000, by_epoch=False, end=math.inf),
+    ]
     cfg.train_cfg.dynamic_intervals = [(80000, 800)]
     cfg.train_cfg.val_begin = 1600
     overrides.set_max_iters(cfg, 1600)
@@ -285,7 +296,13 @@ def test_crop_size_reaches_everything(cfg, wrapped):
     for name in ('val_dataloader', 'test_dataloader'):
         assert tuple(cfg[name].dataset.pipeline[1].scale) == (512, 128)
     assert [tuple(resize.scale) for resize in cfg.tta_pipeline[1].transforms[0]] == [
-        (256, 64), (384, 96), (512, 128), (640, 160), (768, 192), (896, 224)]
+        (256, 64),
+        (384, 96),
+        (512, 128),
+        (640, 160),
+        (768, 192),
+        (896, 224),
+    ]
     assert tuple(cfg.model.data_preprocessor['size']) == (128, 192)
     assert tuple(cfg.data_preprocessor['size']) == (128, 192)
     assert cfg.model.test_cfg.crop_size == (128, 192)
@@ -314,8 +331,12 @@ def test_crop_size_is_refused_where_it_has_no_meaning(cfg, det_cfg):
 
 
 def transforms_of(cfg, loader, kind):
-    return [node for _, dataset in overrides.datasets_of(cfg, (loader,))
-            for node in overrides._walk(dataset.pipeline) if node.get('type') == kind]
+    return [
+        node
+        for _, dataset in overrides.datasets_of(cfg, (loader,))
+        for node in overrides._walk(dataset.pipeline)
+        if node.get('type') == kind
+    ]
 
 
 @pytest.mark.parametrize('size,long', [((0, 200), 333), ((400, 200), 400)])
@@ -324,23 +345,33 @@ def test_img_scale_reaches_everything(config_folder, size, long):
     cfg = Config.fromfile(config_folder / 'cascade_mask_rcnn_slak_t_coco.py')
     cfg.model.data_preprocessor.batch_augments = [
         dict(type='BatchSyncRandomResize', random_size_range=(480, 800), size_divisor=32),
-        dict(type='BatchFixedSizePad', size=(1024, 1024))]
-    cfg.tta_pipeline = [dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-         dict(type='Resize', scale=(2000, 1200), keep_ratio=True)]])]
+        dict(type='BatchFixedSizePad', size=(1024, 1024)),
+    ]
+    cfg.tta_pipeline = [
+        dict(
+            type='TestTimeAug',
+            transforms=[
+                [
+                    dict(type='Resize', scale=(1333, 800), keep_ratio=True),
+                    dict(type='Resize', scale=(2000, 1200), keep_ratio=True),
+                ]
+            ],
+        )
+    ]
     overrides.set_img_scale(cfg, size)
     # A quarter of the shorter sides, which the configs write first.
     expected = [(round(short / 4), long) for short in range(480, 801, 32)]
     alone, first, second = transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize')
     assert alone.scales == second.scales == expected
     assert first.scales == [(100, long), (125, long), (150, long)]
-    crop, = transforms_of(cfg, 'train_dataloader', 'RandomCrop')
+    (crop,) = transforms_of(cfg, 'train_dataloader', 'RandomCrop')
     assert tuple(crop.crop_size) == (96, 150)
     for loader in ('val_dataloader', 'test_dataloader'):
-        assert [tuple(node.scale) for node in transforms_of(cfg, loader, 'Resize')] == [
-            (long, 200)]
+        assert [tuple(node.scale) for node in transforms_of(cfg, loader, 'Resize')] == [(long, 200)]
     assert [tuple(node.scale) for node in cfg.tta_pipeline[0].transforms[0]] == [
-        (long, 200), (round(2000 * long / 1333), 300)]
+        (long, 200),
+        (round(2000 * long / 1333), 300),
+    ]
     assert cfg.test_pipeline[1].scale == (long, 200)
     resize, pad = cfg.model.data_preprocessor.batch_augments
     assert (resize.random_size_range, resize.size_divisor) == ((120, 200), 32)
@@ -359,13 +390,16 @@ def test_img_scale_reaches_wrapped_datasets(config_folder):
 def test_img_scale_of_other_transforms(det_cfg):
     train = det_cfg.train_dataloader.dataset
     train.pipeline[2] = dict(type='Resize', scale=(800, 1333), keep_ratio=True)
-    train.pipeline[3:3] = [dict(type='RandomCrop', crop_type='relative_range', crop_size=(.3, .3)),
-                           dict(type='Mosaic', img_scale=(640, 640)),
-                           dict(type='Resize', scale_factor=0.5), dict(type='Pad', size=None)]
+    train.pipeline[3:3] = [
+        dict(type='RandomCrop', crop_type='relative_range', crop_size=(0.3, 0.3)),
+        dict(type='Mosaic', img_scale=(640, 640)),
+        dict(type='Resize', scale_factor=0.5),
+        dict(type='Pad', size=None),
+    ]
     overrides.set_img_scale(det_cfg, (667, 400))
     resize, crop, mosaic, factor, pad = train.pipeline[2:7]
     assert resize['scale'] == (400, 667)
-    assert crop['crop_size'] == (.3, .3) and mosaic['img_scale'] == (320, 320)
+    assert crop['crop_size'] == (0.3, 0.3) and mosaic['img_scale'] == (320, 320)
     assert factor['scale_factor'] == 0.5 and pad['size'] is None
 
 
@@ -388,17 +422,18 @@ def test_img_scale_is_refused_where_it_has_no_meaning(cfg, det_cfg):
 
 def test_remove_weights(cfg, det_cfg):
     cfg.load_from = 'somewhere.pth'
-    cfg.model.decode_head.init_cfg = [dict(type='Normal', std=0.01),
-                                      dict(type='Pretrained', checkpoint='head.pth')]
+    cfg.model.decode_head.init_cfg = [dict(type='Normal', std=0.01), dict(type='Pretrained', checkpoint='head.pth')]
     cfg.model.pretrained = 'old_style.pth'
     assert sorted(source for _, source in overrides.named_weights(cfg)) == [
-        'head.pth', 'old_style.pth', 'slak_t_in1k_300e']
+        'head.pth',
+        'old_style.pth',
+        'slak_t_in1k_300e',
+    ]
     removed = overrides.remove_weights(cfg)
     assert ('load_from', 'somewhere.pth') in removed and len(removed) == 4
     assert overrides.named_weights(cfg) == [] and cfg.load_from is None
     assert cfg.model.decode_head.init_cfg == [dict(type='Normal', std=0.01)]
-    assert overrides.remove_weights(det_cfg) == [
-        ('model.backbone.init_cfg', 'torchvision://resnet50')]
+    assert overrides.remove_weights(det_cfg) == [('model.backbone.init_cfg', 'torchvision://resnet50')]
 
 
 # --------------------------------------------------------------------------------------- device

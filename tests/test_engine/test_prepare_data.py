@@ -15,17 +15,7 @@ import pytest
 from mmengine.config import Config
 
 from slak_mm.engine import overrides, prepare_data
-from slak_mm.engine.prepare_data import (
-    DATA_SETS,
-    Archive,
-    DataError,
-    DataSet,
-    Files,
-    Part,
-    check,
-    hint,
-    prepare,
-)
+from slak_mm.engine.prepare_data import DATA_SETS, Archive, DataError, DataSet, Files, Part, check, hint, prepare
 
 
 @pytest.fixture
@@ -51,14 +41,12 @@ def server(monkeypatch):
                     self.end_headers()
                     return
                 self.send_response(206)
-                self.send_header('Content-Range', f'bytes {begin}-{len(content) - 1}/'
-                                 f'{len(content)}')
+                self.send_header('Content-Range', f'bytes {begin}-{len(content) - 1}/{len(content)}')
             else:
                 self.send_response(200)
             self.send_header('Content-Length', str(len(content) - begin))
             self.send_header('ETag', state.etag)
-            self.send_header('Content-Type', 'text/html' if self.path.endswith('.html')
-                             else 'application/octet-stream')
+            self.send_header('Content-Type', 'text/html' if self.path.endswith('.html') else 'application/octet-stream')
             self.end_headers()
             end = len(content)
             if state.break_after is not None:
@@ -99,18 +87,26 @@ def md5(content):
     return f'md5:{hashlib.md5(content).hexdigest()}'
 
 
-ADE = {f'ADE/{kind}/training/ADE_train_{number:08d}.{suffix}': os.urandom(3000)
-       for number in (1, 2, 3) for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))}
+ADE = {
+    f'ADE/{kind}/training/ADE_train_{number:08d}.{suffix}': os.urandom(3000)
+    for number in (1, 2, 3)
+    for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))
+}
 
 
 def ade(url, content, checksum=None, name='ade.zip'):
     """A data set like ADE20K, of three images."""
-    return {'ade': DataSet(
-        'ade/ADE', 'ADE20KDataset',
-        (Part('', 'ADE', (Archive((f'{url}/{name}',),
-                                  md5(content) if checksum is None else checksum),)),),
-        tuple(Files(f'{kind}/training', f'ADE_train_{{:08d}}.{suffix}', 3)
-              for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))))}
+    return {
+        'ade': DataSet(
+            'ade/ADE',
+            'ADE20KDataset',
+            (Part('', 'ADE', (Archive((f'{url}/{name}',), md5(content) if checksum is None else checksum),)),),
+            tuple(
+                Files(f'{kind}/training', f'ADE_train_{{:08d}}.{suffix}', 3)
+                for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))
+            ),
+        )
+    }
 
 
 @pytest.fixture
@@ -122,8 +118,9 @@ def served(server):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in Path(folder).rglob('*') if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()
+    }
 
 
 def whole(root):
@@ -134,12 +131,12 @@ def whole(root):
 def test_download_unpack_verify(served, server, tmp_path):
     seen = {}
     assert check('ade', tmp_path, served) == f'there is no folder {tmp_path / "ade" / "ADE"}'
-    folder = prepare('ade', tmp_path, data_sets=served,
-                     report=lambda what, done, total: seen.update({what: (done, total)}))
+    folder = prepare(
+        'ade', tmp_path, data_sets=served, report=lambda what, done, total: seen.update({what: (done, total)})
+    )
     assert folder == tmp_path / 'ade' / 'ADE' and whole(tmp_path)
     size = len(server.files['/ade.zip'])
-    assert seen == {'ade.zip': (size, size), 'md5 of ade.zip': (size, size),
-                    'unpacking ade.zip': (6, 6)}
+    assert seen == {'ade.zip': (size, size), 'md5 of ade.zip': (size, size), 'unpacking ade.zip': (6, 6)}
     assert check('ade', tmp_path, served) is None
     # What is complete is not asked for again.
     prepare('ade', tmp_path, data_sets=served)
@@ -221,8 +218,9 @@ def test_the_second_address(server, tmp_path):
     data_sets = ade(server.url, content)
     part = data_sets['ade'].parts[0]
     urls = (f'{server.url}/ade.zip', f'{server.url}/mirror/ade.zip')
-    data_sets['ade'] = DataSet('ade/ADE', '', (Part('', 'ADE', (Archive(
-        urls, part.archives[0].checksum),)),), data_sets['ade'].files)
+    data_sets['ade'] = DataSet(
+        'ade/ADE', '', (Part('', 'ADE', (Archive(urls, part.archives[0].checksum),)),), data_sets['ade'].files
+    )
     prepare('ade', tmp_path, data_sets=data_sets)
     assert whole(tmp_path)
 
@@ -250,8 +248,14 @@ def test_a_wrong_checksum(served, server, tmp_path):
     assert whole(tmp_path)
 
 
-@pytest.mark.parametrize('damage', [lambda content: content[:-500], lambda content: b'no archive',
-                                    lambda content: content[:1000] + b'?' + content[1001:]])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda content: content[:-500],
+        lambda content: b'no archive',
+        lambda content: content[:1000] + b'?' + content[1001:],
+    ],
+)
 def test_a_damaged_archive_without_checksum(server, tmp_path, damage):
     server.files['/ade.zip'] = damage(zipped(ADE))
     with pytest.raises(DataError, match='is damaged or no archive'):
@@ -268,8 +272,9 @@ def test_an_archive_of_something_else(server, tmp_path):
     assert not (tmp_path / 'ade' / 'ADE').exists()
 
 
-@pytest.mark.parametrize('name', ['../evil.txt', '/tmp/evil.txt', 'ADE/../../../evil.txt',
-                                  'ADE\\..\\..\\evil.txt', 'C:/evil.txt'])
+@pytest.mark.parametrize(
+    'name', ['../evil.txt', '/tmp/evil.txt', 'ADE/../../../evil.txt', 'ADE\\..\\..\\evil.txt', 'C:/evil.txt']
+)
 @pytest.mark.parametrize('pack', [zipped, tarred])
 def test_paths_outside_are_refused(server, tmp_path, name, pack):
     server.files['/ade.zip'] = pack({**ADE, name: b'evil'})
@@ -326,10 +331,14 @@ def fill(root, name, leave_out=()):
     lists = {}
     for group in data_set.files:
         (folder / group.folder).mkdir(parents=True, exist_ok=True)
-        names = [group.pattern.format(number) if not group.listed_in else
-                 group.pattern.format(f'{group.listed_in.split("/")[-1][:-4]}{number:06d}.jpg'
-                                      if name == 'coco' else f'{number:06d}')
-                 for number in range(1, group.count + 1)]
+        names = [
+            group.pattern.format(number)
+            if not group.listed_in
+            else group.pattern.format(
+                f'{group.listed_in.split("/")[-1][:-4]}{number:06d}.jpg' if name == 'coco' else f'{number:06d}'
+            )
+            for number in range(1, group.count + 1)
+        ]
         for file in names:
             if f'{group.folder}/{file}' not in leave_out:
                 (folder / group.folder / file).write_bytes(b'}')
@@ -355,8 +364,10 @@ def test_voc_as_published(tmp_path):
 
 def test_the_table():
     """Published sizes: Zhou et al. 2017, Everingham et al. 2007 and 2012, cocodataset.org."""
-    counts = {name: {(group.folder, group.listed_in): group.count for group in data_set.files}
-              for name, data_set in DATA_SETS.items()}
+    counts = {
+        name: {(group.folder, group.listed_in): group.count for group in data_set.files}
+        for name, data_set in DATA_SETS.items()
+    }
     for kind in ('images', 'annotations'):
         assert counts['ade20k'][f'{kind}/training', ''] == 20210
         assert counts['ade20k'][f'{kind}/validation', ''] == 2000
@@ -371,8 +382,7 @@ def test_the_table():
         known = {a.urls[0]: a.checksum for a in DATA_SETS[name].parts[0].archives}
         theirs = torchvision[key]
         path = theirs['url'].partition('/pascal/')[2]
-        assert [checksum for url, checksum in known.items() if url.endswith(path)] == [
-            f'md5:{theirs["md5"]}']
+        assert [checksum for url, checksum in known.items() if url.endswith(path)] == [f'md5:{theirs["md5"]}']
 
 
 def small_coco(url, server):
@@ -381,14 +391,21 @@ def small_coco(url, server):
     listing = json.dumps(dict(images=[dict(file_name=name) for name in names])).encode()
     archives = dict(
         annotations=zipped({'annotations/instances_val2017.json': listing}),
-        val2017=zipped({f'val2017/{name}': b'image' for name in names}))
+        val2017=zipped({f'val2017/{name}': b'image' for name in names}),
+    )
     for name, content in archives.items():
         server.files[f'/{name}.zip'] = content
-    return {'coco': DataSet(
-        'coco', 'CocoDataset',
-        tuple(Part(name, name, (Archive((f'{url}/{name}.zip',)),)) for name in archives),
-        (Files('annotations', 'instances_val2017.json', 1),
-         Files('val2017', '{}', 4, 'annotations/instances_val2017.json')))}
+    return {
+        'coco': DataSet(
+            'coco',
+            'CocoDataset',
+            tuple(Part(name, name, (Archive((f'{url}/{name}.zip',)),)) for name in archives),
+            (
+                Files('annotations', 'instances_val2017.json', 1),
+                Files('val2017', '{}', 4, 'annotations/instances_val2017.json'),
+            ),
+        )
+    }
 
 
 def test_parts(server, tmp_path):
@@ -410,28 +427,33 @@ def test_parts(server, tmp_path):
     assert check('coco', tmp_path, data_sets) == f'{listing} ends in the middle'
 
 
-@pytest.mark.parametrize(('data_set', 'command'), [
-    (dict(type='ADE20KDataset', data_root='data/ade/ADEChallengeData2016'), 'ade20k --root data'),
-    (dict(type='ADE20KDataset', data_root='/my/ade/ADEChallengeData2016/'), 'ade20k --root /my'),
-    (dict(type='ADE20KDataset', data_root='ade/ADEChallengeData2016'), 'ade20k --root .'),
-    (dict(type='ADE20KDataset', data_root='elsewhere'), 'ade20k --root data'),
-    (dict(type='VOCDataset', data_root='data/VOCdevkit/', ann_file='VOC2007/x.txt'),
-     'voc2007 --root data'),
-    (dict(type='VOCDataset', data_root='d/VOCdevkit', data_prefix=dict(sub='VOC2012/')),
-     'voc2012 --root d'),
-    (dict(type='CocoDataset', data_root='data/coco/'), 'coco --root data'),
-    (dict(type='CityscapesDataset', data_root='data/cityscapes'), None),
-    (dict(type='CocoDataset'), 'coco --root data'),
-])
+@pytest.mark.parametrize(
+    ('data_set', 'command'),
+    [
+        (dict(type='ADE20KDataset', data_root='data/ade/ADEChallengeData2016'), 'ade20k --root data'),
+        (dict(type='ADE20KDataset', data_root='/my/ade/ADEChallengeData2016/'), 'ade20k --root /my'),
+        (dict(type='ADE20KDataset', data_root='ade/ADEChallengeData2016'), 'ade20k --root .'),
+        (dict(type='ADE20KDataset', data_root='elsewhere'), 'ade20k --root data'),
+        (dict(type='VOCDataset', data_root='data/VOCdevkit/', ann_file='VOC2007/x.txt'), 'voc2007 --root data'),
+        (dict(type='VOCDataset', data_root='d/VOCdevkit', data_prefix=dict(sub='VOC2012/')), 'voc2012 --root d'),
+        (dict(type='CocoDataset', data_root='data/coco/'), 'coco --root data'),
+        (dict(type='CityscapesDataset', data_root='data/cityscapes'), None),
+        (dict(type='CocoDataset'), 'coco --root data'),
+    ],
+)
 def test_hint(data_set, command):
     expected = f' To download it: python tools/prepare_data.py {command}' if command else ''
     assert hint(data_set) == expected
 
 
-@pytest.mark.parametrize(('config', 'command'), [
-    ('upernet_slak_t_ade20k', 'ade20k --root data'), ('faster_rcnn_slak_t_voc07', 'voc2007 --root '
-                                                      'data'),
-    ('cascade_mask_rcnn_slak_t_coco', 'coco --root data')])
+@pytest.mark.parametrize(
+    ('config', 'command'),
+    [
+        ('upernet_slak_t_ade20k', 'ade20k --root data'),
+        ('faster_rcnn_slak_t_voc07', 'voc2007 --root data'),
+        ('cascade_mask_rcnn_slak_t_coco', 'coco --root data'),
+    ],
+)
 def test_a_config_without_data_says_the_command(config, command, tmp_path, monkeypatch):
     pytest.importorskip('mmdet')
     path = Path(__file__).parents[2] / 'configs' / f'{config}.py'

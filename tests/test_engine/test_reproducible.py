@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.dataset import (
-    BaseDataset,
-    ConcatDataset,
-    DefaultSampler,
-    InfiniteSampler,
-    RepeatDataset,
-)
+from mmengine.dataset import BaseDataset, ConcatDataset, DefaultSampler, InfiniteSampler, RepeatDataset
 from mmengine.registry import DATA_SAMPLERS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 
@@ -36,19 +30,19 @@ def draw():
 
 def in_process(monkeypatch, kind, rank, world_size):
     """The first twelve indices that a sampler gives one of several processes."""
-    module = {InfiniteSampler: 'mmengine.dataset.sampler', DefaultSampler:
-              'mmengine.dataset.sampler'}[kind.__mro__[1] if kind.__module__.startswith('slak')
-                                          else kind]
+    module = {InfiniteSampler: 'mmengine.dataset.sampler', DefaultSampler: 'mmengine.dataset.sampler'}[
+        kind.__mro__[1] if kind.__module__.startswith('slak') else kind
+    ]
     monkeypatch.setattr(f'{module}.get_dist_info', lambda: (rank, world_size))
     return list(itertools.islice(iter(kind(DATA, seed=5)), 12))
 
 
 @pytest.mark.parametrize('rank,world_size', [(0, 1), (0, 2), (1, 2)])
-@pytest.mark.parametrize('keyed,plain', [(KeyedInfiniteSampler, InfiniteSampler),
-                                         (KeyedDefaultSampler, DefaultSampler)])
+@pytest.mark.parametrize(
+    'keyed,plain', [(KeyedInfiniteSampler, InfiniteSampler), (KeyedDefaultSampler, DefaultSampler)]
+)
 def test_same_order_as_mmengine(monkeypatch, keyed, plain, rank, world_size):
-    assert in_process(monkeypatch, keyed, rank, world_size) == \
-        in_process(monkeypatch, plain, rank, world_size)
+    assert in_process(monkeypatch, keyed, rank, world_size) == in_process(monkeypatch, plain, rank, world_size)
 
 
 def test_place_is_that_of_the_whole_run(monkeypatch):
@@ -56,8 +50,7 @@ def test_place_is_that_of_the_whole_run(monkeypatch):
     assert [index.key for index in alone] == [(5, place) for place in range(12)]
     pair = [in_process(monkeypatch, KeyedInfiniteSampler, rank, 2) for rank in (0, 1)]
     together = [index for indices in zip(*pair) for index in indices][:12]
-    assert [(int(index), index.key) for index in together] == \
-        [(int(index), index.key) for index in alone]
+    assert [(int(index), index.key) for index in together] == [(int(index), index.key) for index in alone]
 
 
 def test_epochs_have_different_places():
@@ -73,8 +66,9 @@ def test_index_is_an_integer_that_survives_the_way_to_a_worker():
     assert index == 3 and [10, 11, 12, 13][index] == 13 and index.key == (11, 42)
 
 
-@pytest.mark.parametrize('wrapper', [
-    lambda inner: ConcatDataset([inner(), inner()]), lambda inner: RepeatDataset(inner(), 2)])
+@pytest.mark.parametrize(
+    'wrapper', [lambda inner: ConcatDataset([inner(), inner()]), lambda inner: RepeatDataset(inner(), 2)]
+)
 def test_index_keeps_its_key_within_wrapping_datasets(wrapper):
     class Inner(BaseDataset):
         def load_data_list(self):
@@ -124,8 +118,7 @@ def test_make_reproducible_changes_what_it_should(config_path):
     cfg = Config.fromfile(config_path)
     make_reproducible(cfg)
     make_reproducible(cfg)
-    assert cfg.train_dataloader.sampler.to_dict() == dict(
-        type='KeyedInfiniteSampler', shuffle=True)
+    assert cfg.train_dataloader.sampler.to_dict() == dict(type='KeyedInfiniteSampler', shuffle=True)
     kinds = [transform.type for transform in cfg.train_dataloader.dataset.pipeline]
     assert kinds.count('SeedBySample') == 1 and kinds[0] == 'SeedBySample'
     assert [hook.type for hook in cfg.custom_hooks] == ['SparsityHook', 'IterationSeedHook']

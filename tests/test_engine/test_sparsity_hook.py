@@ -26,17 +26,20 @@ from slak_mm.engine.sparsity_hook import finalize_checkpoint
 from slak_mm.sparsity import SparsityError
 
 CPU_SCALER = pytest.mark.skipif(
-    not hasattr(torch.amp, 'GradScaler'), reason='torch has no loss scaler for the CPU (from 2.3)')
+    not hasattr(torch.amp, 'GradScaler'), reason='torch has no loss scaler for the CPU (from 2.3)'
+)
 FUSED = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4),
-    reason='torch has no fused optimizers for the CPU (from 2.4)')
+    reason='torch has no fused optimizers for the CPU (from 2.4)',
+)
 # Active weights of the layers at a sparsity of 0.4: 0.6 of 216, 720 and 120.
 ACTIVE = dict(zip(NAMES, (130, 432, 72)))
 
 
 def sparse_hook(mode='static', **changes):
-    options = dict(mode=mode, distribution='uniform', sparsity=0.4, update_interval=2,
-                   prune_rate=0.3, stop_fraction=0.8)
+    options = dict(
+        mode=mode, distribution='uniform', sparsity=0.4, update_interval=2, prune_rate=0.3, stop_fraction=0.8
+    )
     return SparsityHook(**dict(options, **changes))
 
 
@@ -45,7 +48,8 @@ def same_bits(ours, theirs):
     as_bits = {4: torch.int32, 8: torch.int64, 1: torch.uint8}
     return ours.shape == theirs.shape and torch.equal(
         ours.detach().contiguous().view(as_bits[ours.element_size()]),
-        theirs.detach().contiguous().view(as_bits[theirs.element_size()]))
+        theirs.detach().contiguous().view(as_bits[theirs.element_size()]),
+    )
 
 
 def tensors_of(runner, hook, ema=None):
@@ -73,8 +77,11 @@ def assert_sparse(runner, hook):
     optimizer = runner.optim_wrapper.optimizer
     for name, mask in hook.masks.items():
         parameter = runner.model.get_parameter(name)
-        states = [value for value in optimizer.state.get(parameter, {}).values()
-                  if torch.is_tensor(value) and value.shape == parameter.shape]
+        states = [
+            value
+            for value in optimizer.state.get(parameter, {}).values()
+            if torch.is_tensor(value) and value.shape == parameter.shape
+        ]
         for tensor in (parameter, *states):
             pruned = tensor.detach()[~mask]
             assert same_bits(pruned, torch.zeros_like(pruned)), name
@@ -86,8 +93,9 @@ def assert_sparse(runner, hook):
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl'])
 @pytest.mark.parametrize('accumulation', [1, 4])
 @pytest.mark.parametrize('precision', ['fp32', pytest.param('amp', marks=CPU_SCALER)])
-@pytest.mark.parametrize('optimizer', [
-    'SGD', 'AdamW', *(pytest.param(f'{kind}-fused', marks=FUSED) for kind in ('SGD', 'AdamW'))])
+@pytest.mark.parametrize(
+    'optimizer', ['SGD', 'AdamW', *(pytest.param(f'{kind}-fused', marks=FUSED) for kind in ('SGD', 'AdamW'))]
+)
 def test_number_of_non_zeros_is_exact(tmp_path, optimizer, precision, accumulation, mode):
     iterations = 9 * accumulation
     # The second and the fifth update overflow, the latter in its last micro-batch.
@@ -103,31 +111,37 @@ def test_number_of_non_zeros_is_exact(tmp_path, optimizer, precision, accumulati
     extra = dict(wrapper=ScaledWrapper, inf_at=overflows) if overflows else {}
     if accumulation == 4:
         extra['clip_grad'] = dict(max_norm=0.5)
-    runner = make_runner(tmp_path, [hook, Probe(look)], iterations, optimizer,
-                         accumulative_counts=accumulation, **extra)
+    runner = make_runner(
+        tmp_path, [hook, Probe(look)], iterations, optimizer, accumulative_counts=accumulation, **extra
+    )
     runner.train()
     # What the weights are, and not only the masks: none of the active ones is zero.
     for name, active in ACTIVE.items():
         assert int(runner.model.get_parameter(name).count_nonzero()) == active
     # An overflow in the middle of an accumulation skips the step at its end.
     ends = [-(-at // accumulation) * accumulation for at in overflows]
-    real = [iteration // accumulation - sum(end <= iteration for end in ends)
-            for iteration in range(1, iterations + 1)]
+    real = [iteration // accumulation - sum(end <= iteration for end in ends) for iteration in range(1, iterations + 1)]
     assert counts == real
     # Every second step, within 0.8 of the nine steps.
     assert hook.training.updates == (0 if mode == 'static' else min(real[-1], 7) // 2)
 
 
 @CPU_SCALER
-@pytest.mark.parametrize('optimizer', [
-    'AdamW', *(pytest.param(f'{kind}-fused', marks=FUSED) for kind in ('SGD', 'AdamW'))])
+@pytest.mark.parametrize(
+    'optimizer', ['AdamW', *(pytest.param(f'{kind}-fused', marks=FUSED) for kind in ('SGD', 'AdamW'))]
+)
 def test_a_step_that_overflows_changes_nothing(tmp_path, optimizer):
     # The fourth step would have changed the masks; they change in the fifth instead.
     hook = sparse_hook('rigl')
     states = []
     runner = make_runner(
-        tmp_path, [hook, Probe(lambda runner: states.append(tensors_of(runner, hook)))], 6,
-        optimizer, wrapper=ScaledWrapper, inf_at=(4,))
+        tmp_path,
+        [hook, Probe(lambda runner: states.append(tensors_of(runner, hook)))],
+        6,
+        optimizer,
+        wrapper=ScaledWrapper,
+        inf_at=(4,),
+    )
     runner.train()
     assert_same(states[2], states[3])
     assert not torch.equal(states[3]['mask.' + NAMES[1]], states[4]['mask.' + NAMES[1]])
@@ -147,8 +161,7 @@ def test_grown_weights_start_from_nothing(tmp_path):
     for name, number in zip(NAMES, (0, 2, 4)):
         new = masks[1][name] & ~masks[0][name]
         grown += int(new.sum())
-        for key in (f'model.{name}', *(f'optimizer.{number}.{moment}' for moment in
-                                       ('exp_avg', 'exp_avg_sq'))):
+        for key in (f'model.{name}', *(f'optimizer.{number}.{moment}' for moment in ('exp_avg', 'exp_avg_sq'))):
             assert same_bits(states[1][key][new], torch.zeros(int(new.sum()))), key
             assert states[2][key][new].all(), key
     assert grown > 50
@@ -173,8 +186,7 @@ def test_static_is_training_of_the_subnetwork(tmp_path, optimizer):
     theirs = make_runner(tmp_path / 'theirs', [], 6, optimizer, wrapper=MaskedGradients)
 
     def mask_once(runner):
-        MaskedGradients.masks = {
-            runner.model.get_parameter(name): mask for name, mask in hook.masks.items()}
+        MaskedGradients.masks = {runner.model.get_parameter(name): mask for name, mask in hook.masks.items()}
         for parameter, mask in MaskedGradients.masks.items():
             parameter.data.mul_(mask)
 
@@ -205,8 +217,9 @@ def test_rigl_grows_where_the_gradients_are_largest(tmp_path):
         if runner.iter == 3:
             after.update({name: mask.clone() for name, mask in hook.masks.items()})
 
-    runner = make_runner(tmp_path, [hook, Recorder(), Probe(look)], 16, accumulative_counts=4,
-                         clip_grad=dict(max_norm=1e-3))
+    runner = make_runner(
+        tmp_path, [hook, Recorder(), Probe(look)], 16, accumulative_counts=4, clip_grad=dict(max_norm=1e-3)
+    )
     runner.train()
     for name in NAMES:
         new = after[name] & ~before[name]
@@ -219,29 +232,39 @@ def test_rigl_grows_where_the_gradients_are_largest(tmp_path):
 # ---------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize('mode,average', [
-    ('static', {}), ('set', dict(update_buffers=True)), ('rigl', dict(interval=3)),
-    ('momentum', dict(ema_type='MomentumAnnealingEMA', gamma=4))])
+@pytest.mark.parametrize(
+    'mode,average',
+    [
+        ('static', {}),
+        ('set', dict(update_buffers=True)),
+        ('rigl', dict(interval=3)),
+        ('momentum', dict(ema_type='MomentumAnnealingEMA', gamma=4)),
+    ],
+)
 def test_resumed_at_any_step_is_the_same_run(tmp_path, mode, average):
     def run(folder, resume=None):
         # A run from the start draws, one that goes on does not.
-        hook = sparse_hook(mode, distribution='from_weights' if resume else 'snip',
-                           momentum_window=2, stop_fraction=1.,
-                           **(dict(sparsity=None) if resume else {}))
-        ema = EMAHook(momentum=0.2, **average) if 'ema_type' not in average \
-            else EMAHook(**average)
-        runner = make_runner(folder, [ema, hook], 8, checkpoint_interval=1, val_interval=3,
-                             resume=bool(resume), load_from=resume)
+        hook = sparse_hook(
+            mode,
+            distribution='from_weights' if resume else 'snip',
+            momentum_window=2,
+            stop_fraction=1.0,
+            **(dict(sparsity=None) if resume else {}),
+        )
+        ema = EMAHook(momentum=0.2, **average) if 'ema_type' not in average else EMAHook(**average)
+        runner = make_runner(
+            folder, [ema, hook], 8, checkpoint_interval=1, val_interval=3, resume=bool(resume), load_from=resume
+        )
         runner.train()
-        return dict(tensors_of(runner, hook, ema),
-                    explored=torch.tensor(hook.training.statistics().exploration),
-                    scalar=torch.tensor(runner.message_hub.get_scalar(
-                        'train/sparsity/exploration').current()))
+        return dict(
+            tensors_of(runner, hook, ema),
+            explored=torch.tensor(hook.training.statistics().exploration),
+            scalar=torch.tensor(runner.message_hub.get_scalar('train/sparsity/exploration').current()),
+        )
 
     whole = run(tmp_path / 'whole')
     for stop in range(1, 8):
-        assert_same(whole, run(tmp_path / f'from{stop}',
-                               str(tmp_path / 'whole' / f'iter_{stop}.pth')))
+        assert_same(whole, run(tmp_path / f'from{stop}', str(tmp_path / 'whole' / f'iter_{stop}.pth')))
 
 
 def test_state_is_read_by_the_safe_reader(tmp_path):
@@ -252,13 +275,16 @@ def test_state_is_read_by_the_safe_reader(tmp_path):
     assert sum(entry['bits'].numel() for entry in state['masks'].values()) == 27 + 90 + 15
 
 
-@pytest.mark.parametrize('first,second,message', [
-    (None, sparse_hook(), 'trained densely: .*--sparse off'),
-    (sparse_hook(), None, 'resume it with the --sparse that it had.*load_from'),
-    (sparse_hook(), sparse_hook('set'), "mode 'static', this one 'set'.*--sparse"),
-    (sparse_hook(include='backbone.[02]'), sparse_hook(), r'do not fit.*backbone\.4\.weight'),
-    (sparse_hook(), 'bigger', 'do not fit.*shape'),
-])
+@pytest.mark.parametrize(
+    'first,second,message',
+    [
+        (None, sparse_hook(), 'trained densely: .*--sparse off'),
+        (sparse_hook(), None, 'resume it with the --sparse that it had.*load_from'),
+        (sparse_hook(), sparse_hook('set'), "mode 'static', this one 'set'.*--sparse"),
+        (sparse_hook(include='backbone.[02]'), sparse_hook(), r'do not fit.*backbone\.4\.weight'),
+        (sparse_hook(), 'bigger', 'do not fit.*shape'),
+    ],
+)
 def test_what_cannot_be_resumed(tmp_path, first, second, message):
     make_runner(tmp_path / 'first', [copy.deepcopy(first)] if first else [], 2).train()
     model = Toy()
@@ -268,8 +294,13 @@ def test_what_cannot_be_resumed(tmp_path, first, second, message):
     # Without StrictCheckpointHook's comparison of the weights, which would come first.
     strict = HOOKS.build(dict(type='StrictCheckpointHook', strict=False))
     runner = make_runner(
-        tmp_path / 'second', [strict, *([copy.deepcopy(second)] if second else [])], 4,
-        model=model, resume=True, load_from=str(tmp_path / 'first' / 'iter_2.pth'))
+        tmp_path / 'second',
+        [strict, *([copy.deepcopy(second)] if second else [])],
+        4,
+        model=model,
+        resume=True,
+        load_from=str(tmp_path / 'first' / 'iter_2.pth'),
+    )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointMismatch, match=message) as error:
         runner.train()
@@ -281,8 +312,7 @@ def test_starting_from_weights_takes_their_zeros(tmp_path):
     first = sparse_hook('rigl')
     make_runner(tmp_path / 'first', [first], 4).train()
     second = SparsityHook(sparsity=0.4)
-    runner = make_runner(tmp_path / 'second', [second], 1,
-                         load_from=str(tmp_path / 'first' / 'iter_4.pth'))
+    runner = make_runner(tmp_path / 'second', [second], 1, load_from=str(tmp_path / 'first' / 'iter_4.pth'))
     runner.train()
     weights = torch.load(tmp_path / 'first' / 'iter_4.pth', weights_only=False)['state_dict']
     for name in NAMES:
@@ -293,21 +323,32 @@ def test_starting_from_weights_takes_their_zeros(tmp_path):
 # -------------------------------------------------------------------------------------- averages
 
 
-AVERAGES = [dict(momentum=0.3), dict(momentum=0.3, update_buffers=True),
-            dict(momentum=0.3, interval=3), dict(momentum=0.3, begin_iter=4),
-            dict(ema_type='MomentumAnnealingEMA', gamma=3),
-            dict(ema_type='StochasticWeightAverage')]
+AVERAGES = [
+    dict(momentum=0.3),
+    dict(momentum=0.3, update_buffers=True),
+    dict(momentum=0.3, interval=3),
+    dict(momentum=0.3, begin_iter=4),
+    dict(ema_type='MomentumAnnealingEMA', gamma=3),
+    dict(ema_type='StochasticWeightAverage'),
+]
 
 
 @pytest.mark.parametrize('average', AVERAGES)
 def test_averages_stay_sparse_in_any_order_of_hooks(tmp_path, average):
     ends = []
-    for number, (sparse_first, priority, own) in enumerate((
-            (True, 'NORMAL', 'NORMAL'), (False, 'NORMAL', 'NORMAL'), (True, 'VERY_HIGH', 'LOWEST'),
-            (True, 'LOWEST', 'VERY_HIGH'))):
+    for number, (sparse_first, priority, own) in enumerate(
+        (
+            (True, 'NORMAL', 'NORMAL'),
+            (False, 'NORMAL', 'NORMAL'),
+            (True, 'VERY_HIGH', 'LOWEST'),
+            (True, 'LOWEST', 'VERY_HIGH'),
+        )
+    ):
         hook = sparse_hook('set')
-        hooks = [dict(type=SparsityHook, **hook.options, priority=own),
-                 dict(type='EMAHook', priority=priority, **average)]
+        hooks = [
+            dict(type=SparsityHook, **hook.options, priority=own),
+            dict(type='EMAHook', priority=priority, **average),
+        ]
         looked = []
 
         def look(runner, looked=looked):
@@ -318,8 +359,7 @@ def test_averages_stay_sparse_in_any_order_of_hooks(tmp_path, average):
                 assert not ema.ema_model.module.get_parameter(name)[~mask].any()
 
         folder = tmp_path / str(number)
-        runner = make_runner(folder, hooks if sparse_first else hooks[::-1], 8,
-                             checkpoint_interval=2, val_interval=2)
+        runner = make_runner(folder, hooks if sparse_first else hooks[::-1], 8, checkpoint_interval=2, val_interval=2)
         # Hooks of the same priority keep their order: last of all.
         runner._hooks.append(Probe(look))
         runner.train()
@@ -330,8 +370,7 @@ def test_averages_stay_sparse_in_any_order_of_hooks(tmp_path, average):
             saved = torch.load(folder / f'iter_{step}.pth', weights_only=False)
             assert 'ema_state_dict' in saved
             for name, active in ACTIVE.items():
-                for weights, key in ((saved['state_dict'], name),
-                                     (saved['ema_state_dict'], f'module.{name}')):
+                for weights, key in ((saved['state_dict'], name), (saved['ema_state_dict'], f'module.{name}')):
                     assert int(weights[key].count_nonzero()) <= active
         assert len(runner.model.seen) == 8
         for seen in runner.model.seen:
@@ -347,9 +386,22 @@ def test_average_against_a_simulation(tmp_path):
     hook = sparse_hook('set', prune_rate=0.5)
     history = []
     ema = EMAHook(momentum=0.25)
-    runner = make_runner(tmp_path, [hook, ema, Probe(lambda runner: history.append(
-        {name: (runner.model.get_parameter(name).detach().double().clone(), mask.clone())
-         for name, mask in hook.masks.items()}))], 8)
+    runner = make_runner(
+        tmp_path,
+        [
+            hook,
+            ema,
+            Probe(
+                lambda runner: history.append(
+                    {
+                        name: (runner.model.get_parameter(name).detach().double().clone(), mask.clone())
+                        for name, mask in hook.masks.items()
+                    }
+                )
+            ),
+        ],
+        8,
+    )
     runner.train()
     for name in NAMES:
         average, old = history[0][name]
@@ -376,10 +428,16 @@ def test_snip_leaves_no_trace(tmp_path):
         seen = []
 
         def before(runner, model=model, seen=seen):
-            seen.append((torch.get_rng_state(), np.random.get_state()[1].copy(),
-                         random.getstate(), runner.train_dataloader.dataset.taken[:],
-                         {key: value.clone() for key, value in model.named_buffers()},
-                         [parameter.grad is None for parameter in model.parameters()]))
+            seen.append(
+                (
+                    torch.get_rng_state(),
+                    np.random.get_state()[1].copy(),
+                    random.getstate(),
+                    runner.train_dataloader.dataset.taken[:],
+                    {key: value.clone() for key, value in model.named_buffers()},
+                    [parameter.grad is None for parameter in model.parameters()],
+                )
+            )
 
         first, last = Probe(lambda runner: None), Probe(lambda runner: None)
         first.before_train = last.before_train = before
@@ -445,8 +503,7 @@ def test_snip_batch_leaves_caches_of_transforms_alone():
             yield 1
 
     with pytest.raises(SparsityError, match="Stream does not have; .*'erk'"):
-        hook._draw_batch(SimpleNamespace(
-            train_dataloader=torch.utils.data.DataLoader(Stream()), rank=0))
+        hook._draw_batch(SimpleNamespace(train_dataloader=torch.utils.data.DataLoader(Stream()), rank=0))
 
 
 def test_snip_densities_against_plain_autograd(tmp_path):
@@ -458,8 +515,7 @@ def test_snip_densities_against_plain_autograd(tmp_path):
     taken = runner.train_dataloader.dataset.taken[:4]
     data = Images()
     model(data.images[taken], data.labels[taken], mode='loss')['loss'].backward()
-    scores = {name: (model.get_parameter(name) * model.get_parameter(name).grad).abs()
-              for name in NAMES}
+    scores = {name: (model.get_parameter(name) * model.get_parameter(name).grad).abs() for name in NAMES}
     merged = torch.cat([score.flatten() for score in scores.values()]).sort(descending=True)[0]
     threshold = merged[int(len(merged) * 0.6) - 1]
     for name, score in scores.items():
@@ -474,7 +530,7 @@ def test_log_and_tables(tmp_path):
     hook = sparse_hook('set')
     runner = make_runner(tmp_path, [hook], 6, log_level='INFO')
     runner.train()
-    path, = tmp_path.glob('*/vis_data/scalars.json')
+    (path,) = tmp_path.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in path.read_text().splitlines() if '"loss"' in line]
     density = sum(ACTIVE.values()) / (216 + 720 + 120)
     assert [line['sparsity/density'] for line in lines] == [pytest.approx(density)] * 6
@@ -496,7 +552,7 @@ def test_finalized_checkpoint_has_real_zeros(tmp_path):
     assert set(final) == {'state_dict', 'meta'}
     for name, active in ACTIVE.items():
         assert int(final['state_dict'][name].count_nonzero()) <= active
-    checkpoint['state_dict'][NAMES[0]].fill_(1.)
+    checkpoint['state_dict'][NAMES[0]].fill_(1.0)
     with pytest.raises(SparsityError, match=f'86 pruned weights of {NAMES[0]} are not zero'):
         finalize_checkpoint(checkpoint)
 
@@ -509,19 +565,23 @@ def test_the_optimizer_is_let_go(tmp_path):
     assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize('arguments,message', [
-    (dict(preset='slak_x'), 'no preset .*slak_t'), (dict(no_such=1), "no argument 'no_such'")])
+@pytest.mark.parametrize(
+    'arguments,message', [(dict(preset='slak_x'), 'no preset .*slak_t'), (dict(no_such=1), "no argument 'no_such'")]
+)
 def test_wrong_arguments(arguments, message):
     with pytest.raises(SparsityError, match=message):
         SparsityHook(**arguments)
 
 
-@pytest.mark.parametrize('hooks,message', [
-    ([SparsityHook(mode='no')], "unknown mode 'no'"),
-    ([SparsityHook()], 'dense network.*--sparse off'),
-    ([sparse_hook(include='nothing')], "include='nothing'"),
-    ([sparse_hook(), sparse_hook()], '2 SparsityHooks'),
-])
+@pytest.mark.parametrize(
+    'hooks,message',
+    [
+        ([SparsityHook(mode='no')], "unknown mode 'no'"),
+        ([SparsityHook()], 'dense network.*--sparse off'),
+        ([sparse_hook(include='nothing')], "include='nothing'"),
+        ([sparse_hook(), sparse_hook()], '2 SparsityHooks'),
+    ],
+)
 def test_wrong_beginnings(tmp_path, hooks, message):
     runner = make_runner(tmp_path, copy.deepcopy(hooks), 2)
     before = {key: value.clone() for key, value in runner.model.state_dict().items()}
@@ -530,18 +590,28 @@ def test_wrong_beginnings(tmp_path, hooks, message):
     assert_same(before, dict(runner.model.state_dict()))
 
 
-@pytest.mark.parametrize('change,message', [
-    (dict(strategy=type('FSDPStrategy', (), {})()), 'FSDPStrategy.*DistributedDataParallel'),
-    (dict(strategy=type('DeepSpeedStrategy', (), {})()), 'DeepSpeedStrategy'),
-    (dict(model=type('Fsdp', (nn.Module,), {})()), 'Fsdp'),
-    (dict(optim_wrapper=SimpleNamespace(optimizer=None)), 'one optimizer')])
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (dict(strategy=type('FSDPStrategy', (), {})()), 'FSDPStrategy.*DistributedDataParallel'),
+        (dict(strategy=type('DeepSpeedStrategy', (), {})()), 'DeepSpeedStrategy'),
+        (dict(model=type('Fsdp', (nn.Module,), {})()), 'Fsdp'),
+        (dict(optim_wrapper=SimpleNamespace(optimizer=None)), 'one optimizer'),
+    ],
+)
 def test_sharded_training_is_refused(monkeypatch, change, message):
     from slak_mm.engine import sparsity_hook
+
     monkeypatch.setattr(sparsity_hook, 'is_model_wrapper', lambda model: 'Fsdp' in repr(model))
     model = Toy()
-    runner = SimpleNamespace(**dict(dict(
-        model=model, hooks=[], optim_wrapper=SimpleNamespace(
-            optimizer=torch.optim.SGD(model.parameters(), 0.1))), **change))
+    runner = SimpleNamespace(
+        **dict(
+            dict(
+                model=model, hooks=[], optim_wrapper=SimpleNamespace(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+            ),
+            **change,
+        )
+    )
     with pytest.raises(ConfigOverrideError, match=message):
         sparsity_hook._refuse_unsupported(runner)
 
@@ -549,8 +619,14 @@ def test_sharded_training_is_refused(monkeypatch, change, message):
 def test_registered_with_its_defaults():
     hook = HOOKS.build(dict(type='SparsityHook', preset='slak_s', prune_rate=0.2))
     assert hook.options == dict(
-        mode='set', distribution='snip', sparsity=0.4, stop_fraction=1.0, dense_above=0.99,
-        update_interval=100, prune_rate=0.2)
+        mode='set',
+        distribution='snip',
+        sparsity=0.4,
+        stop_fraction=1.0,
+        dense_above=0.99,
+        update_interval=100,
+        prune_rate=0.2,
+    )
 
 
 # ----------------------------------------------------------------------------------- distributed
@@ -561,13 +637,25 @@ def in_two_processes(out, *arguments):
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
     root = Path(sparse_toy.__file__).parents[1]
-    env = dict(os.environ, OMP_NUM_THREADS='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-               MASTER_PORT=str(port), LOCAL_RANK='0',
-               PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
-    processes = [subprocess.Popen(
-        [sys.executable, '-W', 'ignore', sparse_toy.__file__, out, *arguments],
-        env=dict(env, RANK=str(rank)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)]
+    env = dict(
+        os.environ,
+        OMP_NUM_THREADS='1',
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        LOCAL_RANK='0',
+        PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-W', 'ignore', sparse_toy.__file__, out, *arguments],
+            env=dict(env, RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     try:
         outputs = [process.communicate(timeout=200)[0] for process in processes]
     finally:
@@ -579,8 +667,7 @@ def in_two_processes(out, *arguments):
 def test_two_processes_are_one_with_the_joint_batch(tmp_path):
     in_two_processes(str(tmp_path), 'uniform:static', 'snip:rigl')
     for distribution, mode in (('uniform', 'static'), ('snip', 'rigl')):
-        one, two = (torch.load(tmp_path / f'{distribution}{rank}.pth', weights_only=False)
-                    for rank in range(2))
+        one, two = (torch.load(tmp_path / f'{distribution}{rank}.pth', weights_only=False) for rank in range(2))
         assert one['hash'] == two['hash'] and one['updates'] == two['updates']
         assert_same(one['masks'], two['masks'])
         assert_same(dict(one['state']), dict(two['state']))

@@ -20,13 +20,14 @@ BACKBONES = {
     'shiftwise1': lambda: ShiftWise(**COMMON, kernel_sizes=(13, 11), version=1),
     'shiftwise2': lambda: ShiftWise(**COMMON, kernel_sizes=(13, 11)),
 }
-needs_library = pytest.mark.skipif(
-    not hasattr(torch.library, 'register_autograd'), reason='graphs need torch 2.4')
+needs_library = pytest.mark.skipif(not hasattr(torch.library, 'register_autograd'), reason='graphs need torch 2.4')
 needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get('CXX', 'c++')) is None, reason='inductor needs a C++ compiler')
+    shutil.which(os.environ.get('CXX', 'c++')) is None, reason='inductor needs a C++ compiler'
+)
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in module._ONNX_PACKAGES),
-    reason='onnx, onnxscript and onnxruntime are not installed')
+    reason='onnx, onnxscript and onnxruntime are not installed',
+)
 
 
 def build(name, form='training'):
@@ -64,8 +65,7 @@ def check_compiled_step(model, backend):
     x = images(2, 32, 32)
     eager = copy.deepcopy(model)
     results = []
-    for network, run in ((model, torch.compile(model, fullgraph=True, backend=backend)),
-                         (eager, eager)):
+    for network, run in ((model, torch.compile(model, fullgraph=True, backend=backend)), (eager, eager)):
         outs = run(x)
         sum(out.square().mean() for out in outs).backward()
         results.append([*outs, *(p.grad for p in network.parameters()), *network.buffers()])
@@ -88,8 +88,7 @@ def test_exported_program_of_any_size(name, form):
     model = build(name, form)
     batch = torch.export.Dim('batch', min=1, max=16)
     rows, columns = (8 * torch.export.Dim(side, min=2, max=64) for side in ('rows', 'columns'))
-    program = torch.export.export(
-        model, (images(2, 32, 32),), dynamic_shapes=({0: batch, 2: rows, 3: columns},))
+    program = torch.export.export(model, (images(2, 32, 32),), dynamic_shapes=({0: batch, 2: rows, 3: columns},))
     operators = [node.target for node in program.graph.nodes if 'slak_mm' in str(node.target)]
     assert operators == [torch.ops.slak_mm.cross_dwconv2d.default] * 2
     x = images(1, 48, 64)
@@ -101,17 +100,26 @@ def test_exported_program_of_any_size(name, form):
 @needs_onnx
 @pytest.mark.parametrize(
     'name, form, dynamic',
-    [('slak', 'training', 'batch'), ('slak', 'deployed', 'size'),
-     ('shiftwise2', 'deployed', 'size'), ('shiftwise1', 'training', 'none')])  # fmt: skip
+    [
+        ('slak', 'training', 'batch'),
+        ('slak', 'deployed', 'size'),
+        ('shiftwise2', 'deployed', 'size'),
+        ('shiftwise1', 'training', 'none'),
+    ],
+)
 def test_onnx_has_standard_operators(name, form, dynamic, tmp_path):
     """onnxruntime agrees to 1e-4 also for batches and sizes that were not exported."""
     import onnx
+
     path = tmp_path / 'network.onnx'
     assert export(build(name, form), path, 'onnx', (64, 64), dynamic) < 1e-4
     graph = onnx.load(str(path))
     assert {node.domain for node in graph.graph.node} <= {'', 'ai.onnx'}
-    grouped = [node for node in graph.graph.node if node.op_type == 'Conv' and any(
-        a.name == 'group' and a.i > 1 for a in node.attribute)]  # fmt: skip
+    grouped = [
+        node
+        for node in graph.graph.node
+        if node.op_type == 'Conv' and any(a.name == 'group' and a.i > 1 for a in node.attribute)
+    ]
     # Two blocks of three branches; deployed, of two.
     assert len(grouped) == (4 if form == 'deployed' else 6)
     assert list(tmp_path.iterdir()) == [path]
@@ -144,8 +152,7 @@ class TestRefusals:
             with torch.no_grad():
                 next(model.parameters()).div_(1.01)
 
-        monkeypatch.setitem(
-            module._WRITERS, 'torchscript', (write_other, module._load_torchscript))
+        monkeypatch.setitem(module._WRITERS, 'torchscript', (write_other, module._load_torchscript))
         with pytest.raises(ExportError, match='differs from the network by .*not kept'):
             export(build('slak'), path, 'torchscript', (32, 32))
         assert path.read_text() == 'the old one' and list(tmp_path.iterdir()) == [path]

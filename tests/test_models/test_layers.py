@@ -6,8 +6,9 @@ import torch
 from slak_mm.models.layers import sum_of_squares
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [
-    (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-3)], ids=str)
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-3)], ids=str
+)
 @pytest.mark.parametrize('shape', [(1, 1), (3, 5), (5000, 7), (1000, 300), (2, 70000)])
 def test_sum_of_squares(shape, dtype, tolerance):
     """Thousands of terms are not rounded to half precision one after the other."""

@@ -9,8 +9,8 @@ from slak_mm import switch_to_deploy
 from slak_mm.models import ShiftWise, SLaK
 
 COMMON = dict(
-    arch=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), kernel_sizes=(13, 11, 9, 7),
-    norm_cfg=dict(type='BN'))
+    arch=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), kernel_sizes=(13, 11, 9, 7), norm_cfg=dict(type='BN')
+)
 BACKBONES = {
     'slak': lambda: SLaK(**COMMON, width_factor=1.0),
     'shiftwise1': lambda: ShiftWise(**COMMON, version=1),
@@ -37,8 +37,7 @@ def test_only_the_images_are_copied(name, mode):
     run()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         maps = run()
-    shapes = [tuple(event.input_shapes[0]) for event in profiler.events()
-              if event.name == 'aten::copy_']
+    shapes = [tuple(event.input_shapes[0]) for event in profiler.events() if event.name == 'aten::copy_']
     of_maps = [s for s in shapes if len(s) == 4 and s[0] == BATCH and s[2:] != (1, 1)]
     assert of_maps == [images.shape]
     assert len(maps) == 4

@@ -15,8 +15,7 @@ from slak_mm.models.linear import has_onednn_linear, linear
 from slak_mm.models.shiftwise import ShiftWise
 from slak_mm.models.slak import SLaK
 
-needs_onednn = pytest.mark.skipif(
-    not has_onednn_linear(), reason='this PyTorch has no linear layer of oneDNN')
+needs_onednn = pytest.mark.skipif(not has_onednn_linear(), reason='this PyTorch has no linear layer of oneDNN')
 GELU = nn.GELU()
 
 
@@ -43,8 +42,9 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize('act', [None, GELU, nn.GELU('tanh'), nn.ReLU()], ids=str)
 @pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('shape,width', [
-    ((1, 1), 1), ((3, 17), 5), ((1024, 31), 124), ((2, 3, 5, 124), 31), ((0, 4), 3)])
+@pytest.mark.parametrize(
+    'shape,width', [((1, 1), 1), ((3, 17), 5), ((1024, 31), 124), ((2, 3, 5, 124), 31), ((0, 4), 3)]
+)
 def test_it_is_the_layer(shape, width, bias, act):
     layer, generator = make(shape[-1], width, bias)
     x = torch.randn(shape, generator=generator)
@@ -56,8 +56,7 @@ def test_it_is_the_layer(shape, width, bias, act):
 
 
 @pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('shape,width', [
-    ((1, 1), 1), ((3, 17), 5), ((64, 17), 5), ((2, 8, 5, 40), 31)])
+@pytest.mark.parametrize('shape,width', [((1, 1), 1), ((3, 17), 5), ((64, 17), 5), ((2, 8, 5, 40), 31)])
 def test_gradients(shape, width, bias):
     layer, generator = make(shape[-1], width, bias)
     x = torch.randn(shape, generator=generator, requires_grad=True)
@@ -87,7 +86,7 @@ def test_gradients_can_be_differentiated_again():
     x = torch.randn(80, 7, generator=generator, requires_grad=True)
 
     def penalty(call):
-        grad, = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        (grad,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), (x, layer.weight))
 
     for got, want in zip(penalty(lambda x: linear(layer, x)), penalty(layer)):
@@ -135,8 +134,7 @@ def test_a_layer_of_another_class_is_called():
 def test_hooks_see_whole_maps(family, deploy):
     """A hook in a block gets what it gets with gradients on, once."""
     arch = dict(depths=(1,), dims=(8,))
-    net = family(arch=arch, kernel_sizes=(7,), out_indices=(0,), width_factor=1.0,
-                 norm_cfg=dict(type='BN')).eval()
+    net = family(arch=arch, kernel_sizes=(7,), out_indices=(0,), width_factor=1.0, norm_cfg=dict(type='BN')).eval()
     if deploy:
         switch_to_deploy(net)
     layer = next(m for m in net.modules() if isinstance(m, nn.Linear))
@@ -154,8 +152,7 @@ def test_hooks_see_whole_maps(family, deploy):
 def test_changed_weights_are_packed_again():
     layer, generator = make(40, 12)
     x = torch.randn(33, 40, generator=generator)
-    other = {name: torch.randn(value.shape, generator=generator)
-             for name, value in layer.state_dict().items()}
+    other = {name: torch.randn(value.shape, generator=generator) for name, value in layer.state_dict().items()}
 
     def check():
         assert_close(linear(layer, x, keep=True), exact(layer, x))

@@ -12,18 +12,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from slak_mm import load_pretrained, switch_to_deploy
-from slak_mm.checkpoints import (
-    CheckpointError,
-    CheckpointMismatch,
-    convert_checkpoint,
-    describe,
-    to_official,
-)
+from slak_mm.checkpoints import CheckpointError, CheckpointMismatch, convert_checkpoint, describe, to_official
 from slak_mm.models import ShiftWise, SLaK
 from slak_mm.models.shiftwise import ShiftWiseConv
 
-SMALL = dict(
-    arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 8, 7))  # fmt: skip
+SMALL = dict(arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 8, 7))
 BOTH = pytest.mark.parametrize('version', [1, 2])
 TABLES = ('shifts', 'picks', 'rep', 'ghost')
 
@@ -49,7 +42,8 @@ def assert_close(got, want, tolerance):
         (dict(arch='small', version=1), 51_504_288),
         (dict(arch='base', version=1), 90_302_750),
         (dict(arch='tiny', num_paths=1), 30_360_390),
-    ])  # fmt: skip
+    ],
+)
 def test_parameter_count(arguments, parameters):
     with torch.device('meta'):
         model = ShiftWise(**arguments)
@@ -58,15 +52,21 @@ def test_parameter_count(arguments, parameters):
 
 
 @pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reason='mmseg is not installed')
-@pytest.mark.parametrize('arch, num_paths, millions', [
-    # As published (downstream/segmentation/README.md of the official code) ...
-    ('t', 1, 61.73), ('t', 2, 62.51),
-    # ... but SW-S is published as 87.5; docs/benchmarks.md says which arguments lead there.
-    ('s', 1, 87.64)])  # fmt: skip
+@pytest.mark.parametrize(
+    'arch, num_paths, millions',
+    [
+        # As published (downstream/segmentation/README.md of the official code) ...
+        ('t', 1, 61.73),
+        ('t', 2, 62.51),
+        # ... but SW-S is published as 87.5; docs/benchmarks.md says which arguments lead there.
+        ('s', 1, 87.64),
+    ],
+)
 def test_parameter_count_of_upernet(arch, num_paths, millions):
     from mmengine.config import Config
 
     from slak_mm.engine.overrides import adapt_to_device, remove_weights
+
     configs = Path(__file__).resolve().parents[2] / 'configs'
     cfg = Config.fromfile(str(configs / f'upernet_shiftwise_{arch}_ade20k.py'))
     remove_weights(cfg)
@@ -86,7 +86,7 @@ def test_any_size(version, height, width):
     h, w = height, width
     for i, out in enumerate(outputs(model, images(1, height, width))):
         for _ in range(2 if i == 0 else 1):
-            h, w = ((h // 2, w // 2) if version == 1 else ((h + 1) // 2, (w + 1) // 2))
+            h, w = (h // 2, w // 2) if version == 1 else ((h + 1) // 2, (w + 1) // 2)
         assert out.shape == (1, model.dims[i], h, w) and out.isfinite().all()
 
 
@@ -106,8 +106,7 @@ def test_sizes_without_arithmetic(version):
     with torch.device('meta'):
         model = ShiftWise('tiny', version=version)
         outs = model(torch.empty(1, 3, 512, 512))
-    assert [tuple(o.shape[1:]) for o in outs] == [
-        (c, s, s) for c, s in zip(model.dims, (128, 64, 32, 16))]
+    assert [tuple(o.shape[1:]) for o in outs] == [(c, s, s) for c, s in zip(model.dims, (128, 64, 32, 16))]
 
 
 @BOTH
@@ -126,11 +125,18 @@ def test_input_layout_does_not_matter(version):
 @pytest.mark.parametrize(
     'options',
     [
-        dict(), dict(branch_norm=False), dict(ghost_ratio=0), dict(num_paths=1, num_reps=1),
-        dict(num_paths=3), dict(small_kernel=5), dict(layer_scale_init_value=0),
-        dict(kernel_sizes=(3, 3, 3, 3)), dict(small_kernel=1, ghost_ratio=0.7),
+        dict(),
+        dict(branch_norm=False),
+        dict(ghost_ratio=0),
+        dict(num_paths=1, num_reps=1),
+        dict(num_paths=3),
+        dict(small_kernel=5),
+        dict(layer_scale_init_value=0),
+        dict(kernel_sizes=(3, 3, 3, 3)),
+        dict(small_kernel=1, ghost_ratio=0.7),
     ],
-    ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'default')  # fmt: skip
+    ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'default',
+)
 def test_deploy_equals_eval(options, version):
     arguments = {**SMALL, **options, 'version': version}
     model = random_(ShiftWise(**arguments)).double()
@@ -142,8 +148,7 @@ def test_deploy_equals_eval(options, version):
     left_over = ('filters', 'bn_', 'shifts', 'picks', 'ffn.norm', 'grn.beta')
     assert not any(part in name for name in model.state_dict() for part in left_over)
     if version == 2:
-        assert not any(n.startswith('stages') and n.endswith(('.norm.weight', '0.gamma'))
-                       for n in model.state_dict())  # fmt: skip
+        assert not any(n.startswith('stages') and n.endswith(('.norm.weight', '0.gamma')) for n in model.state_dict())
 
     rebuilt = ShiftWise(**arguments, deploy=True).double()
     rebuilt.load_state_dict(model.state_dict())
@@ -157,11 +162,13 @@ def test_deploy_equals_eval(options, version):
 
 def test_deployed_block_calls_the_operator_once(monkeypatch):
     from slak_mm.models import shiftwise
+
     model = switch_to_deploy(random_(ShiftWise(**SMALL)))
     calls = []
     original = shiftwise.cross_dwconv2d
-    monkeypatch.setattr(shiftwise, 'cross_dwconv2d',
-                        lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs))
+    monkeypatch.setattr(
+        shiftwise, 'cross_dwconv2d', lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs)
+    )
     outputs(model, images())
     assert len(calls) == 5 and all(kwargs['reduce'] for kwargs in calls)
 
@@ -187,8 +194,7 @@ def test_activation_checkpointing(version):
     """One step with drop path: same outputs, gradients and statistics."""
     results = []
     for with_cp in (False, True):
-        model = random_(
-            ShiftWise(**SMALL, version=version, with_cp=with_cp, drop_path_rate=0.5)).train()
+        model = random_(ShiftWise(**SMALL, version=version, with_cp=with_cp, drop_path_rate=0.5)).train()
         torch.manual_seed(3)
         outs = model(images())
         sum(o.square().mean() for o in outs).backward()
@@ -258,6 +264,7 @@ def test_construction_leaves_other_generators_alone(capsys):
     import numpy as np
 
     from slak_mm.ops import shift_tables
+
     states = []
     for seed in (0, 1):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
@@ -270,27 +277,30 @@ def test_construction_leaves_other_generators_alone(capsys):
     assert capsys.readouterr() == ('', '')
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(arch='huge'), "ShiftWise has no arch 'huge'; choose from tiny, small, base, large"),
-    (dict(version=3), 'version must be 1 or 2, got 3'),
-    (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
-    (dict(kernel_sizes=(13, 11, 9, 2)), r'kernel_sizes .* not smaller than small_kernel \(3\)'),
-    (dict(kernel_sizes=(13, 11, 9, 7.5)), 'kernel_sizes must be integers'),
-    (dict(small_kernel=4), 'small_kernel must be an odd positive integer .* got 4'),
-    (dict(small_kernel=-1), 'small_kernel must be an odd positive integer .* got -1'),
-    (dict(small_kernel=None), 'small_kernel must be an odd positive integer .* got None'),
-    (dict(ghost_ratio=1.0), r'ghost_ratio must lie in \[0, 1\), got 1.0'),
-    (dict(ghost_ratio=-0.1), r'ghost_ratio must lie in \[0, 1\), got -0.1'),
-    (dict(ghost_ratio=0.9), 'ghost_ratio 0.9 leaves none of the 8 channels of stage 0'),
-    (dict(num_paths=0), 'num_paths must be a positive integer, got 0'),
-    (dict(num_reps=0), 'num_reps must be a positive integer, got 0'),
-    (dict(num_reps=1.5), 'num_reps must be a positive integer, got 1.5'),
-    (dict(width_factor=0), 'width_factor must be positive, got 0'),
-    (dict(width_factor=0.3), 'leave 2 channels to a stage, which needs at least 4'),
-    (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
-    (dict(out_indices=(0, 4)), 'out_indices must name stages 0 to 3'),
-    (dict(norm_cfg=dict(type='GN', num_groups=2)), "norm_cfg type 'GN' is no batch norm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(arch='huge'), "ShiftWise has no arch 'huge'; choose from tiny, small, base, large"),
+        (dict(version=3), 'version must be 1 or 2, got 3'),
+        (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
+        (dict(kernel_sizes=(13, 11, 9, 2)), r'kernel_sizes .* not smaller than small_kernel \(3\)'),
+        (dict(kernel_sizes=(13, 11, 9, 7.5)), 'kernel_sizes must be integers'),
+        (dict(small_kernel=4), 'small_kernel must be an odd positive integer .* got 4'),
+        (dict(small_kernel=-1), 'small_kernel must be an odd positive integer .* got -1'),
+        (dict(small_kernel=None), 'small_kernel must be an odd positive integer .* got None'),
+        (dict(ghost_ratio=1.0), r'ghost_ratio must lie in \[0, 1\), got 1.0'),
+        (dict(ghost_ratio=-0.1), r'ghost_ratio must lie in \[0, 1\), got -0.1'),
+        (dict(ghost_ratio=0.9), 'ghost_ratio 0.9 leaves none of the 8 channels of stage 0'),
+        (dict(num_paths=0), 'num_paths must be a positive integer, got 0'),
+        (dict(num_reps=0), 'num_reps must be a positive integer, got 0'),
+        (dict(num_reps=1.5), 'num_reps must be a positive integer, got 1.5'),
+        (dict(width_factor=0), 'width_factor must be positive, got 0'),
+        (dict(width_factor=0.3), 'leave 2 channels to a stage, which needs at least 4'),
+        (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
+        (dict(out_indices=(0, 4)), 'out_indices must name stages 0 to 3'),
+        (dict(norm_cfg=dict(type='GN', num_groups=2)), "norm_cfg type 'GN' is no batch norm"),
+    ],
+)
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         ShiftWise(**{**SMALL, **change})
@@ -329,8 +339,9 @@ class TestTables:
             with pytest.raises(CheckpointError, match=r'The index tables stages\.1\.0\.large_k'):
                 to_official(changed)
 
-    @pytest.mark.parametrize('table, value', [
-        ('shifts', 1), ('shifts', 99), ('picks', 77), ('rep', 500), ('ghost', -1)])
+    @pytest.mark.parametrize(
+        'table, value', [('shifts', 1), ('shifts', 99), ('picks', 77), ('rep', 500), ('ghost', -1)]
+    )
     def test_wrong_ones_are_refused_before_anything_is_loaded(self, table, value):
         model = ShiftWise(**SMALL)
         state = copy.deepcopy(random_(ShiftWise(**SMALL)).state_dict())
@@ -369,16 +380,20 @@ class TestLoading:
         report = load_pretrained(model, official)
         assert report.format == 'shiftwise' and not report.missing
         assert f'ShiftWise version {version}' in report.variant
-        assert report.remarks == [
-            'the index tables of 5 blocks were generated: official checkpoints have none']
+        assert report.remarks == ['the index tables of 5 blocks were generated: official checkpoints have none']
         assert 'fitted        the index tables' in str(report)
         assert not report.newly_initialized
         for a, b in zip(outputs(model, images()), outputs(source, images()), strict=True):
             assert torch.equal(a, b)
 
-    @pytest.mark.parametrize('whose, num_paths, remark', [
-        ('LoRA', 1, None), ('LoRA', 3, 'single filter path .* first of 3; the others are zero'),
-        ('LoRAs', 1, '2 filter paths of the checkpoint were summed into one')])
+    @pytest.mark.parametrize(
+        'whose, num_paths, remark',
+        [
+            ('LoRA', 1, None),
+            ('LoRA', 3, 'single filter path .* first of 3; the others are zero'),
+            ('LoRAs', 1, '2 filter paths of the checkpoint were summed into one'),
+        ],
+    )
     def test_other_numbers_of_paths(self, whose, num_paths, remark):
         source = random_(ShiftWise(**SMALL)).double()
         official = to_official(source.state_dict(), whose)
@@ -395,15 +410,18 @@ class TestLoading:
         other.load_state_dict(official)  # the framework's own way
         assert_close(outputs(other, images(dtype=torch.float64)), want, 1e-12)
 
-    @pytest.mark.parametrize('change, message', [
-        (dict(num_paths=3), 'trained with num_paths=2, the model has 3; set num_paths'),
-        (dict(ghost_ratio=0.5), 'another number of ghost channels: .* set ghost_ratio'),
-        (dict(kernel_sizes=(13, 11, 8, 13)), 'checkpoint has 15/12/9/9 taps, the model 15/12/9/15'),
-        (dict(small_kernel=5), 'set small_kernel'),
-        (dict(version=1), 'is of version 2 of ShiftWise and the model of version 1; set version=2'),
-        (dict(branch_norm=False), 'set branch_norm=True'),
-        (dict(arch=dict(depths=(1, 1, 3, 1), dims=(8, 12, 16, 20))), 'set arch'),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        'change, message',
+        [
+            (dict(num_paths=3), 'trained with num_paths=2, the model has 3; set num_paths'),
+            (dict(ghost_ratio=0.5), 'another number of ghost channels: .* set ghost_ratio'),
+            (dict(kernel_sizes=(13, 11, 8, 13)), 'checkpoint has 15/12/9/9 taps, the model 15/12/9/15'),
+            (dict(small_kernel=5), 'set small_kernel'),
+            (dict(version=1), 'is of version 2 of ShiftWise and the model of version 1; set version=2'),
+            (dict(branch_norm=False), 'set branch_norm=True'),
+            (dict(arch=dict(depths=(1, 1, 3, 1), dims=(8, 12, 16, 20))), 'set arch'),
+        ],
+    )
     def test_mismatch_names_the_argument(self, change, message):
         official = to_official(ShiftWise(**SMALL).state_dict())
         model = ShiftWise(**{**SMALL, **change})
@@ -454,30 +472,37 @@ class TestLoading:
         """mmengine's EMA hook stores a second copy of the weights; it is completed as well."""
         pytest.importorskip('mmseg')
         from slak_mm.checkpoints import prepare_checkpoint
+
         model = ShiftWise(**SMALL)
         official = to_official(random_(ShiftWise(**SMALL)).state_dict())
-        checkpoint = {'state_dict': official,
-                      'ema_state_dict': {'module.' + k: v for k, v in official.items()}}
+        checkpoint = {'state_dict': official, 'ema_state_dict': {'module.' + k: v for k, v in official.items()}}
         prepare_checkpoint(model, checkpoint)
         model.load_state_dict(checkpoint['state_dict'])
-        assert {k.removeprefix('module.') for k in checkpoint['ema_state_dict']} == set(
-            model.state_dict())
+        assert {k.removeprefix('module.') for k in checkpoint['ema_state_dict']} == set(model.state_dict())
 
     def test_whole_segmentor(self):
         pytest.importorskip('mmseg')
         init_default_scope('mmseg')
         cfg = dict(
-            type='EncoderDecoder', backbone=dict(type='ShiftWise', **SMALL),
-            decode_head=dict(type='FCNHead', in_channels=20, in_index=3, channels=4, num_convs=1,
-                             num_classes=3, norm_cfg=dict(type='BN')))  # fmt: skip
+            type='EncoderDecoder',
+            backbone=dict(type='ShiftWise', **SMALL),
+            decode_head=dict(
+                type='FCNHead',
+                in_channels=20,
+                in_index=3,
+                channels=4,
+                num_convs=1,
+                num_classes=3,
+                norm_cfg=dict(type='BN'),
+            ),
+        )
         source, model, third = (MODELS.build(cfg) for _ in range(3))
         random_(source)
         assert not load_pretrained(model, {'state_dict': source.state_dict()}).newly_initialized
         report = load_pretrained(third, to_official(source.backbone.state_dict()))
         assert all(key.startswith('decode_head.') for key in report.newly_initialized)
         for other in (model, third):
-            for a, b in zip(outputs(other.backbone, images()),
-                            outputs(source.backbone, images()), strict=True):  # fmt: skip
+            for a, b in zip(outputs(other.backbone, images()), outputs(source.backbone, images()), strict=True):
                 assert torch.equal(a, b)
 
 
@@ -485,8 +510,12 @@ def test_tables_are_small():
     """What the state dict gains over the official one: less than 3% of the weights."""
     with torch.device('meta'):
         model = ShiftWise('tiny')
-    tables = sum(t.numel() * t.element_size() for m in model.modules()
-                 if isinstance(m, ShiftWiseConv) for t in m.buffers(recurse=False))  # fmt: skip
+    tables = sum(
+        t.numel() * t.element_size()
+        for m in model.modules()
+        if isinstance(m, ShiftWiseConv)
+        for t in m.buffers(recurse=False)
+    )
     assert tables < 0.03 * sum(p.numel() * 4 for p in model.parameters())
 
 

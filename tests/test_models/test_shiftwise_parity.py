@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from backbone_helpers import forward_with_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import (
-    SHIFTWISE_GOLDENS,
-    Goldens,
-    block_input,
-    input_for,
-    training_step,
-    weight_for,
-)
+from reference import SHIFTWISE_GOLDENS, Goldens, block_input, input_for, training_step, weight_for
 from shiftwise_reference import activation_space, draw_tables, shift_and_add
 
 from slak_mm import load_pretrained, switch_to_deploy
@@ -57,8 +50,8 @@ def test_ghosts_of_all_layer_sizes():
         layer = dict(depths=(1,), dims=(int(channels),))
         with torch.device('meta'):
             model = ShiftWise(
-                layer, int(version), kernel_sizes=(3,), ghost_ratio=float(ratio), num_reps=1,
-                out_indices=0)
+                layer, int(version), kernel_sizes=(3,), ghost_ratio=float(ratio), num_reps=1, out_indices=0
+            )
         assert len(model.stages[0][0].large_kernel.ghost) == int(num_ghosts)
         rep, ghost = ghost_channels(int(channels), int(num_ghosts))
         assert (digest(ghost), digest(rep)) == (want_ghost, want_rep)
@@ -93,8 +86,7 @@ def assert_same_from_both_sides(c, kernel, small, reps, n, h, w, tables=None, se
     shifts, picks = tables or shift_tables(c, kernel, small, reps)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, c, h, w, generator=g, dtype=torch.float64, requires_grad=True)
-    filters = torch.randn(
-        len(shifts), 1, small, small, generator=g, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(len(shifts), 1, small, small, generator=g, dtype=torch.float64, requires_grad=True)
     want = activation_space(x, filters, shifts, picks)
     tall, wide, square = assemble_kernels(filters, shifts, picks, kernel)
     y_tall, y_wide, y_small = cross_dwconv2d(x, tall, wide, square, center=kernel // 2)
@@ -108,8 +100,8 @@ def assert_same_from_both_sides(c, kernel, small, reps, n, h, w, tables=None, se
 
 @pytest.mark.parametrize('size', [(20, 17), (9, 11), (1, 1), (1, 40), (60, 2)], ids=str)
 @pytest.mark.parametrize(
-    'kernel, small', [(51, 3), (49, 3), (47, 3), (13, 3), (51, 5), (49, 5), (47, 5), (13, 5),
-                      (7, 7), (10, 3), (5, 1)])  # fmt: skip
+    'kernel, small', [(51, 3), (49, 3), (47, 3), (13, 3), (51, 5), (49, 5), (47, 5), (13, 5), (7, 7), (10, 3), (5, 1)]
+)
 def test_kernels_equal_shifted_activations(kernel, small, size):
     """Outputs and gradients, on maps larger and much smaller than the shifts."""
     assert_same_from_both_sides(4, kernel, small, 3, 2, *size)
@@ -121,8 +113,7 @@ def test_fused_slow_path_equals_the_plain_one(kernel, small):
     g = torch.Generator().manual_seed(0)
     shifts, picks = shift_tables(4, kernel, small, 3)
     x = torch.randn(2, 4, 30, 17, generator=g, dtype=torch.float64, requires_grad=True)
-    filters = torch.randn(
-        len(shifts), 1, small, small, generator=g, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(len(shifts), 1, small, small, generator=g, dtype=torch.float64, requires_grad=True)
     results = []
     for fused in (False, True):
         outs = activation_space(x, filters, shifts, picks, fused)
@@ -134,9 +125,15 @@ def test_fused_slow_path_equals_the_plain_one(kernel, small):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    c=st.integers(1, 4), small=st.sampled_from([1, 3, 5, 7]), extra=st.integers(0, 24),
-    reps=st.integers(1, 4), n=st.integers(1, 3), h=st.integers(1, 12), w=st.integers(1, 12),
-    seed=st.integers(0, 2**20))  # fmt: skip
+    c=st.integers(1, 4),
+    small=st.sampled_from([1, 3, 5, 7]),
+    extra=st.integers(0, 24),
+    reps=st.integers(1, 4),
+    n=st.integers(1, 3),
+    h=st.integers(1, 12),
+    w=st.integers(1, 12),
+    seed=st.integers(0, 2**20),
+)
 def test_kernels_equal_shifted_activations_anywhere(c, small, extra, reps, n, h, w, seed):
     assert_same_from_both_sides(c, small + extra, small, reps, n, h, w, seed=seed)
 
@@ -167,14 +164,21 @@ def load_block_weights(module: torch.nn.Module, prefix: str, salt: str) -> dict[
     state = {k.removeprefix(prefix): v for k, v in ours.items()}
     tables = {k: v for k, v in module.state_dict().items() if k.rsplit('.')[-1] in TABLES}
     module.load_state_dict({**state, **tables})
-    return {k.removeprefix(prefix): notes.renamed.get(k, k).removeprefix(prefix)
-            for k in official}  # fmt: skip
+    return {k.removeprefix(prefix): notes.renamed.get(k, k).removeprefix(prefix) for k in official}
 
 
 def build_operator(version: int, **options) -> ShiftWiseConv:
     return ShiftWiseConv(
-        16, {1: 3, 2: 4}[version], kernel_size=13, small_kernel=3, num_paths=2, num_reps=4,
-        branch_norm=True, norm_cfg=dict(type='BN'), **options)  # fmt: skip
+        16,
+        {1: 3, 2: 4}[version],
+        kernel_size=13,
+        small_kernel=3,
+        num_paths=2,
+        num_reps=4,
+        branch_norm=True,
+        norm_cfg=dict(type='BN'),
+        **options,
+    )
 
 
 @pytest.mark.parametrize('version', [1, 2])
@@ -211,8 +215,7 @@ def test_block_in_training(version, dtype, with_cp):
         kind, _, key = name.partition(':')
         # Statistics are kept with the precision of float32. A bias before another batch norm has
         # no effect, so that its gradient is all rounding error.
-        without_effect = version == 2 and (
-            key == 'act.1.beta' or 'large_kernel.bn' in key and key.endswith('.bias'))
+        without_effect = version == 2 and (key == 'act.1.beta' or 'large_kernel.bn' in key and key.endswith('.bias'))
         small = kind == 'buf' or without_effect
         GOLDENS.assert_close(case, name, got, TOLERANCE[dtype], least_scale=1.0 if small else 0)
         checked.add(ours.get(key, name))
@@ -235,8 +238,9 @@ def build(variant: str) -> ShiftWise:
     return model.eval()
 
 
-@pytest.mark.parametrize('variant', sorted(
-    {case.removeprefix('feat_').split('__')[0] for case in GOLDENS.cases('feat_')}))  # fmt: skip
+@pytest.mark.parametrize(
+    'variant', sorted({case.removeprefix('feat_').split('__')[0] for case in GOLDENS.cases('feat_')})
+)
 def test_features(variant):
     """In float64 and float32, before and after deployment."""
     model = build(variant)
@@ -271,17 +275,15 @@ def test_logits(case):
     pooled = F.layer_norm(stages[3].mean((2, 3)), (channels,), **norm, eps=1e-6)
     GOLDENS.assert_close(case, 'pre_head', pooled, 1e-6)
     logits = F.linear(
-        pooled,
-        weight_for('head.weight', (1000, channels)).double(),
-        weight_for('head.bias', (1000,)).double())  # fmt: skip
+        pooled, weight_for('head.weight', (1000, channels)).double(), weight_for('head.bias', (1000,)).double()
+    )
     GOLDENS.assert_close(case, 'logits', logits, 1e-6)
 
 
 # Names
 
 
-MANIFESTS = sorted(
-    name.removeprefix('manifest/') for name in ARRAYS.files if name.startswith('manifest/'))
+MANIFESTS = sorted(name.removeprefix('manifest/') for name in ARRAYS.files if name.startswith('manifest/'))
 
 
 @pytest.mark.parametrize('variant', MANIFESTS)
@@ -297,14 +299,14 @@ def test_names_convert_both_ways(variant):
     shapes = {k: list(v.shape) for k, v in official.items()}
     if kind != 'seg':
         channels = model.dims[-1]
-        shapes.update({'norm.weight': [channels], 'norm.bias': [channels],
-                       'head.weight': [1000, channels], 'head.bias': [1000]})  # fmt: skip
+        shapes.update(
+            {'norm.weight': [channels], 'norm.bias': [channels], 'head.weight': [1000, channels], 'head.bias': [1000]}
+        )
     lines = '\n'.join(sorted(f'{k} {s}' for k, s in shapes.items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == str(ARRAYS[f'manifest/{variant}'])
 
     back, notes = convert_state_dict(official)
     assert not notes.unrecognized and notes.format == 'shiftwise'
     remarks = model.complete_state_dict(back)
-    assert {k: v.shape for k, v in back.items()} == {
-        k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert len(remarks) == (2 if kind == 'merged' else 1)

@@ -11,8 +11,8 @@ from slak_mm.models import SLaK
 from slak_mm.models.linear import linear
 
 SMALL = dict(
-    arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 9, 7),
-    small_kernel=3, width_factor=1.0)  # fmt: skip
+    arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 9, 7), small_kernel=3, width_factor=1.0
+)
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,13 @@ SMALL = dict(
         (dict(arch='tiny', kernel_sizes=(61, 59, 57, 13)), 50_263_842),
         (dict(arch='small'), 90_130_824),
         (dict(arch='base'), 156_616_130),
-        (dict(arch='tiny', kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False,
-              width_factor=1.0), 27_825_216),
-        (dict(arch='tiny', kernel_sizes=(31, 29, 27, 13), decomposed=False, width_factor=1.0),
-         31_349_472),
-    ])  # fmt: skip
+        (
+            dict(arch='tiny', kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0),
+            27_825_216,
+        ),
+        (dict(arch='tiny', kernel_sizes=(31, 29, 27, 13), decomposed=False, width_factor=1.0), 31_349_472),
+    ],
+)
 def test_parameter_count(arguments, parameters):
     with torch.device('meta'):
         model = SLaK(**arguments)
@@ -79,11 +81,16 @@ def test_out_indices_and_norms():
 @pytest.mark.parametrize(
     'options',
     [
-        dict(), dict(branch_norm=False), dict(conv_bias=True),
-        dict(decomposed=False), dict(decomposed=False, small_kernel=None),
-        dict(branch_norm=False, conv_bias=True), dict(layer_scale_init_value=0),
+        dict(),
+        dict(branch_norm=False),
+        dict(conv_bias=True),
+        dict(decomposed=False),
+        dict(decomposed=False, small_kernel=None),
+        dict(branch_norm=False, conv_bias=True),
+        dict(layer_scale_init_value=0),
     ],
-    ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'default')  # fmt: skip
+    ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'default',
+)
 def test_deploy_equals_eval(options):
     model = random_(SLaK(**{**SMALL, **options})).double().eval()
     x = images(dtype=torch.float64)
@@ -113,8 +120,12 @@ def test_deploy_without_a_backbone():
 class TestFrozenStages:
     @pytest.mark.parametrize(
         'frozen_stages, frozen',
-        [(-1, []), (0, ['downsample_layers.0']),
-         (2, ['downsample_layers.0', 'stages.0', 'downsample_layers.1', 'stages.1'])])
+        [
+            (-1, []),
+            (0, ['downsample_layers.0']),
+            (2, ['downsample_layers.0', 'stages.0', 'downsample_layers.1', 'stages.1']),
+        ],
+    )
     def test_parameters(self, frozen_stages, frozen):
         model = SLaK(**SMALL, frozen_stages=frozen_stages)
         for name, p in model.named_parameters():
@@ -163,8 +174,7 @@ class TestActivationCheckpointing:
         outs, model, kept = self.run(True)
         for a, b in zip(outs, plain_outs, strict=True):
             assert torch.equal(a, b)
-        for (name, a), b in zip(
-                model.named_parameters(), plain.parameters(), strict=True):  # fmt: skip
+        for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
         for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
             assert torch.equal(a, b), name
@@ -234,26 +244,31 @@ def test_construction_prints_nothing(capsys):
     assert captured.out == '' and captured.err == ''
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(arch='huge'), "SLaK has no arch 'huge'; choose from tiny, small, base, large"),
-    (dict(arch=dict(depths=(1, 1))), 'arch must be a name or dict'),
-    (dict(arch=dict(depths=(1, 1), dims=(8,))), 'as many depths as dims'),
-    (dict(arch=dict(depths=(1, 0), dims=(8, 8)), kernel_sizes=(7, 7)), 'all of them positive'),
-    (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
-    (dict(kernel_sizes=(13, 11, 9, 8)), 'must be odd positive integers .* got 8'),
-    (dict(kernel_sizes=(13, 11, 9, -7)), 'must be odd positive integers .* got -7'),
-    (dict(small_kernel=4), 'must be odd positive integers .* got 4'),
-    (dict(small_kernel=7), r'small_kernel \(7\) must be smaller than every entry'),
-    (dict(small_kernel=None), 'decomposed=True needs small_kernel'),
-    (dict(width_factor=0), 'width_factor must be positive, got 0'),
-    (dict(width_factor=0.1), 'leave 0 channels to a stage'),
-    (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
-    (dict(out_indices=(0, 4)), 'out_indices must name stages 0 to 3'),
-    (dict(out_indices=()), 'out_indices must name stages 0 to 3'),
-    (dict(norm_cfg=dict(type='GN', num_groups=2)), "norm_cfg type 'GN' is no batch norm"),
-    (dict(init_cfg=[dict(type='Pretrained', checkpoint='a'),
-                    dict(type='Pretrained', checkpoint='b')]), 'names 2 checkpoints'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(arch='huge'), "SLaK has no arch 'huge'; choose from tiny, small, base, large"),
+        (dict(arch=dict(depths=(1, 1))), 'arch must be a name or dict'),
+        (dict(arch=dict(depths=(1, 1), dims=(8,))), 'as many depths as dims'),
+        (dict(arch=dict(depths=(1, 0), dims=(8, 8)), kernel_sizes=(7, 7)), 'all of them positive'),
+        (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
+        (dict(kernel_sizes=(13, 11, 9, 8)), 'must be odd positive integers .* got 8'),
+        (dict(kernel_sizes=(13, 11, 9, -7)), 'must be odd positive integers .* got -7'),
+        (dict(small_kernel=4), 'must be odd positive integers .* got 4'),
+        (dict(small_kernel=7), r'small_kernel \(7\) must be smaller than every entry'),
+        (dict(small_kernel=None), 'decomposed=True needs small_kernel'),
+        (dict(width_factor=0), 'width_factor must be positive, got 0'),
+        (dict(width_factor=0.1), 'leave 0 channels to a stage'),
+        (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
+        (dict(out_indices=(0, 4)), 'out_indices must name stages 0 to 3'),
+        (dict(out_indices=()), 'out_indices must name stages 0 to 3'),
+        (dict(norm_cfg=dict(type='GN', num_groups=2)), "norm_cfg type 'GN' is no batch norm"),
+        (
+            dict(init_cfg=[dict(type='Pretrained', checkpoint='a'), dict(type='Pretrained', checkpoint='b')]),
+            'names 2 checkpoints',
+        ),
+    ],
+)
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         SLaK(**{**SMALL, **change})
@@ -263,15 +278,13 @@ def test_batch_norm_layers_are_plain_or_synchronized():
     model = SLaK(**SMALL)
     kinds = {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     assert len(kinds) == 1
-    assert issubclass(
-        kinds.pop(), nn.SyncBatchNorm if torch.cuda.is_available() else nn.BatchNorm2d)
+    assert issubclass(kinds.pop(), nn.SyncBatchNorm if torch.cuda.is_available() else nn.BatchNorm2d)
 
 
 def test_pointwise_layers_as_convolutions_are_loaded():
     """Some code bases have 1x1 convolutions; the names alone may be ours already."""
     model = random_(SLaK(**SMALL))
-    other = {k: v[:, :, None, None] if '.pwconv' in k and v.ndim == 2 else v
-             for k, v in model.state_dict().items()}  # fmt: skip
+    other = {k: v[:, :, None, None] if '.pwconv' in k and v.ndim == 2 else v for k, v in model.state_dict().items()}
     loaded = SLaK(**SMALL)
     loaded.load_state_dict(other)
     for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):

@@ -4,14 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbone_helpers import forward_with_stages
-from reference import (
-    SLAK_GOLDENS,
-    Goldens,
-    block_input,
-    input_for,
-    training_step,
-    weight_for,
-)
+from reference import SLAK_GOLDENS, Goldens, block_input, input_for, training_step, weight_for
 
 from slak_mm import load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import convert_state_dict, to_official
@@ -28,10 +21,9 @@ VARIANTS = {
     'slak_tiny_k61_w1.3': dict(kernel_sizes=(61, 59, 57, 13)),
     'slak_tiny_k51_w1.3_nobn': dict(branch_norm=False),
     'slak_tiny_k31_lkb_w1.0': dict(kernel_sizes=(31, 29, 27, 13), **NOT_DECOMPOSED),
-    'slak_tiny_convnext_w1.0': dict(
-        kernel_sizes=(7, 7, 7, 7), small_kernel=None, **NOT_DECOMPOSED),
+    'slak_tiny_convnext_w1.0': dict(kernel_sizes=(7, 7, 7, 7), small_kernel=None, **NOT_DECOMPOSED),
     'slak_base_k51_w1.3': dict(arch='base'),
-}  # fmt: skip
+}
 
 
 def official_weights(module: torch.nn.Module, salt: str = '') -> dict[str, torch.Tensor]:
@@ -75,9 +67,8 @@ def test_logits(case):
     pooled = F.layer_norm(stages[3].mean((2, 3)), (channels,), **norm, eps=1e-6)
     GOLDENS.assert_close(case, 'pre_head', pooled, 1e-6)
     logits = F.linear(
-        pooled,
-        weight_for('head.weight', (1000, channels)).double(),
-        weight_for('head.bias', (1000,)).double())  # fmt: skip
+        pooled, weight_for('head.weight', (1000, channels)).double(), weight_for('head.bias', (1000,)).double()
+    )
     GOLDENS.assert_close(case, 'logits', logits, 1e-6)
 
 
@@ -95,14 +86,14 @@ BLOCKS = {
 def test_block_in_training(case, dtype, with_cp):
     """Output, all gradients and running statistics; the same with activation checkpointing."""
     options = BLOCKS[case.removeprefix('block_train_slak_').rsplit('_c16', 1)[0]]
-    operator = LargeKernelConv(
-        16, conv_bias=False, norm_cfg=dict(type='BN'), **options)
+    operator = LargeKernelConv(16, conv_bias=False, norm_cfg=dict(type='BN'), **options)
     block = SLaKBlock(16, operator, drop_path=0, layer_scale_init_value=1.0, with_cp=with_cp)
-    official_keys = {k.removeprefix('stages.0.0.'): k for k in to_official(
-        {f'stages.0.0.{k}': v for k, v in block.state_dict().items()})}  # fmt: skip
+    official_keys = {
+        k.removeprefix('stages.0.0.'): k
+        for k in to_official({f'stages.0.0.{k}': v for k, v in block.state_dict().items()})
+    }
     ours = dict(zip(official_keys, block.state_dict()))
-    weights = {ours[k]: weight_for(k, block.state_dict()[ours[k]].shape, 'block/')
-               for k in official_keys}  # fmt: skip
+    weights = {ours[k]: weight_for(k, block.state_dict()[ours[k]].shape, 'block/') for k in official_keys}
     block.load_state_dict(weights)
     for name, got in training_step(GOLDENS, case, block, ours, dtype):
         # Variances near 1 deviate little; the goldens themselves are rounded to float32.
@@ -126,10 +117,18 @@ def test_convnext_mode_is_timms_convnext():
     for p in theirs.parameters():  # layer scale starts at 1e-6, which would hide the blocks
         torch.nn.init.normal_(p, std=0.1 if p.ndim == 1 else p[0].numel() ** -0.5)
     ours = SLaK(
-        'tiny', kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0,
-        branch_norm=False, conv_bias=True, out_norm=False)  # fmt: skip
-    whole = {k.replace('_', '.', 1) if k.startswith(('stem_', 'stages_')) else k: v
-             for k, v in theirs.state_dict().items()}  # fmt: skip
+        'tiny',
+        kernel_sizes=(7, 7, 7, 7),
+        small_kernel=None,
+        decomposed=False,
+        width_factor=1.0,
+        branch_norm=False,
+        conv_bias=True,
+        out_norm=False,
+    )
+    whole = {
+        k.replace('_', '.', 1) if k.startswith(('stem_', 'stages_')) else k: v for k, v in theirs.state_dict().items()
+    }
     load_pretrained(ours, whole)
     ours.double().eval()
     theirs.double()

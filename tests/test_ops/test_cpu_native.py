@@ -37,8 +37,7 @@ def keep_threads():
 
 def conv(x, kernel):
     rows, columns = kernel.shape[1:]
-    return F.conv2d(
-        x, kernel.unsqueeze(1), padding=(rows // 2, columns // 2), groups=x.shape[1])
+    return F.conv2d(x, kernel.unsqueeze(1), padding=(rows // 2, columns // 2), groups=x.shape[1])
 
 
 def relative_error(got, want):
@@ -51,8 +50,7 @@ def make(n, c, h, w, sizes, dtype=torch.float64, seed=0):
     def randn(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    return randn(n, c, h, w), [randn(c, *size) for size in sizes], [
-        randn(n, c, h, w) for _ in sizes]  # fmt: skip
+    return (randn(n, c, h, w), [randn(c, *size) for size in sizes], [randn(n, c, h, w) for _ in sizes])
 
 
 def poisoned(*args, empty_like=torch.empty_like, **kwargs):
@@ -89,11 +87,14 @@ layouts = st.sampled_from(['nchw', 'channels_last', 'transposed', 'strided'])
 def problems(draw):
     """Kernels of a cross and others, some padded with zero taps, on maps of all sizes."""
     m, n = draw(long), draw(short)
-    sizes = draw(st.sampled_from([
-        [(m, n), (n, m), (n, n)], [(m, n), (n, m)], [(n, m)], [(m, n)], [(n, n), (m, n)]]))
+    sizes = draw(st.sampled_from([[(m, n), (n, m), (n, n)], [(m, n), (n, m)], [(n, m)], [(m, n)], [(n, n), (m, n)]]))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
-    shape = (draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 15, 16, 17, 35])),
-             draw(st.integers(1, 40)), draw(st.integers(1, 60)))
+    shape = (
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 2, 3, 15, 16, 17, 35])),
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 60)),
+    )
     x, kernels, grads = make(*shape, sizes, dtype, draw(st.integers(0, 9)))
     for kernel in kernels:
         for dim in (1, 2):
@@ -117,8 +118,7 @@ def test_results_and_gradients(problem):
     got = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        got[threads] = compute(
-            lay_out(x, layout), kernels, [lay_out(g, grad_layout) for g in grads], bias, reduce)
+        got[threads] = compute(lay_out(x, layout), kernels, [lay_out(g, grad_layout) for g in grads], bias, reduce)
     assert len(got[1]) == len(want)
     for one, two, exactly in zip(got[1], got[2], want):
         assert torch.equal(one, two)
@@ -159,10 +159,8 @@ def test_off_center_kernels_of_shiftwise(length, center):
     with use_backend('cpu_native'):
         y_v, y_h, _ = cross_dwconv2d(x, k_v, k_h, center=center)
     behind = length - 1 - center
-    assert relative_error(y_v, F.conv2d(
-        F.pad(x, (1, 1, center, behind)), k_v.unsqueeze(1), groups=17)) < 1e-12
-    assert relative_error(y_h, F.conv2d(
-        F.pad(x, (center, behind, 1, 1)), k_h.unsqueeze(1), groups=17)) < 1e-12
+    assert relative_error(y_v, F.conv2d(F.pad(x, (1, 1, center, behind)), k_v.unsqueeze(1), groups=17)) < 1e-12
+    assert relative_error(y_h, F.conv2d(F.pad(x, (center, behind, 1, 1)), k_h.unsqueeze(1), groups=17)) < 1e-12
 
 
 @needs_library
@@ -176,10 +174,10 @@ def test_nothing_to_compute_and_no_overflow():
     x = torch.ones(1, 18, 1, 1, dtype=torch.bfloat16)
     kernel = torch.ones(18, 1, 1, dtype=torch.bfloat16)
     x[0, :, 0, 0] = torch.tensor(values)
-    got, = cpu_native.forward(x, [kernel], None, True)
+    (got,) = cpu_native.forward(x, [kernel], None, True)
     assert torch.equal(got.nan_to_num(nan=7.0), x.nan_to_num(nan=7.0))
     third = torch.full((18,), 2**-9, dtype=torch.bfloat16)  # 1 + 2^-9 is a tie down to 1
-    got, = cpu_native.forward(torch.ones_like(x), [kernel], third, True)
+    (got,) = cpu_native.forward(torch.ones_like(x), [kernel], third, True)
     assert torch.equal(got, torch.ones_like(x))
 
 
@@ -255,9 +253,7 @@ print('whole')
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs mprotect')
 def test_nothing_is_touched_outside_the_tensors():
     """Every tensor lies at the edge of a page that ends the process when it is touched."""
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', GUARDED], capture_output=True, text=True,
-        timeout=120)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', GUARDED], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == 'whole', (done.returncode, done.stderr[-2000:])
     assert mmap.PAGESIZE > 64  # a vector would not jump over the page
 
@@ -305,8 +301,8 @@ class TestCompilation:
             pytest.skip(str(error))
         script, log = tmp_path / 'compiler', tmp_path / 'log'
         script.write_text(
-            f'#!/bin/sh\ncase "$*" in *answer.cpp*) echo compiled >> {log};; esac\n'
-            f'exec {" ".join(command)} "$@"\n')
+            f'#!/bin/sh\ncase "$*" in *answer.cpp*) echo compiled >> {log};; esac\nexec {" ".join(command)} "$@"\n'
+        )
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv('CXX', str(script))
         return lambda: log.read_text().count('compiled') if log.exists() else 0
@@ -316,13 +312,13 @@ class TestCompilation:
             libraries = list(pool.map(csrc.load_library, ['answer'] * 4))
         assert [library.answer() for library in libraries] == [42] * 4
         assert compiler() == 1
-        assert [r.getMessage().split(' with ')[0] for r in caplog.records] == [
-            'Compiling answer.cpp']
+        assert [r.getMessage().split(' with ')[0] for r in caplog.records] == ['Compiling answer.cpp']
         command = (
             'import runpy, pathlib;'
             f'run = runpy.run_path({csrc.__file__!r})["load_library"];'
             f'run.__globals__["_SOURCES"] = pathlib.Path({str(source.parent)!r});'
-            'print(run("answer").answer())')
+            'print(run("answer").answer())'
+        )
         done = subprocess.run([sys.executable, '-c', command], capture_output=True, text=True)
         assert done.stdout.strip() == '42', done.stderr
         assert compiler() == 1
@@ -340,7 +336,7 @@ class TestCompilation:
     def test_a_damaged_file_is_replaced(self, source, compiler, tmp_path):
         with mock.patch.object(csrc.ctypes, 'CDLL'):  # a library once loaded stays loaded
             csrc.load_library('answer')
-        library, = (tmp_path / 'cache').glob('*.so')
+        (library,) = (tmp_path / 'cache').glob('*.so')
         library.write_bytes(b'half a file')
         assert csrc.load_library('answer').answer() == 42
         assert compiler() == 2
@@ -386,8 +382,10 @@ class TestWithoutCompiler:
 
     def test_the_reason_is_given(self):
         x, kernels, _ = make(1, 4, 9, 10, [(7, 3)], torch.float32)
-        with use_backend('cpu_native'), pytest.raises(
-                RuntimeError, match="compiler '/nowhere/g..' that CXX names was not found"):
+        with (
+            use_backend('cpu_native'),
+            pytest.raises(RuntimeError, match="compiler '/nowhere/g..' that CXX names was not found"),
+        ):
             cross_dwconv2d(x, *kernels)
 
     def test_it_is_said_once(self, monkeypatch, caplog):
@@ -395,7 +393,7 @@ class TestWithoutCompiler:
         with caplog.at_level(logging.INFO, logger='slak_mm'):
             for size in (5, 6):
                 cross_dwconv2d(torch.ones(1, 2, size, size), torch.ones(2, 7, 3))
-        line, = (r.getMessage() for r in caplog.records)
+        (line,) = (r.getMessage() for r in caplog.records)
         assert "not cpu_native: the C++ compiler '/nowhere/g++'" in line
 
 
@@ -408,7 +406,9 @@ def test_threads_are_pytorchs():
     assert ctypes.cast(address, ctypes.c_void_p).value
     if sys.platform.startswith('linux'):
         with open('/proc/self/maps') as maps:
-            owners = {line.split()[-1] for line in maps
-                      if int(line.split('-')[0], 16) <= address
-                      < int(line.split()[0].split('-')[1], 16)}  # fmt: skip
+            owners = {
+                line.split()[-1]
+                for line in maps
+                if int(line.split('-')[0], 16) <= address < int(line.split()[0].split('-')[1], 16)
+            }
         assert len(owners) == 1 and 'omp' in owners.pop()

@@ -49,9 +49,13 @@ def assert_near(got, want, dtype):
 
 
 shapes = st.tuples(
-    st.integers(0, 2), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20),
-    st.sampled_from([3, 7, 13, 15, 31, 51]), st.sampled_from([1, 3, 5]),
-).filter(lambda s: s[5] <= s[4])  # fmt: skip
+    st.integers(0, 2),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.sampled_from([3, 7, 13, 15, 31, 51]),
+    st.sampled_from([1, 3, 5]),
+).filter(lambda s: s[5] <= s[4])
 layouts = st.sampled_from(['nchw', 'channels_last', 'transposed', 'strided'])
 
 
@@ -76,10 +80,12 @@ def test_gradients_are_autograds(backend, shape, layout, dtype, reduce):
     bias = [torch.linspace(-1, 1, shape[1]).to(dtype)] if reduce else []
     want_inputs = [t.double().requires_grad_() for t in (x, *kernels, *bias)]
     inputs = [t.requires_grad_() for t in (lay_out(x, layout), *kernels, *bias)]
-    grads = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).to(dtype)
-             for i in range(1 if reduce else 3)]  # fmt: skip
+    grads = [
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(1 if reduce else 3)
+    ]
     want = torch.autograd.grad(
-        three_convolutions(*want_inputs, reduce=reduce), want_inputs, [g.double() for g in grads])
+        three_convolutions(*want_inputs, reduce=reduce), want_inputs, [g.double() for g in grads]
+    )
     with use_backend(backend):
         results = cross_dwconv2d(*inputs, reduce=reduce)
         got = torch.autograd.grad(results, inputs, [lay_out(g, layout) for g in grads])
@@ -88,8 +94,10 @@ def test_gradients_are_autograds(backend, shape, layout, dtype, reduce):
 
 
 def three_convolutions(x, k_v, k_h, k_s, bias=None, reduce=False):
-    ys = [F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2),
-                   groups=x.shape[1]) for k in (k_v, k_h, k_s)]  # fmt: skip
+    ys = [
+        F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=x.shape[1])
+        for k in (k_v, k_h, k_s)
+    ]
     return sum(ys) + bias.view(-1, 1, 1) if reduce else ys
 
 
@@ -137,14 +145,14 @@ def test_gradcheck(backend):
     inputs = [t.requires_grad_() for t in (x, *kernels)]
     with use_backend(backend):
         assert torch.autograd.gradcheck(cross_dwconv2d, inputs, fast_mode=True)
-        assert torch.autograd.gradgradcheck(
-            lambda *t: cross_dwconv2d(*t, reduce=True), inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda *t: cross_dwconv2d(*t, reduce=True), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(
     'length, center, offsets',
     # Tap offsets of ShiftWise kernels, reference/semantics.md section 4.
-    [(51, 24, (-24, 26)), (48, 23, (-23, 24)), (15, 6, (-6, 8)), (55, 25, (-25, 29))])
+    [(51, 24, (-24, 26)), (48, 23, (-23, 24)), (15, 6, (-6, 8)), (55, 25, (-25, 29))],
+)
 @pytest.mark.parametrize('backend', CPU_BACKENDS)
 def test_off_center_kernels(backend, length, center, offsets):
     """Asymmetric extents equal a convolution after asymmetric padding."""
@@ -186,8 +194,7 @@ def test_square_kernel_stands_alone():
 def test_layout_of_the_input_is_kept(backend, long, layout):
     x, kernels = make(2, 8, 20, 24, long, 5, small=5, dtype=torch.float32)
     x = lay_out(x, layout).requires_grad_()
-    memory_format = (
-        torch.contiguous_format if layout == 'nchw' else torch.channels_last)
+    memory_format = torch.contiguous_format if layout == 'nchw' else torch.channels_last
     with use_backend(backend):
         results = cross_dwconv2d(x, *kernels)
     for y in results:
@@ -237,9 +244,12 @@ class TestBackendChoice:
     x, kernels = make(1, 2, 6, 6, 7, 3, dtype=torch.float32)
 
     def test_the_first_that_can_run_and_is_preferred(self):
-        want = next(name for name in CPU_BACKENDS
-                    if BACKENDS[name].unavailable_reason(self.x, self.kernels) is None
-                    and (name != 'gemm' or BACKENDS[name].is_preferred(self.x, self.kernels)))
+        want = next(
+            name
+            for name in CPU_BACKENDS
+            if BACKENDS[name].unavailable_reason(self.x, self.kernels) is None
+            and (name != 'gemm' or BACKENDS[name].is_preferred(self.x, self.kernels))
+        )
         assert choose_backend(self.x, self.kernels) == want
         # CPUs have no kernels of their own for it but the slow ones of PyTorch, and products.
         halves = self.x.half(), [k.half() for k in self.kernels]
@@ -279,20 +289,23 @@ class TestBackendChoice:
             cross_dwconv2d(self.x.half(), *[k.half() for k in self.kernels])
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(x=torch.ones(2, 6, 6)), r'x must have shape \(N, C, H, W\)'),
-    (dict(k_v=torch.ones(3, 7, 3)), r'k_v must have shape \(2, height, width\)'),
-    (dict(k_h=torch.ones(2, 1, 3, 7)), 'k_h must have shape'),
-    (dict(k_v=torch.ones(2, 7, 3).double()), 'k_v has dtype torch.float64'),
-    (dict(k_v=torch.ones(2, 3, 7)), 'k_v must be tall or square'),
-    (dict(k_v=torch.ones(2, 7, 4)), 'odd width'),
-    (dict(k_h=torch.ones(2, 3, 9)), 'k_h must be the transposed shape'),
-    (dict(k_s=torch.ones(2, 2, 2)), 'k_s must be square and odd'),
-    (dict(k_v=torch.ones(2, 8, 3), k_h=torch.ones(2, 3, 8)), 'give center, 0 to 7'),
-    (dict(center=7), 'center must lie within the kernel, 0 to 6, got 7'),
-    (dict(bias=torch.ones(2)), 'needs reduce=True'),
-    (dict(bias=torch.ones(3), reduce=True), r'bias must have shape \(2,\)'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(x=torch.ones(2, 6, 6)), r'x must have shape \(N, C, H, W\)'),
+        (dict(k_v=torch.ones(3, 7, 3)), r'k_v must have shape \(2, height, width\)'),
+        (dict(k_h=torch.ones(2, 1, 3, 7)), 'k_h must have shape'),
+        (dict(k_v=torch.ones(2, 7, 3).double()), 'k_v has dtype torch.float64'),
+        (dict(k_v=torch.ones(2, 3, 7)), 'k_v must be tall or square'),
+        (dict(k_v=torch.ones(2, 7, 4)), 'odd width'),
+        (dict(k_h=torch.ones(2, 3, 9)), 'k_h must be the transposed shape'),
+        (dict(k_s=torch.ones(2, 2, 2)), 'k_s must be square and odd'),
+        (dict(k_v=torch.ones(2, 8, 3), k_h=torch.ones(2, 3, 8)), 'give center, 0 to 7'),
+        (dict(center=7), 'center must lie within the kernel, 0 to 6, got 7'),
+        (dict(bias=torch.ones(2)), 'needs reduce=True'),
+        (dict(bias=torch.ones(3), reduce=True), r'bias must have shape \(2,\)'),
+    ],
+)
 def test_bad_arguments(change, message):
     arguments = dict(x=torch.ones(1, 2, 6, 6), k_v=torch.ones(2, 7, 3), k_h=torch.ones(2, 3, 7))
     with pytest.raises(ValueError, match=message):

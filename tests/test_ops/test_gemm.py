@@ -37,12 +37,16 @@ def test_matrices_are_the_definition(width, tile):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize('change', [
-    lambda k: k.mul_(2),
-    lambda k: k.data.mul_(2),  # the version counter does not see this one
-    lambda k: k.data.copy_(k.flip(0)),
-    lambda k: setattr(k, 'data', k.data * 3),
-], ids=['in place', 'data', 'copy', 'replaced'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda k: k.mul_(2),
+        lambda k: k.data.mul_(2),  # the version counter does not see this one
+        lambda k: k.data.copy_(k.flip(0)),
+        lambda k: setattr(k, 'data', k.data * 3),
+    ],
+    ids=['in place', 'data', 'copy', 'replaced'],
+)
 def test_kept_matrices_follow_every_change(change):
     x = torch.randn(1, 3, 12, 14, generator=torch.Generator().manual_seed(1))
     tall, wide = (torch.nn.Parameter(k) for k in kernels())
@@ -51,8 +55,7 @@ def test_kept_matrices_follow_every_change(change):
     assert any(matrices is not None for _, matrices in gemm._cache._entries.values())
     with torch.no_grad():
         change(wide)
-    want = sum(F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=3)
-               for k in (tall, wide))
+    want = sum(F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=3) for k in (tall, wide))
     got = run(x, tall, wide)
     torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-4)
     assert not torch.allclose(got, before)

@@ -18,6 +18,7 @@ def _fresh(monkeypatch):
 
 def stand_in(factor=1.0, error=None, calls=None):
     """A backend whose results are those of reference times a factor."""
+
     def forward(*args):
         if calls is not None:
             calls.append(args[0].shape)
@@ -36,6 +37,7 @@ def choose(monkeypatch):
         x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         kernels = [torch.ones(3, 7, 3), torch.ones(3, 3, 7)]
         return measured.fastest({**candidates, 'reference': reference}, x, kernels, operation)
+
     return choose
 
 

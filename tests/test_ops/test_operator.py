@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm.ops import BACKENDS, _operator, cross_dwconv2d, use_backend
 
-needs_library = pytest.mark.skipif(
-    not _operator.HAS_LIBRARY, reason='operators are registered from torch 2.4 on')
+needs_library = pytest.mark.skipif(not _operator.HAS_LIBRARY, reason='operators are registered from torch 2.4 on')
 
 
 def make(channels_last=False, requires_grad=True, n=2):
@@ -43,13 +42,11 @@ def test_registration(channels_last, reduce):
     """Schema, fake tensors, autograd and AOT dispatch, as PyTorch checks them."""
     x, *kernels = make(channels_last)
     bias = torch.ones(3, requires_grad=True) if reduce else None
-    result = torch.library.opcheck(
-        torch.ops.slak_mm.cross_dwconv2d.default, (x, kernels, bias, reduce))
+    result = torch.library.opcheck(torch.ops.slak_mm.cross_dwconv2d.default, (x, kernels, bias, reduce))
     assert set(result.values()) == {'SUCCESS'}
     x, *kernels = make(channels_last, requires_grad=False)
     grads = [x] if reduce else [x, x + 1, x + 2]
-    result = torch.library.opcheck(
-        torch.ops.slak_mm.cross_dwconv2d_backward.default, (x, kernels, grads, True, True))
+    result = torch.library.opcheck(torch.ops.slak_mm.cross_dwconv2d_backward.default, (x, kernels, grads, True, True))
     assert set(result.values()) == {'SUCCESS'}
 
 
@@ -78,9 +75,7 @@ def test_a_flop_counter_counts_what_it_counts_of_convolutions(backend, reduce):
             return sum(cross_dwconv2d(x, *kernels, reduce=reduce))
 
     def convolutions():
-        return sum(
-            F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=3)
-            for k in kernels)
+        return sum(F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=3) for k in kernels)
 
     for of_kernels in (False, True):
         assert flops(ours, of_kernels) == flops(convolutions, of_kernels)
@@ -100,6 +95,7 @@ def test_a_mode_sees_one_operator_each_way():
 @needs_library
 def test_gradients_through_the_registered_operator():
     """The same bits as without it, and a second derivative."""
+
     def gradients():
         inputs = make()
         ys = cross_dwconv2d(*inputs)
@@ -168,6 +164,5 @@ def test_older_torch_has_autograd_without_registration(monkeypatch):
 
 def test_import_is_light():
     """Triton and the export packages are imported when they are needed."""
-    code = ('import sys, slak_mm; '
-            "sys.exit(bool({'triton', 'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)))")
+    code = "import sys, slak_mm; sys.exit(bool({'triton', 'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode == 0

@@ -14,8 +14,7 @@ import torch
 from slak_mm.ops import choose_backend, use_backend
 from slak_mm.ops.backends import triton as backend
 
-needs_triton = pytest.mark.skipif(
-    not backend.is_installed(), reason='Triton 3 or later is not installed')
+needs_triton = pytest.mark.skipif(not backend.is_installed(), reason='Triton 3 or later is not installed')
 
 INTERPRETED = """
 import itertools, sys, torch
@@ -96,10 +95,12 @@ print('checked', count + 1)
 @needs_triton
 def test_results_and_gradients_in_the_interpreter():
     root = Path(__file__).resolve().parents[2]
-    env = dict(os.environ, TRITON_INTERPRET='1', PYTHONPATH=os.pathsep.join(
-        [str(root), *filter(None, [os.environ.get('PYTHONPATH')])]))  # fmt: skip
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', INTERPRETED], env=env,
-                          capture_output=True, text=True)
+    env = dict(
+        os.environ,
+        TRITON_INTERPRET='1',
+        PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])]),
+    )
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', INTERPRETED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'checked 11' in done.stdout
 
@@ -139,12 +140,13 @@ print('compiled')
 def test_kernels_compile_for_gpus_with_tensor_cores(tmp_path):
     """Without a GPU, as far as Triton's own compiler goes."""
     env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    env.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=os.pathsep.join(
-        [str(Path(__file__).resolve().parents[2]), *filter(None, [env.get('PYTHONPATH')])]))
+    env.update(
+        TRITON_CACHE_DIR=str(tmp_path),
+        PYTHONPATH=os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [env.get('PYTHONPATH')])]),
+    )
     program = tmp_path / 'compile.py'
     program.write_text(COMPILED)
-    done = subprocess.run([sys.executable, '-W', 'ignore', str(program)], env=env,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', str(program)], env=env, capture_output=True, text=True)
     if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
         pytest.skip('this Triton has another compiler interface')
     assert done.returncode == 0, done.stderr[-3000:]

@@ -31,8 +31,9 @@ from slak_mm.sparsity.rules import smallest
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    st.tuples(st.integers(1, 12), st.just(1), st.integers(1, 9), st.integers(1, 9)))
-SEEDS = st.integers(0, 2 ** 31)
+    st.tuples(st.integers(1, 12), st.just(1), st.integers(1, 9), st.integers(1, 9)),
+)
+SEEDS = st.integers(0, 2**31)
 
 
 def random_mask(shape, density, seed):
@@ -55,8 +56,7 @@ def test_prune_and_grow_conserve_the_count(shape, density, rate, seed, levels, b
     if removed and bool(pruned.any()):
         assert gone.abs().max() <= weight[pruned].abs().min()
     gradient = torch.randint(0, levels, shape, generator=g).float()
-    grown = (gradient_grow(gradient, pruned, removed) if by_gradient else
-             random_grow(pruned, removed, g))
+    grown = gradient_grow(gradient, pruned, removed) if by_gradient else random_grow(pruned, removed, g)
     assert int(grown.sum()) == active
     assert not bool((pruned & ~grown).any())
     if by_gradient and removed and not bool(grown.all()):
@@ -71,7 +71,7 @@ def test_smallest_is_a_stable_sort(shape, seed, count, levels):
     among = random_mask(shape, 0.6, seed + 1)
     order = np.argsort(np.where(among, score, np.inf).reshape(-1), kind='stable')
     want = np.zeros(score.numel(), bool)
-    want[order[:min(count, int(among.sum()))]] = True
+    want[order[: min(count, int(among.sum()))]] = True
     assert np.array_equal(smallest(score, count, among).numpy().reshape(-1), want)
 
 
@@ -163,8 +163,13 @@ def test_schedule():
     schedule = UpdateSchedule(100, 10, 0.3, 0.7)
     assert [step for step in range(120) if schedule.is_due(step)] == [10, 20, 30, 40, 50, 60, 70]
     assert [schedule.steps_to_update(step) for step in (1, 10, 11, 70, 71)] == [9, 0, 9, 0, None]
-    for wrong in (dict(total_steps=0), dict(update_interval=0), dict(prune_rate=1.0),
-                  dict(stop_fraction=1.1), dict(final_prune_rate=-1)):
+    for wrong in (
+        dict(total_steps=0),
+        dict(update_interval=0),
+        dict(prune_rate=1.0),
+        dict(stop_fraction=1.1),
+        dict(final_prune_rate=-1),
+    ):
         with pytest.raises(SparsityError, match=next(iter(wrong))):
             UpdateSchedule(**{'total_steps': 10, **wrong})
 
@@ -198,8 +203,9 @@ def test_grn_is_never_selected():
     assert left == {f'stages.{i}.0.ffn.grn.{name}' for i in range(4) for name in ('gamma', 'beta')}
     filters = shapes_of(model, preset='shiftwise_filters')
     assert path_groups(filters) == {
-        f'stages.{i}.0.large_kernel.filters': [
-            f'stages.{i}.0.large_kernel.filters.{p}.weight' for p in (0, 1)] for i in range(4)}
+        f'stages.{i}.0.large_kernel.filters': [f'stages.{i}.0.large_kernel.filters.{p}.weight' for p in (0, 1)]
+        for i in range(4)
+    }
 
 
 def test_backbone_of_a_model():
@@ -211,9 +217,14 @@ def test_backbone_of_a_model():
         select_parameters(model, 'backbone')
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(preset='most'), "unknown selection 'most'"), (dict(include='('), 'regular expression'),
-    (dict(include='nothing'), "include='nothing'")])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(preset='most'), "unknown selection 'most'"),
+        (dict(include='('), 'regular expression'),
+        (dict(include='nothing'), "include='nothing'"),
+    ],
+)
 def test_selection_errors(options, message):
     with pytest.raises(SparsityError, match=message):
         select_parameters(SLaK(ARCH), **options)
@@ -223,12 +234,12 @@ def test_selection_errors(options, message):
 
 def test_many_paths_are_ordered_by_number():
     names = [f'x.large_kernel.filters.{p}.weight' for p in (10, 9, 0, 1)]
-    assert path_groups(names)['x.large_kernel.filters'] == [
-        names[2], names[3], names[1], names[0]]
+    assert path_groups(names)['x.large_kernel.filters'] == [names[2], names[3], names[1], names[0]]
 
 
 def test_presets_are_the_published_settings():
-    assert [(PRESETS[n]['update_interval'], PRESETS[n]['prune_rate'], PRESETS[n]['sparsity'])
-            for n in ('slak_t', 'slak_s', 'slak_b', 'shiftwise')] == [
-                (2000, 0.5, 0.4), (100, 0.3, 0.4), (100, 0.3, 0.4), (100, 0.3, 0.3)]
+    assert [
+        (PRESETS[n]['update_interval'], PRESETS[n]['prune_rate'], PRESETS[n]['sparsity'])
+        for n in ('slak_t', 'slak_s', 'slak_b', 'shiftwise')
+    ] == [(2000, 0.5, 0.4), (100, 0.3, 0.4), (100, 0.3, 0.4), (100, 0.3, 0.3)]
     assert PRESETS['shiftwise']['sparse_gap'] == 131

@@ -34,8 +34,7 @@ def lamb(parameters, **options):
 
 OPTIMIZERS = {
     'sgd': lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
-    'sgd-nesterov-foreach': lambda p: torch.optim.SGD(
-        p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    'sgd-nesterov-foreach': lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
     'adamw': lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     'adamw-foreach': lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     'adamw-fused': lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -76,12 +75,15 @@ def loss_of_batch(model, step, dtype=torch.float32):
 
 
 def sparsify(model, **options):
-    options = dict(dict(distribution='erk', sparsity=0.5, total_steps=24, update_interval=3,
-                        stop_fraction=0.75), **options)
+    options = dict(
+        dict(distribution='erk', sparsity=0.5, total_steps=24, update_interval=3, stop_fraction=0.75), **options
+    )
     sparse = SparseTraining(select_parameters(model), **options)
     sparse.initialize(
         snip_gradients(model, sparse.parameters, lambda m: loss_of_batch(m, -1))
-        if sparse.distribution == 'snip' else None)
+        if sparse.distribution == 'snip'
+        else None
+    )
     return sparse
 
 
@@ -90,13 +92,18 @@ def counts(sparse):
 
 
 def bits(tensor):
-    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        tensor.element_size()])
+    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def with_state(optimizer, parameter):
-    return [parameter, *(value for value in optimizer.state[parameter].values()
-                         if torch.is_tensor(value) and value.shape == parameter.shape)]
+    return [
+        parameter,
+        *(
+            value
+            for value in optimizer.state[parameter].values()
+            if torch.is_tensor(value) and value.shape == parameter.shape
+        ),
+    ]
 
 
 def assert_dead_entries_are_zero(sparse, optimizer):
@@ -141,9 +148,9 @@ def test_counts_and_zeros_are_exact(kind, mode, accumulation):
 
 def erk_counts(sparse):
     from slak_mm.sparsity import erk_densities
+
     shapes = {name: tuple(p.shape) for name, p in sparse.parameters.items()}
-    return {name: round(d * math.prod(shapes[name]))
-            for name, d in erk_densities(shapes, sparse.sparsity).items()}
+    return {name: round(d * math.prod(shapes[name])) for name, d in erk_densities(shapes, sparse.sparsity).items()}
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='GradScaler is for CUDA only')
@@ -175,8 +182,7 @@ def test_skipped_steps_do_not_count(kind, mode):
         results.append((model.state_dict(), sparse.hash()))
     (first, first_hash), (second, second_hash) = results
     assert first_hash == second_hash
-    assert all(torch.equal(first[name], second[name]) for name in first
-               if 'num_batches' not in name)
+    assert all(torch.equal(first[name], second[name]) for name in first if 'num_batches' not in name)
 
 
 @pytest.mark.skipif(not FUSED_ON_CPU, reason='this torch has no fused optimizers for the CPU')
@@ -186,8 +192,7 @@ def test_gathered_gradients_are_unscaled():
     for scale in (1.0, 64.0):
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        sparse = sparsify(model, mode='momentum', update_interval=20, total_steps=100,
-                          momentum_window=20)
+        sparse = sparsify(model, mode='momentum', update_interval=20, total_steps=100, momentum_window=20)
         sparse.attach(optimizer)
         scaler = torch.amp.GradScaler('cpu', init_scale=scale)
         for batch in range(3):
@@ -201,18 +206,31 @@ def test_gathered_gradients_are_unscaled():
         torch.testing.assert_close(gathered[1][name], tensor, rtol=1e-5, atol=1e-9)
 
 
-@given(st.one_of(
-    st.tuples(st.integers(1, 30), st.integers(1, 30)),
-    st.tuples(st.integers(1, 9), st.just(1), st.integers(1, 7), st.integers(1, 7))),
-    st.sampled_from(['sgd', 'adamw', 'lamb']), st.sampled_from(['static', 'set', 'rigl']),
-    st.floats(0.05, 0.95), st.integers(0, 2 ** 31))  # fmt: skip
+@given(
+    st.one_of(
+        st.tuples(st.integers(1, 30), st.integers(1, 30)),
+        st.tuples(st.integers(1, 9), st.just(1), st.integers(1, 7), st.integers(1, 7)),
+    ),
+    st.sampled_from(['sgd', 'adamw', 'lamb']),
+    st.sampled_from(['static', 'set', 'rigl']),
+    st.floats(0.05, 0.95),
+    st.integers(0, 2**31),
+)
 @settings(deadline=None, max_examples=60)
 def test_random_shapes(shape, kind, mode, sparsity, seed):
     g = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(shape, generator=g))
     optimizer = make_optimizer(kind, [p])
-    sparse = SparseTraining({'p': p}, mode=mode, distribution='uniform', sparsity=sparsity,
-                            total_steps=6, update_interval=2, stop_fraction=1.0, seed=seed)
+    sparse = SparseTraining(
+        {'p': p},
+        mode=mode,
+        distribution='uniform',
+        sparsity=sparsity,
+        total_steps=6,
+        update_interval=2,
+        stop_fraction=1.0,
+        seed=seed,
+    )
     sparse.initialize()
     count = round((1 - sparsity) * p.numel())
     sparse.attach(optimizer)
@@ -225,8 +243,16 @@ def test_random_shapes(shape, kind, mode, sparsity, seed):
             assert counts(sparse) == {'p': count}
             assert_dead_entries_are_zero(sparse, optimizer)
     state = sparse.state_dict()
-    other = SparseTraining({'p': p}, mode=mode, distribution='uniform', sparsity=sparsity,
-                           total_steps=6, update_interval=2, stop_fraction=1.0, seed=0)
+    other = SparseTraining(
+        {'p': p},
+        mode=mode,
+        distribution='uniform',
+        sparsity=sparsity,
+        total_steps=6,
+        update_interval=2,
+        stop_fraction=1.0,
+        seed=0,
+    )
     other.load_state_dict(state)
     assert other.hash() == sparse.hash() and other.statistics() == sparse.statistics()
 
@@ -244,8 +270,7 @@ def test_factored_moments_are_left_alone():
         optimizer.step()
         for name, mask in sparse.masks.items():
             assert not bits(sparse.parameters[name])[~mask].any()
-            assert all(bool(v.all()) for k, v in
-                       optimizer.state[sparse.parameters[name]].items() if k.endswith('_var'))
+            assert all(bool(v.all()) for k, v in optimizer.state[sparse.parameters[name]].items() if k.endswith('_var'))
 
 
 @pytest.mark.parametrize('accumulation', [1, 4])
@@ -256,12 +281,16 @@ def test_static_masks_train_the_masked_subnetwork(kind, accumulation):
     sparse = sparsify(model)
     reference = copy.deepcopy(model)
     masks = {name: mask.clone() for name, mask in sparse.masks.items()}
-    active = {name: nn.Parameter(p.detach()[masks[name]] if name in masks else p.detach().clone())
-              for name, p in reference.named_parameters()}
+    active = {
+        name: nn.Parameter(p.detach()[masks[name]] if name in masks else p.detach().clone())
+        for name, p in reference.named_parameters()
+    }
 
     def whole():
-        return {name: torch.zeros(masks[name].shape, dtype=p.dtype).masked_scatter(masks[name], p)
-                if name in masks else p for name, p in active.items()}
+        return {
+            name: torch.zeros(masks[name].shape, dtype=p.dtype).masked_scatter(masks[name], p) if name in masks else p
+            for name, p in active.items()
+        }
 
     optimizer = make_optimizer(kind, model.parameters())
     other = make_optimizer(kind, active.values())
@@ -273,15 +302,13 @@ def test_static_masks_train_the_masked_subnetwork(kind, accumulation):
             batch = accumulation * step + micro
             loss = loss_of_batch(model, batch, torch.float64)
             (loss / accumulation).backward()
-            want = loss_of_batch(lambda x: functional_call(reference, whole(), x), batch,
-                                 torch.float64)
+            want = loss_of_batch(lambda x: functional_call(reference, whole(), x), batch, torch.float64)
             (want / accumulation).backward()
             assert loss.item() == pytest.approx(want.item(), rel=1e-10)
         optimizer.step()
         other.step()
     for name, p in whole().items():
-        torch.testing.assert_close(
-            model.get_parameter(name), p, rtol=1e-9, atol=1e-12, check_stride=False)
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-9, atol=1e-12, check_stride=False)
 
 
 # Growth
@@ -321,8 +348,7 @@ def test_momentum_grows_by_the_mean_of_the_window():
         loss_of_batch(model, step).backward()
         for name, p in sparse.parameters.items():
             if step >= 3:
-                mean[name] = (p.grad.clone() if name not in mean else
-                              0.9 * mean[name] + 0.1 * p.grad)
+                mean[name] = p.grad.clone() if name not in mean else 0.9 * mean[name] + 0.1 * p.grad
         optimizer.step()
     for name, mask in sparse.masks.items():
         grown = mask & ~before[name]
@@ -364,8 +390,7 @@ def test_first_masks(distribution, sampling):
             size = weights[name].abs()
             assert size[mask].min() >= size[~mask].max()
     if distribution == 'uniform' and sampling != 'bernoulli':
-        assert counts(sparse) == {name: round(0.5 * p.numel())
-                                  for name, p in sparse.parameters.items()}
+        assert counts(sparse) == {name: round(0.5 * p.numel()) for name, p in sparse.parameters.items()}
     again = sparsify(Net(), distribution=distribution, sampling=sampling)
     assert again.hash() == sparse.hash()
     other = sparsify(Net(), distribution=distribution, sampling=sampling, seed=1)
@@ -375,8 +400,9 @@ def test_first_masks(distribution, sampling):
 def test_snip_leaves_the_model_alone():
     model = Net()
     before = copy.deepcopy(model.state_dict())
-    gradients = snip_gradients(model, dict(model.named_parameters()),
-                               lambda m: loss_of_batch(m, 0) + torch.rand(()) * 0)
+    gradients = snip_gradients(
+        model, dict(model.named_parameters()), lambda m: loss_of_batch(m, 0) + torch.rand(()) * 0
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     loss_of_batch(model, 0).backward()
@@ -390,8 +416,10 @@ def test_snip_leaves_the_model_alone():
 
 def test_masks_from_sparse_weights():
     model = Net()
-    zeros = {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) < 0.4
-             for i, (name, p) in enumerate(select_parameters(model).items())}
+    zeros = {
+        name: torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) < 0.4
+        for i, (name, p) in enumerate(select_parameters(model).items())
+    }
     with torch.no_grad():
         for name, dead in zeros.items():
             model.get_parameter(name)[dead] = -0.0
@@ -399,8 +427,7 @@ def test_masks_from_sparse_weights():
     sparse = SparseTraining(select_parameters(model))
     sparse.initialize()
     assert sparse.dense_parameters == ['head.weight'], 'initialized to zero, not pruned'
-    assert set(sparse.masks) == set(zeros) - {
-        'head.weight'}
+    assert set(sparse.masks) == set(zeros) - {'head.weight'}
     for name, mask in sparse.masks.items():
         assert torch.equal(mask, ~zeros[name])
 
@@ -429,13 +456,18 @@ def test_dense_layers():
     assert sparse.statistics().density == 1
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(mode='dynamic'), "unknown mode 'dynamic'"),
-    (dict(sparsity=None), 'needs a sparsity'),
-    (dict(sparsity=40), r'sparsity must lie in \(0, 1\)'),
-    (dict(mode='set', total_steps=None), 'needs total_steps'),
-    (dict(per_filter=True), 'no selected parameter is a filter'),
-    (dict(sparse_gap=0), 'sparse_gap must be'), (dict(dense_above=0), 'dense_above must')])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(mode='dynamic'), "unknown mode 'dynamic'"),
+        (dict(sparsity=None), 'needs a sparsity'),
+        (dict(sparsity=40), r'sparsity must lie in \(0, 1\)'),
+        (dict(mode='set', total_steps=None), 'needs total_steps'),
+        (dict(per_filter=True), 'no selected parameter is a filter'),
+        (dict(sparse_gap=0), 'sparse_gap must be'),
+        (dict(dense_above=0), 'dense_above must'),
+    ],
+)
 def test_wrong_options(options, message):
     with pytest.raises(SparsityError, match=message):
         sparsify(Net(), **options)
@@ -443,8 +475,7 @@ def test_wrong_options(options, message):
 
 # ShiftWise
 
-TINY = dict(arch=dict(depths=(1, 1), dims=(8, 16)), kernel_sizes=(9, 7), norm_cfg=dict(type='BN'),
-            out_indices=(1,))  # fmt: skip
+TINY = dict(arch=dict(depths=(1, 1), dims=(8, 16)), kernel_sizes=(9, 7), norm_cfg=dict(type='BN'), out_indices=(1,))
 
 
 @pytest.mark.parametrize('mode', ['set', 'rigl'])
@@ -454,8 +485,7 @@ def test_filters_are_pruned_whole(mode):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * 0.1)
-    options = dict(PRESETS['shiftwise'], mode=mode, distribution='uniform', update_interval=2,
-                   sparse_gap=2)
+    options = dict(PRESETS['shiftwise'], mode=mode, distribution='uniform', update_interval=2, sparse_gap=2)
     parameters = select_parameters(model, options.pop('selection'))
     sparse = SparseTraining(parameters, total_steps=20, **options)
     sparse.initialize()
@@ -515,8 +545,14 @@ def run(mode, until, state=None, sampling='exact'):
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         sparse = SparseTraining(
-            select_parameters(model), distribution='erk', sparsity=0.5, total_steps=24,
-            stop_fraction=0.75, seed=99, **options)
+            select_parameters(model),
+            distribution='erk',
+            sparsity=0.5,
+            total_steps=24,
+            stop_fraction=0.75,
+            seed=99,
+            **options,
+        )
         sparse.load_state_dict(state['sparsity'])
     sparse.attach(optimizer)
     for step in range(sparse.steps, until):
@@ -524,15 +560,15 @@ def run(mode, until, state=None, sampling='exact'):
         loss_of_batch(model, step).backward()
         optimizer.step()
     file = io.BytesIO()
-    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                    sparsity=sparse.state_dict()), file)
+    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), sparsity=sparse.state_dict()), file)
     file.seek(0)
     return torch.load(file, weights_only=True), sparse
 
 
-@pytest.mark.parametrize('mode, sampling', [
-    ('static', 'exact'), ('set', 'exact'), ('set', 'bernoulli'), ('rigl', 'exact'),
-    ('momentum', 'exact')])  # fmt: skip
+@pytest.mark.parametrize(
+    'mode, sampling',
+    [('static', 'exact'), ('set', 'exact'), ('set', 'bernoulli'), ('rigl', 'exact'), ('momentum', 'exact')],
+)
 def test_resumed_is_uninterrupted(mode, sampling):
     want, whole = run(mode, 20, sampling=sampling)
     for stop in (0, 1, 3, 4, 5, 11, 12):
@@ -549,8 +585,7 @@ def test_resumed_is_uninterrupted(mode, sampling):
 def test_state_is_small():
     """Two bits an entry, for the mask and the record of exploration, and some kilobytes."""
     p = nn.Parameter(torch.randn(1000, 1000))
-    sparse = SparseTraining({'p': p}, mode='set', distribution='uniform', sparsity=0.5,
-                            total_steps=10)
+    sparse = SparseTraining({'p': p}, mode='set', distribution='uniform', sparsity=0.5, total_steps=10)
     sparse.initialize()
     file = io.BytesIO()
     torch.save(sparse.state_dict(), file)
@@ -562,9 +597,13 @@ def test_states_that_do_not_fit(caplog):
     model = Net()
 
     def load(changes=None, parameters=None, **options):
-        sparse = SparseTraining(parameters or select_parameters(model), mode='set',
-                                distribution='erk', sparsity=0.5,
-                                **dict(dict(total_steps=24, update_interval=4), **options))
+        sparse = SparseTraining(
+            parameters or select_parameters(model),
+            mode='set',
+            distribution='erk',
+            sparsity=0.5,
+            **dict(dict(total_steps=24, update_interval=4), **options),
+        )
         sparse.load_state_dict({**state, **(changes or {})})
         return sparse
 
@@ -598,8 +637,7 @@ def test_moving_average_follows_the_masks():
     ema = {f'module.{name}': p.detach().clone() for name, p in model.named_parameters()}
     want = {name: p.detach().clone() for name, p in model.named_parameters()}
     sparse.attach(optimizer)
-    optimizer.register_step_post_hook(
-        lambda *_: sparse.enforce_average(ema, prefix='module.'))
+    optimizer.register_step_post_hook(lambda *_: sparse.enforce_average(ema, prefix='module.'))
     for step in range(24):
         optimizer.zero_grad()
         loss_of_batch(model, step).backward()
@@ -654,8 +692,7 @@ def test_statistics():
     assert last.density == first.density
     assert last.exploration == (dense + sum(int(m.sum()) for m in ever.values())) / total
     assert last.churn == fresh / last.active > 0
-    assert set(last.scalars()) == {
-        'sparsity/density', 'sparsity/churn', 'sparsity/exploration'}
+    assert set(last.scalars()) == {'sparsity/density', 'sparsity/churn', 'sparsity/exploration'}
     table = format_table(last).splitlines()
     assert len(table) == 2 + len(sparse.parameters)
     assert len({len(line) for line in table}) == 1 and table[-1].startswith('sum')
@@ -679,5 +716,4 @@ def test_finalize():
 
 def test_masks_do_not_depend_on_the_order_of_names():
     masks = {str(i): torch.rand(5, 7) < 0.5 for i in range(3)}
-    assert len({masks_hash({k: masks[k] for k in order})
-                for order in itertools.permutations(masks)}) == 1
+    assert len({masks_hash({k: masks[k] for k in order}) for order in itertools.permutations(masks)}) == 1

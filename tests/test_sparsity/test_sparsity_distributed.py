@@ -29,8 +29,7 @@ def test_two_processes():
         if mode != 'set':  # only rank 0 draws like the single process
             assert alone['hash'] == first[mode]['hash']
         for name, tensor in alone['weights'].items():
-            torch.testing.assert_close(
-                first[mode]['weights'][name], tensor, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(first[mode]['weights'][name], tensor, rtol=1e-9, atol=1e-12)
 
 
 def test_without_processes_nothing_happens():

@@ -30,8 +30,12 @@ ARRAYS = np.load(Path(__file__).parents[1] / 'data' / 'sparse_goldens.npz')
 REPORT = json.loads(ARRAYS['report'].tobytes())
 SALT = 'sparse/'
 PLAN = dict(
-    arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 24)), kernel_sizes=(13, 11, 9, 7),
-    norm_cfg=dict(type='BN'), out_norm=False, out_indices=3)  # fmt: skip
+    arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 24)),
+    kernel_sizes=(13, 11, 9, 7),
+    norm_cfg=dict(type='BN'),
+    out_norm=False,
+    out_indices=3,
+)
 
 
 class Classifier(nn.Module):
@@ -50,8 +54,7 @@ class Classifier(nn.Module):
         tables = {k: v for k, v in own.items() if k.endswith(('shifts', 'picks', 'rep', 'ghost'))}
         for ours, value in own.items():
             if ours not in tables:
-                (theirs,) = to_official(
-                    {ours: value}, family=self.backbone.checkpoint_family)
+                (theirs,) = to_official({ours: value}, family=self.backbone.checkpoint_family)
                 self.official[f'backbone.{ours}'] = theirs
         self.official |= {k: k for k in self.state_dict() if not k.startswith('backbone.')}
         with torch.no_grad():
@@ -83,8 +86,7 @@ def snip():
         model = Classifier(kind)
         parameters = dict(model.named_parameters())
         gradients = snip_gradients(model, parameters, loss_of_batch)
-        found[kind] = (model.by_official_name(),
-                       {model.official[name]: g for name, g in gradients.items()})
+        found[kind] = (model.by_official_name(), {model.official[name]: g for name, g in gradients.items()})
     return found
 
 
@@ -95,25 +97,22 @@ def snip():
 def test_cosine_prune_rate(case):
     """Also past the end of the schedule, where the official rate rises again."""
     for i, want in enumerate(case['values']):
-        got = cosine_prune_rate(
-            case['init_step'] + i, case['T_max'], case['prune_rate'], case['eta_min'])
+        got = cosine_prune_rate(case['init_step'] + i, case['T_max'], case['prune_rate'], case['eta_min'])
         assert got == pytest.approx(want, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    'case', REPORT['erk'], ids=lambda c: f'{c["model"]}-{c["sparsity"]}-{c["only_L"]}')
+@pytest.mark.parametrize('case', REPORT['erk'], ids=lambda c: f'{c["model"]}-{c["sparsity"]}-{c["only_L"]}')
 def test_erk_densities(case, snip):
     weights = snip[case['model']][0]
-    got = erk_densities(
-        {name: tuple(weights[name].shape) for name in case['density']}, case['sparsity'])
+    got = erk_densities({name: tuple(weights[name].shape) for name in case['density']}, case['sparsity'])
     assert got == pytest.approx(case['density'], rel=1e-12)
     # Layers that the official code left dense: their masks were drawn with that density.
     assert {name for name, d in got.items() if d == 1} <= set(case['layers_kept_dense'])
 
 
 @pytest.mark.parametrize(
-    'case', REPORT['snip'],
-    ids=lambda c: f'{c["model"]}-{c["kind"]}-{c["keep_ratio"]}-{c["only_L"]}')
+    'case', REPORT['snip'], ids=lambda c: f'{c["model"]}-{c["kind"]}-{c["keep_ratio"]}-{c["only_L"]}'
+)
 def test_snip_densities(case, snip):
     weights, gradients = snip[case['model']]
     sparsity = 1 - case['keep_ratio']
@@ -121,11 +120,11 @@ def test_snip_densities(case, snip):
         scores = snip_scores({name: weights[name] for name in case['names']}, gradients)
         got = snip_densities(scores, sparsity)
     else:
-        filters = {name: [name.replace('LoRAs.0', f'LoRAs.{p}') for p in (0, 1)]
-                   for name in case['names'] if 'LoRAs' in name}
+        filters = {
+            name: [name.replace('LoRAs.0', f'LoRAs.{p}') for p in (0, 1)] for name in case['names'] if 'LoRAs' in name
+        }
         chosen = [n for paths in filters.values() for n in paths]
-        got = snip_densities(
-            snip_scores({name: weights[name] for name in chosen}, gradients, filters), sparsity)
+        got = snip_densities(snip_scores({name: weights[name] for name in chosen}, gradients, filters), sparsity)
         others = {name: weights[name] for name in case['names'] if name not in filters}
         if others:
             got |= snip_densities(snip_scores(others, gradients), sparsity)
@@ -140,8 +139,8 @@ def test_snip_densities(case, snip):
 @pytest.mark.parametrize('i', range(4))
 def test_rules(i, exact):
     weight, mask, gradient, pruned, by_gradient = (
-        torch.from_numpy(ARRAYS[f'prim{i}_{name}'])
-        for name in ('weight', 'mask', 'grad', 'pruned', 'grown_gradient'))
+        torch.from_numpy(ARRAYS[f'prim{i}_{name}']) for name in ('weight', 'mask', 'grad', 'pruned', 'grown_gradient')
+    )
     rate, removed = float(ARRAYS[f'prim{i}_prune_rate']), int(ARRAYS[f'prim{i}_removed'])
     mask, pruned, by_gradient = mask.bool(), pruned.bool(), by_gradient.bool()
     got = magnitude_prune(weight.abs(), mask, rate, exact)
@@ -178,8 +177,13 @@ def zero_initially(model, case):
 
 @pytest.mark.parametrize('sampling', ['exact', 'bernoulli'])
 @pytest.mark.parametrize(
-    'name, kind', [('traj_slak_fine_gradient', 'slak'), ('traj_slak_onlyL_gradient', 'slak'),
-                   ('traj_sw2_onlyL_gradient', 'shiftwise_v2')])  # fmt: skip
+    'name, kind',
+    [
+        ('traj_slak_fine_gradient', 'slak'),
+        ('traj_slak_onlyL_gradient', 'slak'),
+        ('traj_sw2_onlyL_gradient', 'shiftwise_v2'),
+    ],
+)
 def test_training(name, kind, sampling):
     """SGD with momentum and growth by gradients: losses, rates, counts and final masks."""
     case = REPORT[name]
@@ -187,17 +191,21 @@ def test_training(name, kind, sampling):
     zero_initially(model, case)
     parameters = model.by_official_name()
     sparse = SparseTraining(
-        {n: parameters[n] for n in case['mask_names']}, mode='rigl', sampling=sampling,
-        total_steps=case['T_max'], update_interval=case['update_frequency'],
-        prune_rate=case['prune_rate'], stop_fraction=1.0)  # fmt: skip
+        {n: parameters[n] for n in case['mask_names']},
+        mode='rigl',
+        sampling=sampling,
+        total_steps=case['T_max'],
+        update_interval=case['update_frequency'],
+        prune_rate=case['prune_rate'],
+        stop_fraction=1.0,
+    )
     sparse.initialize()
     assert {n: int(m.sum()) for n, m in sparse.masks.items()} == case['init_nonzero']
     optimizer = torch.optim.SGD(parameters.values(), case['lr'], case['momentum'])
     sparse.attach(optimizer)
     for i, log in enumerate(case['log']):
         seed = case['batch_seed0'] + case['batch_seed_step'] * i
-        before = sparse.masks if log['removed'] is None else {
-            n: m.clone() for n, m in sparse.masks.items()}
+        before = sparse.masks if log['removed'] is None else {n: m.clone() for n, m in sparse.masks.items()}
         optimizer.zero_grad()
         loss = loss_of_batch(model, tuple(case['batch_shape']), seed)
         loss.backward()
@@ -207,8 +215,7 @@ def test_training(name, kind, sampling):
         assert sparse.statistics().active == log['nonzero']
         if log['removed'] is not None:
             for n, mask in before.items():
-                pruned = magnitude_prune(
-                    torch.zeros(mask.shape), mask, sparse.schedule.rate(sparse.steps))
+                pruned = magnitude_prune(torch.zeros(mask.shape), mask, sparse.schedule.rate(sparse.steps))
                 assert int(mask.sum()) - int(pruned.sum()) == log['removed'][n]
     for n, mask in sparse.masks.items():
         want = np.unpackbits(ARRAYS[f'{name}|mask|{n}'], count=mask.numel()).astype(bool)
@@ -219,18 +226,25 @@ def test_paths_share_masks_at_aligned_updates():
     """Updates 3 and 6 are aligned, as in the golden run; its counts are random, ours are not."""
     run = REPORT['rep_coarse_run']
     model = Classifier('shiftwise_v2')
-    parameters = {model.ours(name): dict(model.named_parameters())[model.ours(name)]
-                  for name in run['mask_order']}
+    parameters = {model.ours(name): dict(model.named_parameters())[model.ours(name)] for name in run['mask_order']}
     sparse = SparseTraining(
-        parameters, mode='set', distribution='snip', sparsity=run['sparsity'],
-        update_interval=run['update_frequency'], prune_rate=run['prune_rate'],
-        total_steps=run['T_max'], stop_fraction=1.0, per_filter=True,
-        sparse_gap=run['sparse_gap'])  # fmt: skip
+        parameters,
+        mode='set',
+        distribution='snip',
+        sparsity=run['sparsity'],
+        update_interval=run['update_frequency'],
+        prune_rate=run['prune_rate'],
+        total_steps=run['T_max'],
+        stop_fraction=1.0,
+        per_filter=True,
+        sparse_gap=run['sparse_gap'],
+    )
     sparse.initialize(snip_gradients(model, parameters, loss_of_batch))
     groups = path_groups(parameters).values()
-    assert {model.official[n]: list(s) for n, s in (
-        (n, layer.mask_shape) for layer in sparse._layers for n in layer.parameters
-    )} == run['mask_shapes']
+    assert {
+        model.official[n]: list(s)
+        for n, s in ((n, layer.mask_shape) for layer in sparse._layers for n in layer.parameters)
+    } == run['mask_shapes']
     counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}
     optimizer = torch.optim.SGD(parameters.values(), 0.05, 0.9)
     sparse.attach(optimizer)

@@ -34,9 +34,30 @@ def small(tool, monkeypatch):
 def test_table_and_json(small, family, dtype, capsys, tmp_path):
     out = tmp_path / 'out.json'
     plot = tmp_path / 'out.png'
-    assert small.main([
-        'op', '--family', family, '--size', '64x96', '--stages', '0', '3', '--repeats', '1',
-        '--dtype', dtype, '--no-memory', '--json', str(out), '--plot', str(plot)]) == 0
+    assert (
+        small.main(
+            [
+                'op',
+                '--family',
+                family,
+                '--size',
+                '64x96',
+                '--stages',
+                '0',
+                '3',
+                '--repeats',
+                '1',
+                '--dtype',
+                dtype,
+                '--no-memory',
+                '--json',
+                str(out),
+                '--plot',
+                str(plot),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert 'disagrees' not in printed and f'dtype {dtype}' in printed
     assert f'threads {torch.get_num_threads()}' in printed
@@ -56,11 +77,28 @@ def test_table_and_json(small, family, dtype, capsys, tmp_path):
 def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_path):
     original = op.cross_dwconv2d
     monkeypatch.setattr(
-        op, 'cross_dwconv2d',
-        lambda x, *a, **k: torch.utils._pytree.tree_map(lambda y: y * 1.01, original(x, *a, **k)))
+        op, 'cross_dwconv2d', lambda x, *a, **k: torch.utils._pytree.tree_map(lambda y: y * 1.01, original(x, *a, **k))
+    )
     out = tmp_path / 'out.json'
-    assert small.main(['op', '--family', family, '--size', '64x64', '--stages', '3', '--repeats',
-                       '1', '--no-memory', '--json', str(out)]) == 1
+    assert (
+        small.main(
+            [
+                'op',
+                '--family',
+                family,
+                '--size',
+                '64x64',
+                '--stages',
+                '3',
+                '--repeats',
+                '1',
+                '--no-memory',
+                '--json',
+                str(out),
+            ]
+        )
+        == 1
+    )
     captured = capsys.readouterr()
     assert 'its figures are left out' in captured.err
     for row in json.loads(out.read_text())['rows']:
@@ -73,10 +111,21 @@ def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_pa
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='needs Linux')
 def test_peak_memory_is_that_of_the_arithmetic():
     """60 channels become 1020 maps of 130 x 130 pixels in one formulation, 3 x 60 in the other."""
+
     def peak(contender):
-        return measure_peak(op.__name__, dict(
-            family='shiftwise', stage=0, size=(512, 512), batch=1, dtype='float32', device='cpu',
-            contender=contender, passing='fwd'))
+        return measure_peak(
+            op.__name__,
+            dict(
+                family='shiftwise',
+                stage=0,
+                size=(512, 512),
+                batch=1,
+                dtype='float32',
+                device='cpu',
+                contender=contender,
+                passing='fwd',
+            ),
+        )
 
     maps = 1020 * 130 * 130 * 4 / 2**20
     shifted = peak('shifted, own adjoint')
@@ -86,13 +135,16 @@ def test_peak_memory_is_that_of_the_arithmetic():
     assert results * 0.9 < ours < shifted / 4
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--size', '512'], 'a size is HxW, such as 512x512, got 512'),
-    (['--size', '16x512'], 'at least 32x32'),
-    (['--batch', '0'], 'must be a positive integer, got 0'),
-    (['--repeats', '-1'], 'must be a positive integer, got -1'),
-    (['--family', 'convnext'], 'invalid choice'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--size', '512'], 'a size is HxW, such as 512x512, got 512'),
+        (['--size', '16x512'], 'at least 32x32'),
+        (['--batch', '0'], 'must be a positive integer, got 0'),
+        (['--repeats', '-1'], 'must be a positive integer, got -1'),
+        (['--family', 'convnext'], 'invalid choice'),
+    ],
+)
 def test_bad_arguments(tool, arguments, message, capsys):
     with pytest.raises(SystemExit):
         tool.main(['op', *arguments])
@@ -120,8 +172,7 @@ def test_a_nan_is_a_difference():
 
 def test_a_plot_leaves_out_what_is_missing(tmp_path):
     path = tmp_path / 'plot.svg'
-    plot_bars(str(path), ['one', 'two'], {'ours': [1.0, 2.0], 'theirs': [None, float('nan')]},
-              'title', 'ms')
+    plot_bars(str(path), ['one', 'two'], {'ours': [1.0, 2.0], 'theirs': [None, float('nan')]}, 'title', 'ms')
     assert path.read_text().count('id="patch_') >= 4
 
 
@@ -138,8 +189,12 @@ def test_operations_of_taps_within_the_map(small):
 
 def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys):
     out = tmp_path / 'out.json'
-    assert small.main(['op', '--size', '64x64', '--stages', '3', '--repeats', '1', '--skip',
-                       'gemm', 'cpu', '--json', str(out)]) == 0
+    assert (
+        small.main(
+            ['op', '--size', '64x64', '--stages', '3', '--repeats', '1', '--skip', 'gemm', 'cpu', '--json', str(out)]
+        )
+        == 0
+    )
     for row in json.loads(out.read_text())['rows']:
         layouts = row['branch_seconds']
         fastest = [min(pair) for pair in zip(*layouts.values())]

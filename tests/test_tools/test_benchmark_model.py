@@ -25,10 +25,12 @@ def small(monkeypatch):
 @pytest.fixture
 def run(capsys):
     """Run the tool: its exit code, stdout and stderr."""
+
     def call(*arguments):
         code = tool_main('benchmark')(['model', *map(str, arguments)])
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
     return call
 
 
@@ -36,8 +38,7 @@ def run(capsys):
 @pytest.mark.parametrize('train', [False, True])
 def test_all_forms_compute_the_same(small, family, train):
     """The official formulations and the deployed form, in float64, gradients included."""
-    names = [name for name in OURS if name.startswith(family)
-             and not (train and name.endswith('deploy'))]
+    names = [name for name in OURS if name.startswith(family) and not (train and name.endswith('deploy'))]
     options = dict(size=(64, 96), batch=2, dtype='float64', device='cpu', train=train)
     results = {name: model.Case(name, **options).step() for name in names}
     assert len(results[family]) == 4 + train
@@ -50,21 +51,39 @@ def test_official_networks_are_built_otherwise(small):
     """They contain none of the operators that they are compared with."""
     backbone = MODELS.build(model.CONFIGS['ShiftWise-T'])
     official = model.official_shiftwise(backbone)
-    assert not any(hasattr(block, 'large_kernel') and type(block.large_kernel).__name__
-                   == 'ShiftWiseConv' for block in official.modules())
+    assert not any(
+        hasattr(block, 'large_kernel') and type(block.large_kernel).__name__ == 'ShiftWiseConv'
+        for block in official.modules()
+    )
     assert type(backbone.stages[0][0].large_kernel).__name__ == 'ShiftWiseConv'
 
 
 @pytest.mark.parametrize('train', [False, True])
 def test_table_json_and_plot(small, run, tmp_path, train):
     out, plot = tmp_path / 'out.json', tmp_path / 'out.png'
-    done = run('--size', '64x64', '--batch', 1, 2, '--repeats', 1, '--no-memory', '--networks',
-               *OURS, '--json', out, '--plot', plot, *(['--train'] if train else []))
+    done = run(
+        '--size',
+        '64x64',
+        '--batch',
+        1,
+        2,
+        '--repeats',
+        1,
+        '--no-memory',
+        '--networks',
+        *OURS,
+        '--json',
+        out,
+        '--plot',
+        plot,
+        *(['--train'] if train else []),
+    )
     assert done.code == 0, done.err
     names = [name for name in OURS if not (train and name.endswith('deploy'))]
     data = json.loads(out.read_text())
     assert [(row['batch'], row['network']) for row in data['rows']] == [
-        (batch, name) for batch in (1, 2) for name in names]
+        (batch, name) for batch in (1, 2) for name in names
+    ]
     for row in data['rows']:
         assert row['images_per_second'] == pytest.approx(row['batch'] / row['seconds'])
     assert data['machine']['train'] is train and data['machine']['dtype'] == 'float32'
@@ -73,18 +92,31 @@ def test_table_json_and_plot(small, run, tmp_path, train):
 
 
 def test_low_precision(small, run):
-    done = run('--size', '64x64', '--batch', 1, '--repeats', 1, '--no-memory', '--networks',
-               'SLaK-T', 'SLaK-T deploy', '--dtype', 'bfloat16')
+    done = run(
+        '--size',
+        '64x64',
+        '--batch',
+        1,
+        '--repeats',
+        1,
+        '--no-memory',
+        '--networks',
+        'SLaK-T',
+        'SLaK-T deploy',
+        '--dtype',
+        'bfloat16',
+    )
     assert done.code == 0 and 'dtype bfloat16' in done.out
 
 
 def test_beside_convnext_and_swin(small, run):
     """An image size that is no multiple of Swin's windows."""
     pytest.importorskip('timm')
-    done = run('--size', '64x96', '--batch', 1, '--repeats', 1, '--no-memory', '--networks',
-               'SLaK-T', 'ConvNeXt-T', 'Swin-T')
+    done = run(
+        '--size', '64x96', '--batch', 1, '--repeats', 1, '--no-memory', '--networks', 'SLaK-T', 'ConvNeXt-T', 'Swin-T'
+    )
     assert done.code == 0, done.err
-    convnext, = (line for line in done.out.splitlines() if '| ConvNeXt-T ' in line)
+    (convnext,) = (line for line in done.out.splitlines() if '| ConvNeXt-T ' in line)
     assert convnext.split('|')[5].strip() == '1.0x'
 
 
@@ -99,8 +131,20 @@ def test_no_figure_for_a_wrong_result(small, run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(model, 'switch_to_deploy', wrong)
     out = tmp_path / 'out.json'
-    done = run('--size', '64x64', '--batch', 1, '--repeats', 1, '--no-memory', '--networks',
-               'SLaK-T', 'SLaK-T deploy', '--json', out)
+    done = run(
+        '--size',
+        '64x64',
+        '--batch',
+        1,
+        '--repeats',
+        1,
+        '--no-memory',
+        '--networks',
+        'SLaK-T',
+        'SLaK-T deploy',
+        '--json',
+        out,
+    )
     assert done.code == 1 and 'disagrees with the reference' in done.err
     right, bad = json.loads(out.read_text())['rows']
     assert right['seconds'] and bad['disagrees'] and bad['seconds'] is None
@@ -110,9 +154,10 @@ def test_no_figure_for_a_wrong_result(small, run, monkeypatch, tmp_path):
 def test_peak_memory():
     """The four maps of ConvNeXt-T are there at the end; a pass cannot take less."""
     pytest.importorskip('timm')
-    peak = measure_peak(model.__name__, dict(
-        contender='ConvNeXt-T', size=[256, 256], batch=2, dtype='float32', device='cpu',
-        train=False))
+    peak = measure_peak(
+        model.__name__,
+        dict(contender='ConvNeXt-T', size=[256, 256], batch=2, dtype='float32', device='cpu', train=False),
+    )
     if peak is None:
         pytest.skip('this system does not tell the peak of a process')
     maps = 2 * sum(c * (256 // s) ** 2 * 4 for c, s in zip((96, 192, 384, 768), (4, 8, 16, 32)))
@@ -123,7 +168,6 @@ def test_errors(run, monkeypatch):
     done = run('--train', '--networks', 'SLaK-T deploy')
     assert done.code == 1 and 'deployed forms do not train' in done.err
     find_spec = model.importlib.util.find_spec
-    monkeypatch.setattr(model.importlib.util, 'find_spec',
-                        lambda name: None if name == 'timm' else find_spec(name))
+    monkeypatch.setattr(model.importlib.util, 'find_spec', lambda name: None if name == 'timm' else find_spec(name))
     done = run('--networks', 'Swin-T')
     assert done.code == 1 and 'timm, which is not installed' in done.err

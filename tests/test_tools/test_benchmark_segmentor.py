@@ -18,8 +18,18 @@ OPTIONS = ['--size', '64x96', '--batch', '2', '--repeats', '1']
 def test_table_and_json(call_tool, tiny, tmp_path, name):
     options = tiny if 'slak' in name else [o for o in tiny if 'small_kernel' not in o]
     out = tmp_path / 'out.json'
-    result = call_tool('benchmark', 'segmentor', CONFIGS / f'{name}.py', *OPTIONS, '--json', out,
-                       '--plot', tmp_path / 'out.png', '--cfg-options', *options)
+    result = call_tool(
+        'benchmark',
+        'segmentor',
+        CONFIGS / f'{name}.py',
+        *OPTIONS,
+        '--json',
+        out,
+        '--plot',
+        tmp_path / 'out.png',
+        '--cfg-options',
+        *options,
+    )
     assert result.code in (0, None), result.text
     assert result.out.count('| 64x96 ') == 1
     [row] = json.loads(out.read_text())['rows']
@@ -29,18 +39,20 @@ def test_table_and_json(call_tool, tiny, tmp_path, name):
 
 def test_no_figure_for_a_backbone_that_differs(call_tool, tiny, monkeypatch):
     forward = OfficialSLaK.forward
-    monkeypatch.setattr(
-        OfficialSLaK, 'forward', lambda self, x: tuple(1.1 * y for y in forward(self, x)))
-    result = call_tool('benchmark', 'segmentor', CONFIGS / 'upernet_slak_t_ade20k.py', *OPTIONS,
-                       '--cfg-options', *tiny)
+    monkeypatch.setattr(OfficialSLaK, 'forward', lambda self, x: tuple(1.1 * y for y in forward(self, x)))
+    result = call_tool('benchmark', 'segmentor', CONFIGS / 'upernet_slak_t_ade20k.py', *OPTIONS, '--cfg-options', *tiny)
     assert result.code == 1 and '| 64x96' not in result.out
     assert 'error: ours disagrees with the official backbone' in result.err
 
 
-@pytest.mark.parametrize(('name', 'message'), [
-    ('upernet_convnext_t_ade20k', 'neither a decomposed SLaK nor ShiftWise'),
-    ('cascade_mask_rcnn_slak_t_coco', 'no config of a segmentor'),
-    ('no_such_config', 'no_such_config.py')])
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('upernet_convnext_t_ade20k', 'neither a decomposed SLaK nor ShiftWise'),
+        ('cascade_mask_rcnn_slak_t_coco', 'no config of a segmentor'),
+        ('no_such_config', 'no_such_config.py'),
+    ],
+)
 def test_errors_are_one_sentence(call_tool, name, message):
     result = call_tool('benchmark', 'segmentor', CONFIGS / f'{name}.py', *OPTIONS)
     errors = [line for line in result.err.splitlines() if line.startswith('error: ')]

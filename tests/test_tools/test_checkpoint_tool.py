@@ -34,15 +34,15 @@ def run(tmp_path, monkeypatch, capsys):
 
 def cells(text):
     """The other cells of each row of the tables in a text, by the first."""
-    rows = [[cell.strip() for cell in line.strip('|').split('|')]
-            for line in text.splitlines() if line.startswith('| ')]
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| ')
+    ]
     return {row[0]: row[1:] for row in rows}
 
 
 @pytest.fixture
 def weights(tmp_path):
-    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0,
-                 norm_cfg=dict(type='BN'))
+    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
     state = model.state_dict()
     state['stages.0.0.pwconv1.weight'].view(-1)[:64] = 0  # a quarter of 32 x 8
     torch.save({'state_dict': state, 'model_ema': state}, tmp_path / 'x.pth')
@@ -62,8 +62,7 @@ def test_convert_and_inspect(tmp_path, run, weights):
     message = run('convert', 'x.pth', 'official.pth', code=1)
     assert message.startswith('error: official.pth exists already; --force')
     run('convert', 'official.pth', 'official.pth', '--force')
-    assert torch.load(tmp_path / 'official.pth', weights_only=True)['state_dict'].keys() \
-        == weights.keys()
+    assert torch.load(tmp_path / 'official.pth', weights_only=True)['state_dict'].keys() == weights.keys()
 
 
 def test_zoo_shows_the_cache(tmp_path, run):
@@ -74,8 +73,9 @@ def test_zoo_shows_the_cache(tmp_path, run):
     assert rows['slak_t_in1k_300e'][0] == 'yes' and rows['slak_s_in1k_300e'][0] == 'no'
 
 
-@pytest.mark.parametrize(('content', 'message'), [
-    (None, 'There is no file bad.pth'), (b'<html>', 'HTML page'), (b'PK\x03\x04', 'truncated')])
+@pytest.mark.parametrize(
+    ('content', 'message'), [(None, 'There is no file bad.pth'), (b'<html>', 'HTML page'), (b'PK\x03\x04', 'truncated')]
+)
 def test_errors_are_one_sentence(tmp_path, run, content, message):
     if content is not None:
         (tmp_path / 'bad.pth').write_bytes(content)
@@ -84,10 +84,20 @@ def test_errors_are_one_sentence(tmp_path, run, content, message):
 
 
 def test_as_a_command(tmp_path):
-    env = {**os.environ, 'SLAK_MM_CACHE': str(tmp_path / 'cache'),
-           'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    done = subprocess.run([sys.executable, str(TOOL), 'inspect', 'slak_t'], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=300, check=False)
+    env = {
+        **os.environ,
+        'SLAK_MM_CACHE': str(tmp_path / 'cache'),
+        'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(TOOL), 'inspect', 'slak_t'],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 1 and done.stdout == ''
     assert 'error: There is no file slak_t' in done.stderr and 'Traceback' not in done.stderr
 
@@ -96,19 +106,22 @@ def test_as_a_command(tmp_path):
 def trained(tmp_path):
     """A checkpoint as a sparse run saves it, of a model of its own with a head."""
     from slak_mm.sparsity import SparseTraining, select_parameters
+
     torch.manual_seed(0)
-    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0,
-                 norm_cfg=dict(type='BN'))
-    training = SparseTraining(select_parameters(model), mode='set', distribution='uniform',
-                              sparsity=0.25, total_steps=10)
+    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
+    training = SparseTraining(
+        select_parameters(model), mode='set', distribution='uniform', sparsity=0.25, total_steps=10
+    )
     training.initialize()
     state = {f'backbone.{key}': value for key, value in model.state_dict().items()}
     state['head.weight'] = torch.ones(4, 32)
     sparsity = training.state_dict()
     for key in ('masks', 'explored', 'replaced'):
         sparsity[key] = {f'backbone.{name}': value for name, value in sparsity[key].items()}
-    torch.save(dict(meta=dict(iter=3), state_dict=state, optimizer=dict(state={}),
-                    message_hub=dict(), sparsity=sparsity), tmp_path / 'iter_3.pth')
+    torch.save(
+        dict(meta=dict(iter=3), state_dict=state, optimizer=dict(state={}), message_hub=dict(), sparsity=sparsity),
+        tmp_path / 'iter_3.pth',
+    )
     return state
 
 
@@ -125,7 +138,8 @@ def test_inspect_shows_masks_and_draws(tmp_path, run, trained):
     with Image.open(tmp_path / 'sparsity.png') as picture:
         assert picture.width > 800 and picture.height > 500
     assert run('inspect', 'iter_3.pth', '--picture', 'sparsity', code=1) == (
-        'error: sparsity has no suffix of a picture format; use one such as .png.\n')
+        'error: sparsity has no suffix of a picture format; use one such as .png.\n'
+    )
 
 
 def test_inspect_of_another_network(tmp_path, run):
@@ -151,5 +165,6 @@ def test_finalize(tmp_path, run, trained):
     checkpoint['state_dict']['backbone.stages.0.0.pwconv1.weight'] += 1
     torch.save(checkpoint, tmp_path / 'iter_3.pth')
     assert '64 pruned weights of backbone.stages.0.0.pwconv1.weight are not zero' in run(
-        'finalize', 'iter_3.pth', 'other.pth', code=1)
+        'finalize', 'iter_3.pth', 'other.pth', code=1
+    )
     assert not (tmp_path / 'other.pth').exists()

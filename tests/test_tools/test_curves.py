@@ -20,53 +20,73 @@ def train(step, loss, **more):
 
 
 def test_numbers_are_those_of_the_file(tmp_path):
-    write(tmp_path, [train(2, 3.5), dict(mIoU=10., time=1., step=2), train(4, 2.5),
-                     dict(mIoU=20., time=1., step=4)])
+    write(
+        tmp_path, [train(2, 3.5), dict(mIoU=10.0, time=1.0, step=2), train(4, 2.5), dict(mIoU=20.0, time=1.0, step=4)]
+    )
     curves = read_scalars(tmp_path)
     assert {key: (steps.tolist(), values.tolist()) for key, (steps, values) in curves.items()} == {
-        'lr': ([2, 4], [0.1, 0.1]), 'loss': ([2, 4], [3.5, 2.5]), 'mIoU': ([2, 4], [10., 20.])}
+        'lr': ([2, 4], [0.1, 0.1]),
+        'loss': ([2, 4], [3.5, 2.5]),
+        'mIoU': ([2, 4], [10.0, 20.0]),
+    }
 
 
 def test_a_resumed_run_replaces_what_it_did_again(tmp_path):
     # Killed in the middle of writing step 6, resumed from step 3.
-    write(tmp_path, [train(2, 1.), train(4, 2.), train(5, 3.)], '20260101_000000', '{"lr": 0.')
-    write(tmp_path, [train(4, 7.), train(6, 8.)], '20260102_000000')
+    write(tmp_path, [train(2, 1.0), train(4, 2.0), train(5, 3.0)], '20260101_000000', '{"lr": 0.')
+    write(tmp_path, [train(4, 7.0), train(6, 8.0)], '20260102_000000')
     steps, values = read_scalars(tmp_path)['loss']
-    assert steps.tolist() == [2, 4, 6] and values.tolist() == [1., 7., 8.]
+    assert steps.tolist() == [2, 4, 6] and values.tolist() == [1.0, 7.0, 8.0]
 
 
 def test_metrics_of_epochs_stand_at_iterations(tmp_path):
-    write(tmp_path, [train(50, 1., epoch=1), train(100, 1., epoch=1), {'coco/bbox_mAP': .1,
-                                                                       'step': 1},
-                     train(200, 1., epoch=2), {'coco/bbox_mAP': .2, 'step': 2}])
+    write(
+        tmp_path,
+        [
+            train(50, 1.0, epoch=1),
+            train(100, 1.0, epoch=1),
+            {'coco/bbox_mAP': 0.1, 'step': 1},
+            train(200, 1.0, epoch=2),
+            {'coco/bbox_mAP': 0.2, 'step': 2},
+        ],
+    )
     steps, values = read_scalars(tmp_path)['coco/bbox_mAP']
-    assert steps.tolist() == [100, 200] and values.tolist() == [.1, .2]
+    assert steps.tolist() == [100, 200] and values.tolist() == [0.1, 0.2]
 
 
 def test_what_is_drawn_unasked(tmp_path):
-    sparse = {'sparsity/density': .6, 'sparsity/churn': 0., 'sparsity/exploration': .6,
-              'decode.loss_ce': .5, 'base_lr': .1, 'decode.acc_seg': 9.}
-    write(tmp_path, [train(2, 1., **sparse), train(4, 1., **sparse), dict(mIoU=1., step=4)])
+    sparse = {
+        'sparsity/density': 0.6,
+        'sparsity/churn': 0.0,
+        'sparsity/exploration': 0.6,
+        'decode.loss_ce': 0.5,
+        'base_lr': 0.1,
+        'decode.acc_seg': 9.0,
+    }
+    write(tmp_path, [train(2, 1.0, **sparse), train(4, 1.0, **sparse), dict(mIoU=1.0, step=4)])
     runs = dict(a=read_scalars(tmp_path))
     # Churn is zero throughout; parts of the loss and training accuracy are no metrics.
     assert choose_keys(runs) == ['loss', 'sparsity/density', 'sparsity/exploration', 'lr', 'mIoU']
     assert choose_keys(runs, ['sparsity/*', 'mIoU']) == [
-        'sparsity/density', 'sparsity/churn', 'sparsity/exploration', 'mIoU']
+        'sparsity/density',
+        'sparsity/churn',
+        'sparsity/exploration',
+        'mIoU',
+    ]
     with pytest.raises(ValueError, match='no_such.*there are .*mIoU'):
         choose_keys(runs, ['no_such'])
 
 
 def test_running_mean_against_a_loop():
     values = np.random.default_rng(0).normal(size=23)
-    expected = [values[max(0, i - 2):i + 3].mean() for i in range(23)]
+    expected = [values[max(0, i - 2) : i + 3].mean() for i in range(23)]
     np.testing.assert_allclose(smoothed(values, 5), expected, rtol=1e-12)
     assert (smoothed(values, 1) == values).all() or np.allclose(smoothed(values, 1), values)
 
 
 def test_each_run_and_panel_is_in_the_picture():
     steps = np.arange(1, 101)
-    runs = {f'run {i}': dict(loss=(steps, i + 1 / steps), lr=(steps, np.ones(100)))
-            for i in range(2)}
+    runs = {f'run {i}': dict(loss=(steps, i + 1 / steps), lr=(steps, np.ones(100))) for i in range(2)}
     one, two = draw_curves(runs, ['loss']), draw_curves(runs)
     assert one.dtype == np.uint8 and one.shape[2] == 3 and two.shape[1] > 1.5 * one.shape[1]
     # The colors of both runs.
@@ -83,8 +103,9 @@ def test_tool(call_tool, tmp_path):
     assert result.code == 0, result.text
     assert '2 runs' in result.out and Image.open(out).mode == 'RGB'
     for arguments, message in (
-            ([tmp_path / 'nowhere'], 'nowhere has no scalars.json'),
-            ([tmp_path / 'dense', '--keys', 'mIoU'], 'No run has a scalar "mIoU"'),
-            ([tmp_path / 'dense', '--out', tmp_path / 'x.xyz'], 'no suffix of a picture format')):
+        ([tmp_path / 'nowhere'], 'nowhere has no scalars.json'),
+        ([tmp_path / 'dense', '--keys', 'mIoU'], 'No run has a scalar "mIoU"'),
+        ([tmp_path / 'dense', '--out', tmp_path / 'x.xyz'], 'no suffix of a picture format'),
+    ):
         result = call_tool('curves', *arguments)
         assert result.code == 1 and message in result.err and 'Traceback' not in result.err

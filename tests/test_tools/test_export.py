@@ -18,8 +18,8 @@ def checkpoint(build_tiny, tmp_path_factory):
 @pytest.fixture
 def run(call_tool, config_path, checkpoint, tiny):
     def run(*arguments):
-        return call_tool('export', config_path, checkpoint, '--size', '64x96', *arguments,
-                         '--cfg-options', *tiny)
+        return call_tool('export', config_path, checkpoint, '--size', '64x96', *arguments, '--cfg-options', *tiny)
+
     return run
 
 
@@ -33,8 +33,7 @@ def test_scores_of_a_segmentor(run, build_tiny, checkpoint, tmp_path):
     model.load_state_dict(torch.load(checkpoint)['state_dict'])
     x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        want = model.encode_decode(
-            x, [dict(ori_shape=(64, 96), img_shape=(64, 96), pad_shape=(64, 96))])
+        want = model.encode_decode(x, [dict(ori_shape=(64, 96), img_shape=(64, 96), pad_shape=(64, 96))])
         got = torch.jit.load(str(out))(x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
@@ -45,12 +44,12 @@ def test_maps_of_the_backbone(run, tmp_path, monkeypatch):
     assert result.code == 0, result.text
     program = torch.export.load('upernet_slak_t_ade20k_backbone.pt2').module()
     assert [tuple(y.shape) for y in program(torch.zeros(3, 3, 96, 128))] == [
-        (3, c, 96 // s, 128 // s) for c, s in zip((8, 16, 24, 32), (4, 8, 16, 32))]
+        (3, c, 96 // s, 128 // s) for c, s in zip((8, 16, 24, 32), (4, 8, 16, 32))
+    ]
 
 
 def test_what_cannot_be_exported(run, call_tool, config_path, tmp_path):
-    result = run('--format', 'torchscript', '--dynamic', 'size', '--size', '50', '--out',
-                 tmp_path / 'x.pt')
+    result = run('--format', 'torchscript', '--dynamic', 'size', '--size', '50', '--out', tmp_path / 'x.pt')
     assert result.code == 1 and 'multiples of 32, from 64 on; 50x50 is not' in result.err
     result = call_tool('export', config_path, tmp_path / 'none.pth')
     assert result.code == 1 and 'none.pth' in result.err and 'Traceback' not in result.text

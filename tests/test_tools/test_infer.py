@@ -26,9 +26,22 @@ def run(call_tool, config_path, checkpoint, tiny, tmp_path):
     def run(*images, **options):
         extra = [word for key, value in options.items() for word in (f'--{key}', value)]
         # Small scales, or the images would be enlarged to 512 pixels.
-        return call_tool('infer', config_path, checkpoint, *images, '--out-dir', tmp_path / 'out',
-                         '--device', 'cpu', *extra, '--cfg-options', *tiny,
-                         'test_pipeline.1.scale=(256,64)', 'model.test_cfg.mode=whole')
+        return call_tool(
+            'infer',
+            config_path,
+            checkpoint,
+            *images,
+            '--out-dir',
+            tmp_path / 'out',
+            '--device',
+            'cpu',
+            *extra,
+            '--cfg-options',
+            *tiny,
+            'test_pipeline.1.scale=(256,64)',
+            'model.test_cfg.mode=whole',
+        )
+
     return run
 
 
@@ -42,12 +55,12 @@ def test_overlay_of_images_of_any_size(run, tmp_path):
     (folder / 'notes.txt').write_text('no image')
     result = run(folder)
     assert result.code == 0, result.text
-    found = sorted(path.relative_to(tmp_path / 'out').as_posix()
-                   for path in (tmp_path / 'out').rglob('*.png'))
+    found = sorted(path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.png'))
     # a.jpg and a.png have one name but for the suffix.
     assert found == ['a.png', 'a_2.png', 'deeper/b.png']
     assert '[3/3]' in result.out and result.out.count('sky 100.0%') == 3
     from mmseg.datasets import ADE20KDataset
+
     sky = np.array(ADE20KDataset.METAINFO['palette'][2])
     picture = np.asarray(Image.open(tmp_path / 'out' / 'deeper' / 'b.png')).astype(int)
     image = np.asarray(Image.open(folder / 'deeper' / 'b.png')).astype(int)

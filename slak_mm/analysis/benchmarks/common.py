@@ -19,14 +19,28 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    'DTYPES', 'LONG_SECONDS', 'TOLERANCE', 'BenchmarkError', 'add_measurement_arguments',
-    'check_arguments', 'describe_machine', 'disagreeing', 'format_machine', 'image_size',
-    'measure_times', 'multiple', 'plot_bars', 'positive_int', 'synchronize', 'table_head',
-    'table_row', 'worst_difference', 'write_results'
+    'DTYPES',
+    'LONG_SECONDS',
+    'TOLERANCE',
+    'BenchmarkError',
+    'add_measurement_arguments',
+    'check_arguments',
+    'describe_machine',
+    'disagreeing',
+    'format_machine',
+    'image_size',
+    'measure_times',
+    'multiple',
+    'plot_bars',
+    'positive_int',
+    'synchronize',
+    'table_head',
+    'table_row',
+    'worst_difference',
+    'write_results',
 ]
 
-DTYPES = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16,
-              float16=torch.float16)
+DTYPES = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16, float16=torch.float16)
 # Largest difference to the reference, as a fraction of its largest value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 # A run that takes longer than this is not repeated.
@@ -59,9 +73,13 @@ def positive_int(text: str) -> int:
 
 
 def add_measurement_arguments(
-    parser: argparse.ArgumentParser, *, sizes: Sequence[tuple[int, int]] = (),
-    batches: Sequence[int] = (1,), repeats: int = 5,
-    dtypes: Sequence[str] = ('float32', 'float64', 'bfloat16', 'float16'), memory: bool = True,
+    parser: argparse.ArgumentParser,
+    *,
+    sizes: Sequence[tuple[int, int]] = (),
+    batches: Sequence[int] = (1,),
+    repeats: int = 5,
+    dtypes: Sequence[str] = ('float32', 'float64', 'bfloat16', 'float16'),
+    memory: bool = True,
 ) -> None:
     """Add what all measurements take.
 
@@ -80,17 +98,31 @@ def add_measurement_arguments(
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     if sizes:
         names = ' '.join(f'{height}x{width}' for height, width in sizes)
-        parser.add_argument('--size', nargs='+', type=image_size, default=list(sizes),
-                            metavar='HxW', help=f'image sizes (default: {names})')
+        parser.add_argument(
+            '--size',
+            nargs='+',
+            type=image_size,
+            default=list(sizes),
+            metavar='HxW',
+            help=f'image sizes (default: {names})',
+        )
     if batches:
-        parser.add_argument('--batch', nargs='+', type=positive_int, default=list(batches),
-                            metavar='N', help='images at once (default: '
-                            f'{" ".join(map(str, batches))})')
-    parser.add_argument('--dtype', choices=list(dtypes), default=dtypes[0],
-                        help=f'(default: {dtypes[0]})')
-    parser.add_argument('--repeats', type=positive_int, default=repeats,
-                        help=f'timed runs of each, after one that warms up (default: {repeats}); '
-                        f'none if that takes over {LONG_SECONDS:g} s, which then counts')
+        parser.add_argument(
+            '--batch',
+            nargs='+',
+            type=positive_int,
+            default=list(batches),
+            metavar='N',
+            help=f'images at once (default: {" ".join(map(str, batches))})',
+        )
+    parser.add_argument('--dtype', choices=list(dtypes), default=dtypes[0], help=f'(default: {dtypes[0]})')
+    parser.add_argument(
+        '--repeats',
+        type=positive_int,
+        default=repeats,
+        help=f'timed runs of each, after one that warms up (default: {repeats}); '
+        f'none if that takes over {LONG_SECONDS:g} s, which then counts',
+    )
     if memory:
         parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
     parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
@@ -118,17 +150,19 @@ def check_arguments(args: argparse.Namespace) -> None:
     for option in ('json', 'plot'):
         path = getattr(args, option, None)
         if path and not Path(path).resolve().parent.is_dir():
-            raise BenchmarkError(
-                f'there is no folder {Path(path).parent} to write --{option} into.')
+            raise BenchmarkError(f'there is no folder {Path(path).parent} to write --{option} into.')
     if getattr(args, 'plot', None):
         if importlib.util.find_spec('matplotlib') is None:
             raise BenchmarkError('--plot needs matplotlib, which is not installed.')
         import matplotlib
+
         suffix = Path(args.plot).suffix.lstrip('.').lower()
         from matplotlib.backend_bases import FigureCanvasBase
+
         if suffix not in FigureCanvasBase.get_supported_filetypes():
-            raise BenchmarkError(f'matplotlib {matplotlib.__version__} writes no '
-                                 f'"{suffix}" files; name --plot such as figures.png.')
+            raise BenchmarkError(
+                f'matplotlib {matplotlib.__version__} writes no "{suffix}" files; name --plot such as figures.png.'
+            )
 
 
 # ------------------------------------------------------------------------------ measurements
@@ -154,6 +188,7 @@ def measure_times(
     Returns:
         Median seconds of each, and what the first run of each returned.
     """
+
     def timed(step: Callable[[], Any]) -> tuple[float, Any]:
         synchronize(device)
         begin = time.perf_counter()
@@ -175,13 +210,17 @@ def measure_times(
 def worst_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Largest difference of any tensor, as a fraction of its largest value; NaN where one is."""
     # torch.stack keeps a NaN, which max() would lose.
-    return float(torch.stack([
-        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).cpu()
-        for a, b in zip(got, want, strict=True)]).max())
+    return float(
+        torch.stack(
+            [
+                ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).cpu()
+                for a, b in zip(got, want, strict=True)
+            ]
+        ).max()
+    )
 
 
-def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor],
-                tolerance: float) -> list[str]:
+def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor], tolerance: float) -> list[str]:
     """Names of the contenders whose results are not those of the reference.
 
     Args:
@@ -189,8 +228,7 @@ def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor],
         want: Those of the reference.
         tolerance: Largest difference, as a fraction of a tensor's largest value.
     """
-    return [name for name, got in results.items()
-            if not worst_difference(got, want) <= tolerance]
+    return [name for name, got in results.items() if not worst_difference(got, want) <= tolerance]
 
 
 # ------------------------------------------------------------------------------------ output
@@ -216,11 +254,15 @@ def describe_machine(device: str = 'cpu', **settings: Any) -> dict[str, Any]:
     except OSError:
         pass
     return dict(
-        processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(),
+        processor=processor,
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
         load_1min=round(os.getloadavg()[0], 1) if hasattr(os, 'getloadavg') else None,
         device=torch.cuda.get_device_name() if device != 'cpu' else 'cpu',
-        torch=torch.__version__, date=datetime.datetime.now().isoformat(timespec='minutes'),
-        **settings)
+        torch=torch.__version__,
+        date=datetime.datetime.now().isoformat(timespec='minutes'),
+        **settings,
+    )
 
 
 def format_machine(machine: Mapping[str, Any]) -> str:
@@ -230,8 +272,7 @@ def format_machine(machine: Mapping[str, Any]) -> str:
 
 def table_row(texts: Sequence[str], widths: Sequence[int]) -> str:
     """One line of a Markdown table."""
-    return '| ' + ' | '.join(
-        text.ljust(width) for text, width in zip(texts, widths, strict=True)) + ' |'
+    return '| ' + ' | '.join(text.ljust(width) for text, width in zip(texts, widths, strict=True)) + ' |'
 
 
 def table_head(names: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
@@ -251,8 +292,9 @@ def write_results(path: str | None, machine: Mapping[str, Any], rows: Sequence[A
         Path(path).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + '\n')
 
 
-def plot_bars(path: str | None, groups: Sequence[str],
-              series: Mapping[str, Sequence[float | None]], title: str, unit: str) -> None:
+def plot_bars(
+    path: str | None, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, unit: str
+) -> None:
     """Draw groups of bars on a logarithmic axis, if there is a path; needs matplotlib.
 
     Args:
@@ -267,17 +309,17 @@ def plot_bars(path: str | None, groups: Sequence[str],
     # No pyplot: it would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     height = 0.8 / max(len(series), 1)
-    figure = Figure(figsize=(9, 1.2 + 0.22 * len(groups) * (len(series) + 1)),
-                    layout='constrained')
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(groups) * (len(series) + 1)), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(series.items()):
         shown = [math.nan if value is None else value for value in values]
-        bars = axes.barh([row - 0.4 + (index + 0.5) * height for row in range(len(groups))],
-                         shown, height=height * 0.92, label=name)
-        labels = [f'{v:.0f}' if v >= 100 else f'{v:.3g}' if math.isfinite(v) else ''
-                  for v in shown]
+        bars = axes.barh(
+            [row - 0.4 + (index + 0.5) * height for row in range(len(groups))], shown, height=height * 0.92, label=name
+        )
+        labels = [f'{v:.0f}' if v >= 100 else f'{v:.3g}' if math.isfinite(v) else '' for v in shown]
         axes.bar_label(bars, labels, padding=2, fontsize=7)
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()

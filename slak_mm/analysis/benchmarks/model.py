@@ -52,24 +52,42 @@ __all__ = ['NETWORKS', 'OfficialSLaK', 'add_parser', 'official_shiftwise', 'peak
 #: to block, and with them the rounding that the comparison sees; a small one keeps them in bounds.
 CONFIGS: dict[str, dict[str, Any]] = {
     family: dict(type=name, arch='tiny', norm_cfg=dict(type='BN'), layer_scale_init_value=0.01)
-    for family, name in (('SLaK-T', 'SLaK'), ('ShiftWise-T', 'ShiftWise'))}
+    for family, name in (('SLaK-T', 'SLaK'), ('ShiftWise-T', 'ShiftWise'))
+}
 #: What is compared, in the order of the table.
-NETWORKS = ('SLaK-T', 'SLaK-T deploy', 'SLaK-T official', 'ShiftWise-T', 'ShiftWise-T deploy',
-            'ShiftWise-T official', 'ConvNeXt-T', 'Swin-T')
+NETWORKS = (
+    'SLaK-T',
+    'SLaK-T deploy',
+    'SLaK-T official',
+    'ShiftWise-T',
+    'ShiftWise-T deploy',
+    'ShiftWise-T official',
+    'ConvNeXt-T',
+    'Swin-T',
+)
 _BASELINE = 'ConvNeXt-T'
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
     parser = commands.add_parser(
-        'model', help='whole backbones beside ConvNeXt-T and Swin-T', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        'model',
+        help='whole backbones beside ConvNeXt-T and Swin-T',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_measurement_arguments(parser, sizes=[(800, 1344)], batches=(1, 2), repeats=3)
-    parser.add_argument('--networks', nargs='+', choices=NETWORKS, metavar='NAME',
-                        default=list(NETWORKS),
-                        help=f'what to compare (default: all of {", ".join(NETWORKS)})')
-    parser.add_argument('--train', action='store_true',
-                        help='forward and backward in training mode, instead of forward')
+    parser.add_argument(
+        '--networks',
+        nargs='+',
+        choices=NETWORKS,
+        metavar='NAME',
+        default=list(NETWORKS),
+        help=f'what to compare (default: all of {", ".join(NETWORKS)})',
+    )
+    parser.add_argument(
+        '--train', action='store_true', help='forward and backward in training mode, instead of forward'
+    )
     parser.set_defaults(run=run)
 
 
@@ -94,8 +112,7 @@ class OfficialSLaK(nn.Module):
         """Map (N, 3, H, W) to the features of the stages."""
         x = x.contiguous()
         outs = []
-        for i, (downsample, stage) in enumerate(zip(self.backbone.downsample_layers,
-                                                    self.backbone.stages)):
+        for i, (downsample, stage) in enumerate(zip(self.backbone.downsample_layers, self.backbone.stages)):
             for layer in downsample:
                 x = _norm_of_channels(x, layer) if isinstance(layer, LayerNorm2d) else layer(x)
             for block in stage:
@@ -105,8 +122,7 @@ class OfficialSLaK(nn.Module):
 
     @staticmethod
     def _block(block: SLaKBlock, x: Tensor) -> Tensor:
-        branches: list[Any] = [getattr(block.large_kernel, name)
-                               for name in ('tall', 'wide', 'small')]
+        branches: list[Any] = [getattr(block.large_kernel, name) for name in ('tall', 'wide', 'small')]
         y = sum(branch.bn(branch.conv(x)) for branch in branches)
         y = block.norm(y.permute(0, 2, 3, 1))
         y = block.pwconv2(block.act(block.pwconv1(y)))
@@ -159,15 +175,17 @@ def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
         family, _, form = name.partition(' ')
         if family not in CONFIGS:
             import timm
+
             options: dict[str, Any] = dict(features_only=True, pretrained=False)
-            return (timm.create_model('convnext_tiny', **options) if family == 'ConvNeXt-T' else
-                    timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size),
-                                      **options)).eval()
+            return (
+                timm.create_model('convnext_tiny', **options)
+                if family == 'ConvNeXt-T'
+                else timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size), **options)
+            ).eval()
         network: nn.Module = MODELS.build(dict(CONFIGS[family]))
         for norm in network.modules():
             # Statistics of a fresh norm would leave nothing to fold.
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None \
-                    and norm.running_var is not None:
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.normal_(0, 0.1)
                 norm.running_var.uniform_(0.5, 2)
                 nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -192,8 +210,7 @@ class Case:
         train: Forward and backward in training mode.
     """
 
-    def __init__(self, contender: str, size: Sequence[int], batch: int, dtype: str, device: str,
-                 train: bool) -> None:
+    def __init__(self, contender: str, size: Sequence[int], batch: int, dtype: str, device: str, train: bool) -> None:
         network = _build(contender, size, DTYPES[dtype])
         self.network = network.to(device, DTYPES[dtype]).train(train)
         if contender == 'ConvNeXt-T':
@@ -222,8 +239,7 @@ class Case:
         return [*(f.detach() for f in features), images.grad]
 
 
-def peak_step(*, contender: str, size: Sequence[int], **options: Any
-              ) -> Callable[[], list[Tensor]]:
+def peak_step(*, contender: str, size: Sequence[int], **options: Any) -> Callable[[], list[Tensor]]:
     """What :func:`~slak_mm.analysis.benchmarks.peak.measure_peak` measures.
 
     Args:
@@ -246,18 +262,20 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             or timm is not installed; or, after everything else, a network disagreed.
     """
     check_arguments(args)
-    names = [name for name in NETWORKS if name in args.networks
-             and not (args.train and name.endswith('deploy'))]
+    names = [name for name in NETWORKS if name in args.networks and not (args.train and name.endswith('deploy'))]
     if not names:
         raise BenchmarkError('--train leaves nothing of --networks: deployed forms do not train.')
     if set(names) & {'ConvNeXt-T', 'Swin-T'} and importlib.util.find_spec('timm') is None:
-        raise BenchmarkError('ConvNeXt-T and Swin-T are those of timm, which is not installed '
-                             '(pip install timm); leave them out with --networks.')
-    machine = describe_machine(args.device, dtype=args.dtype, repeats=args.repeats,
-                               train=args.train)
+        raise BenchmarkError(
+            'ConvNeXt-T and Swin-T are those of timm, which is not installed '
+            '(pip install timm); leave them out with --networks.'
+        )
+    machine = describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train)
     yield format_machine(machine)
-    yield (f'Median time of a {"training pass (forward and backward)" if args.train else "forward"}'
-           f'{" pass" if not args.train else ""}, behind it the multiple of {_BASELINE}.\n')
+    yield (
+        f'Median time of a {"training pass (forward and backward)" if args.train else "forward"}'
+        f'{" pass" if not args.train else ""}, behind it the multiple of {_BASELINE}.\n'
+    )
     header = ['image', 'batch', 'network', 'ms', f'x {_BASELINE}', 'images/s', 'peak MiB']
     widths = [9, 5, 20, 9, 12, 9, 9]
     yield from table_head(header, widths)
@@ -271,23 +289,23 @@ def run(args: argparse.Namespace) -> Iterator[str]:
                 yield table_row(cells(row, base), widths)
     write_results(args.json, machine, rows)
     groups = {(tuple(row['size']), row['batch']): None for row in rows}
-    plot_bars(args.plot, [f'{h}x{w}, batch {batch}' for (h, w), batch in groups],
-              {name: [row['seconds'] and 1e3 * row['seconds'] for row in rows
-                      if row['network'] == name] for name in names},
-              f'{"training pass" if args.train else "forward"}, {args.dtype}, '
-              f'{machine["device"]}, {machine["threads"]} threads', 'ms')
+    plot_bars(
+        args.plot,
+        [f'{h}x{w}, batch {batch}' for (h, w), batch in groups],
+        {name: [row['seconds'] and 1e3 * row['seconds'] for row in rows if row['network'] == name] for name in names},
+        f'{"training pass" if args.train else "forward"}, {args.dtype}, '
+        f'{machine["device"]}, {machine["threads"]} threads',
+        'ms',
+    )
     if any(row['disagrees'] for row in rows):
         raise BenchmarkError('a result disagrees with the reference; its figures are left out.')
 
 
-def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int], batch: int
-            ) -> list[dict[str, Any]]:
+def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int], batch: int) -> list[dict[str, Any]]:
     """All figures for one batch of images."""
-    options: dict[str, Any] = dict(size=list(size), batch=batch, dtype=args.dtype,
-                                   device=args.device, train=args.train)
+    options: dict[str, Any] = dict(size=list(size), batch=batch, dtype=args.dtype, device=args.device, train=args.train)
     cases = {name: Case(name, **options) for name in names}
-    times, results = measure_times({name: case.step for name, case in cases.items()},
-                                   args.repeats, args.device)
+    times, results = measure_times({name: case.step for name, case in cases.items()}, args.repeats, args.device)
     # Low precision is compared with a sharper one. Whole networks add up the rounding of their
     # layers: allow ten times the difference of one operator.
     exact = args.dtype if DTYPES[args.dtype].itemsize >= 4 else 'float32'
@@ -302,11 +320,17 @@ def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int
     rows = []
     for name in names:
         wrong = name in disagrees
-        peak = None if wrong or args.no_memory else measure_peak(
-            __name__, dict(options, contender=name))
-        rows.append(dict(options, network=name, disagrees=wrong, peak_mib=peak,
-                         seconds=None if wrong else times[name],
-                         images_per_second=None if wrong else batch / times[name]))
+        peak = None if wrong or args.no_memory else measure_peak(__name__, dict(options, contender=name))
+        rows.append(
+            dict(
+                options,
+                network=name,
+                disagrees=wrong,
+                peak_mib=peak,
+                seconds=None if wrong else times[name],
+                images_per_second=None if wrong else batch / times[name],
+            )
+        )
     return rows
 
 
@@ -315,6 +339,10 @@ def cells(row: dict[str, Any], base: float | None) -> list[str]:
     texts = [f'{row["size"][0]}x{row["size"][1]}', str(row['batch']), row['network']]
     if row['disagrees']:
         return [*texts, 'disagrees', '', '', '']
-    return [*texts, f'{1e3 * row["seconds"]:.0f}', multiple(row['seconds'], base).strip(' ()'),
-            f'{row["images_per_second"]:.2f}',
-            '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}']
+    return [
+        *texts,
+        f'{1e3 * row["seconds"]:.0f}',
+        multiple(row['seconds'], base).strip(' ()'),
+        f'{row["images_per_second"]:.2f}',
+        '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}',
+    ]

@@ -57,8 +57,8 @@ CHANNELS = dict(slak=(124, 249, 499, 998), shiftwise=(60, 122, 246, 492))
 KERNELS = (51, 49, 47, 13)
 SMALL_KERNEL = dict(slak=5, shiftwise=3)
 CONTENDERS = dict(
-    slak=('ours', 'NCHW', 'channels-last', 'best mix'),
-    shiftwise=('ours', 'shifted, own adjoint', 'shifted, autograd'))
+    slak=('ours', 'NCHW', 'channels-last', 'best mix'), shiftwise=('ours', 'shifted, own adjoint', 'shifted, autograd')
+)
 """Contenders of each family, without the further backends."""
 PASSES = dict(slak=('fwd', 'sum', 'f+b'), shiftwise=('fwd', 'f+b'))
 LAYOUTS = {'NCHW': torch.contiguous_format, 'channels-last': torch.channels_last}
@@ -71,16 +71,24 @@ MATRIX_SIZE = 2048
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
     parser = commands.add_parser(
-        'op', help='the large-kernel operator, stage by stage', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        'op',
+        help='the large-kernel operator, stage by stage',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--family', choices=list(CHANNELS), default='slak')
-    add_measurement_arguments(parser, sizes=[(512, 512), (800, 1344)],
-                              dtypes=('float32', 'float64', 'bfloat16', 'float16'))
+    add_measurement_arguments(
+        parser, sizes=[(512, 512), (800, 1344)], dtypes=('float32', 'float64', 'bfloat16', 'float16')
+    )
     parser.add_argument('--stages', nargs='+', type=int, choices=range(4), default=[0, 1, 2, 3])
-    parser.add_argument('--skip', nargs='+', default=[], metavar='NAME',
-                        choices=sorted({c for names in CONTENDERS.values() for c in names[1:]}
-                                       | set(BACKENDS)),
-                        help='competitors to leave out, such as one that takes minutes')
+    parser.add_argument(
+        '--skip',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        choices=sorted({c for names in CONTENDERS.values() for c in names[1:]} | set(BACKENDS)),
+        help='competitors to leave out, such as one that takes minutes',
+    )
     parser.set_defaults(run=run)
 
 
@@ -97,15 +105,24 @@ class Case:
         channels: Instead of those of the published tiny network. Default: None.
     """
 
-    def __init__(self, family: str, stage: int, size: Sequence[int], batch: int, dtype: str,
-                 device: str, channels: int | None = None) -> None:
+    def __init__(
+        self,
+        family: str,
+        stage: int,
+        size: Sequence[int],
+        batch: int,
+        dtype: str,
+        device: str,
+        channels: int | None = None,
+    ) -> None:
         self.family, self.stage, self.batch = family, stage, batch
         self.size = tuple(size)
         self.kernel = KERNELS[stage]
         self.small = SMALL_KERNEL[family]
         self.channels = channels or CHANNELS[family][stage]
-        self.map = tuple(math.ceil(n / 2 ** (stage + 2)) if family == 'shiftwise'
-                         else n // 2 ** (stage + 2) for n in size)
+        self.map = tuple(
+            math.ceil(n / 2 ** (stage + 2)) if family == 'shiftwise' else n // 2 ** (stage + 2) for n in size
+        )
         self.dtype = DTYPES[dtype]
         self.device = device
         generator = torch.Generator().manual_seed(0)
@@ -134,11 +151,17 @@ class Case:
         """All of them, ours first, with the backends that could take its place."""
         ours, *others = CONTENDERS[self.family]
         weights = [w.detach() for w in self.weights]
-        backends = [] if self.family != 'slak' else [
-            name for name, backend in BACKENDS.items()
-            if name not in ('reference', choose_backend(self.x, weights))
-            and backend.unavailable_reason(self.x, weights) is None
-            and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))]
+        backends = (
+            []
+            if self.family != 'slak'
+            else [
+                name
+                for name, backend in BACKENDS.items()
+                if name not in ('reference', choose_backend(self.x, weights))
+                and backend.unavailable_reason(self.x, weights) is None
+                and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))
+            ]
+        )
         return [ours, *backends, *others]
 
     def layout(self, contender: str) -> torch.memory_format:
@@ -158,14 +181,12 @@ class Case:
                 tall, wide = self.merged
                 return [cross_dwconv2d(x, tall, wide, bias=self.bias, reduce=True)]
             return cross_dwconv2d(x, *self.weights)
-        filters, = self.weights
+        (filters,) = self.weights
         if contender == 'ours':
             tall, wide, small = assemble_kernels(filters, self.shifts, self.picks, self.kernel)
-            y_tall, y_wide, y_small = cross_dwconv2d(
-                x, tall, wide, small, center=self.kernel // 2)
+            y_tall, y_wide, y_small = cross_dwconv2d(x, tall, wide, small, center=self.kernel // 2)
             return y_wide, y_tall, y_small
-        return activation_space(
-            x, filters, self.shifts, self.picks, fused=contender == 'shifted, own adjoint')
+        return activation_space(x, filters, self.shifts, self.picks, fused=contender == 'shifted, own adjoint')
 
     def step(self, contender: str, passing: str) -> Callable[[], list[Tensor]]:
         """One pass, a value of :data:`PASSES`; returns results and gradients."""
@@ -182,8 +203,7 @@ class Case:
 
         def both() -> list[Tensor]:
             outs = list(self._run(contender, x, False))
-            return [*(o.detach() for o in outs),
-                    *torch.autograd.grad(outs, (x, *self.weights), grads)]
+            return [*(o.detach() for o in outs), *torch.autograd.grad(outs, (x, *self.weights), grads)]
 
         return both if passing == 'f+b' else forward
 
@@ -220,8 +240,7 @@ class Case:
     def flops(self, passing: str) -> int:
         """Floating-point operations of the convolutions, without taps that meet padding."""
         kernels = self.merged if passing == 'sum' else self.weights
-        taps = sum(_taps(k.shape[1], self.map[0]) * _taps(k.shape[2], self.map[1])
-                   for k in kernels)
+        taps = sum(_taps(k.shape[1], self.map[0]) * _taps(k.shape[2], self.map[1]) for k in kernels)
         return 2 * self.batch * self.channels * taps * (3 if passing == 'f+b' else 1)
 
 
@@ -234,8 +253,7 @@ def _taps(kernel: int, size: int) -> int:
 def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP per second of a large matrix product, the best of some."""
     a, b = torch.ones(2, MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
-    times = [measure_times({'product': lambda: a @ b}, 1, device)[0]['product']
-             for _ in range(10)]
+    times = [measure_times({'product': lambda: a @ b}, 1, device)[0]['product'] for _ in range(10)]
     return 2 * MATRIX_SIZE**3 / min(times)
 
 
@@ -260,8 +278,9 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """
     check_arguments(args)
     rate = matrix_product_rate(DTYPES[args.dtype], args.device)
-    machine = describe_machine(args.device, dtype=args.dtype, repeats=args.repeats,
-                               matrix_product_gflops=round(rate / 1e9, 1))
+    machine = describe_machine(
+        args.device, dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1)
+    )
     yield format_machine(machine)
     with_memory = args.family == 'shiftwise' and not args.no_memory
     memory_note = ' and, after @, peak memory above the inputs in MiB' if with_memory else ''
@@ -272,41 +291,49 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     for size in args.size:
         for batch in args.batch:
             for stage in args.stages:
-                options = dict(family=args.family, stage=stage, size=size, batch=batch,
-                               dtype=args.dtype, device=args.device)
+                options = dict(
+                    family=args.family, stage=stage, size=size, batch=batch, dtype=args.dtype, device=args.device
+                )
                 case = Case(**options)
                 if not names:
                     names = [name for name in case.contenders() if name not in args.skip]
                     if not set(LAYOUTS) <= set(names) and 'best mix' in names:
                         names.remove('best mix')
-                    header = ['image', 'batch', 'stage', 'map', 'channels', 'kernel', 'pass',
-                              'GFLOP/s', *names]
+                    header = ['image', 'batch', 'stage', 'map', 'channels', 'kernel', 'pass', 'GFLOP/s', *names]
                     widths = [9, 5, 5, 7, 8, 6, 4, 10, *(29 if with_memory else 16 for _ in names)]
                     yield from table_head(header, widths)
                 for passing in PASSES[args.family]:
                     rows.append(measure(case, options, names, passing, args, with_memory, rate))
                     yield table_row(cells(rows[-1], names), widths)
     write_results(args.json, machine, rows)
-    plot_bars(args.plot, [label(row) for row in rows],
-              {name: [1e3 * row['seconds'][name] if name in row['seconds'] else None
-                      for row in rows] for name in names},
-              f'{args.family}, {args.dtype}, {machine["device"]}, {machine["threads"]} threads',
-              'ms')
+    plot_bars(
+        args.plot,
+        [label(row) for row in rows],
+        {name: [1e3 * row['seconds'][name] if name in row['seconds'] else None for row in rows] for name in names},
+        f'{args.family}, {args.dtype}, {machine["device"]}, {machine["threads"]} threads',
+        'ms',
+    )
     if any(row['disagrees'] for row in rows):
         raise BenchmarkError('a result disagrees with the reference; its figures are left out.')
 
 
-def measure(case: Case, options: dict[str, Any], names: Sequence[str], passing: str,
-            args: argparse.Namespace, with_memory: bool, rate: float) -> dict[str, Any]:
+def measure(
+    case: Case,
+    options: dict[str, Any],
+    names: Sequence[str],
+    passing: str,
+    args: argparse.Namespace,
+    with_memory: bool,
+    rate: float,
+) -> dict[str, Any]:
     """All figures of one pass at one stage."""
     steps: dict[str, Callable[[], list[Tensor]]] = {
-        name: case.step(name, passing) for name in names if name != 'best mix'}
+        name: case.step(name, passing) for name in names if name != 'best mix'
+    }
     if 'best mix' in names:  # branch by branch, with one result in memory at a time
-        steps.update((f'{layout} {i}', case.branch(layout, i, passing))
-                     for layout in LAYOUTS for i in range(3))
+        steps.update((f'{layout} {i}', case.branch(layout, i, passing)) for layout in LAYOUTS for i in range(3))
     times, results = measure_times(steps, args.repeats, args.device)
-    branches = {layout: [times[f'{layout} {i}'] for i in range(3)] for layout in LAYOUTS
-                if 'best mix' in names}
+    branches = {layout: [times[f'{layout} {i}'] for i in range(3)] for layout in LAYOUTS if 'best mix' in names}
     results = {name: result for name, result in results.items() if name in names}
     judge = JUDGE[case.family]
     is_short = case.dtype in (torch.bfloat16, torch.float16)
@@ -322,33 +349,52 @@ def measure(case: Case, options: dict[str, Any], names: Sequence[str], passing: 
         # The small kernel of the deployed form is part of the wide one.
         fastest = [min(pair) for pair in zip(*branches.values(), strict=True)]
         seconds['best mix'] = sum(fastest[:2] if passing == 'sum' else fastest)
-    memory = {name: measure_peak(__name__, dict(options, contender=name, passing=passing))
-              for name in names if name not in disagrees} if with_memory else {}
+    memory = (
+        {
+            name: measure_peak(__name__, dict(options, contender=name, passing=passing))
+            for name in names
+            if name not in disagrees
+        }
+        if with_memory
+        else {}
+    )
     flops = case.flops(passing) if case.family == 'slak' else None
     return dict(
-        **{**options, 'size': list(options['size'])}, map=list(case.map), channels=case.channels,
-        kernel=case.kernel, passing=passing,
+        **{**options, 'size': list(options['size'])},
+        map=list(case.map),
+        channels=case.channels,
+        kernel=case.kernel,
+        passing=passing,
         backend=choose_backend(case.x, [w.detach() for w in case.weights]),
-        seconds=seconds, branch_seconds=branches, peak_mib=memory, disagrees=disagrees,
-        flops=flops, of_matrix_product=flops / seconds['ours'] / rate
-        if flops and 'ours' in seconds else None)
+        seconds=seconds,
+        branch_seconds=branches,
+        peak_mib=memory,
+        disagrees=disagrees,
+        flops=flops,
+        of_matrix_product=flops / seconds['ours'] / rate if flops and 'ours' in seconds else None,
+    )
 
 
 def label(row: dict[str, Any]) -> str:
     """Image, batch, stage and pass of a row."""
     height, width = row['size']
-    return (f'{height}x{width}, batch {row["batch"]}, stage {row["stage"] + 1}, '
-            f'{row["passing"]}')
+    return f'{height}x{width}, batch {row["batch"]}, stage {row["stage"] + 1}, {row["passing"]}'
 
 
 def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     """A row of the table as text."""
     seconds, peaks = row['seconds'], row['peak_mib']
     share = row['of_matrix_product']
-    texts = [f'{row["size"][0]}x{row["size"][1]}', str(row['batch']), str(row['stage'] + 1),
-             f'{row["map"][0]}x{row["map"][1]}', str(row['channels']), str(row['kernel']),
-             row['passing'],
-             f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else '']
+    texts = [
+        f'{row["size"][0]}x{row["size"][1]}',
+        str(row['batch']),
+        str(row['stage'] + 1),
+        f'{row["map"][0]}x{row["map"][1]}',
+        str(row['channels']),
+        str(row['kernel']),
+        row['passing'],
+        f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else '',
+    ]
     for name in names:
         if name not in seconds:
             texts.append('disagrees' if name in row['disagrees'] else '')

@@ -45,15 +45,21 @@ CONTENDERS = ('ours', 'official', 'heads')
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
     parser = commands.add_parser(
-        'segmentor', help="a segmentor's training step beside the official backbone",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', nargs='?', default='configs/upernet_slak_t_ade20k.py',
-                        help='config of a segmentor with one of our backbones (default: '
-                        '%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE',
-                        help='override entries of the config')
-    add_measurement_arguments(
-        parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False)
+        'segmentor',
+        help="a segmentor's training step beside the official backbone",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        'config',
+        nargs='?',
+        default='configs/upernet_slak_t_ade20k.py',
+        help='config of a segmentor with one of our backbones (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override entries of the config'
+    )
+    add_measurement_arguments(parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False)
     parser.set_defaults(run=run)
 
 
@@ -73,8 +79,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """
     check_arguments(args)
     training = _Training(args)
-    machine = describe_machine(
-        args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats)
+    machine = describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats)
     yield format_machine(machine)
     yield 'Median time of a training step in ms, behind it the multiple of ours.\n'
     widths = [9, 5, 9, 18, 18]
@@ -85,15 +90,26 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             row = training.measure(size, batch)
             rows.append(row)
             seconds = row['seconds']
-            yield table_row([
-                f'{size[0]}x{size[1]}', str(batch), f'{1e3 * seconds["ours"]:.0f}',
-                *(f'{1e3 * seconds[name]:.0f}' + multiple(seconds[name], seconds['ours'])
-                  for name in CONTENDERS[1:])], widths)
+            yield table_row(
+                [
+                    f'{size[0]}x{size[1]}',
+                    str(batch),
+                    f'{1e3 * seconds["ours"]:.0f}',
+                    *(
+                        f'{1e3 * seconds[name]:.0f}' + multiple(seconds[name], seconds['ours'])
+                        for name in CONTENDERS[1:]
+                    ),
+                ],
+                widths,
+            )
     write_results(args.json, machine, rows)
     plot_bars(
-        args.plot, [f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}' for row in rows],
+        args.plot,
+        [f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}' for row in rows],
         {name: [1e3 * row['seconds'][name] for row in rows] for name in CONTENDERS},
-        f'A training step of {Path(args.config).stem}', 'ms')
+        f'A training step of {Path(args.config).stem}',
+        'ms',
+    )
 
 
 class _Features(nn.Module):
@@ -127,22 +143,23 @@ class _Training:
         elif isinstance(self.backbone, ShiftWise) and self.backbone.version == 2:
             self.official = official_shiftwise(self.backbone)
         else:
-            raise BenchmarkError(f'The backbone of {args.config} is neither a decomposed SLaK nor '
-                                 'ShiftWise of version 2.')
+            raise BenchmarkError(
+                f'The backbone of {args.config} is neither a decomposed SLaK nor ShiftWise of version 2.'
+            )
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps."""
         data = self.data(size, batch)
         with torch.no_grad():
             features = self.backbone(data['inputs'])
-        backbones: dict[str, nn.Module] = dict(
-            ours=self.backbone, official=self.official, heads=_Features(features))
+        backbones: dict[str, nn.Module] = dict(ours=self.backbone, official=self.official, heads=_Features(features))
         times, results = measure_times(
             {name: self.step(backbone, data) for name, backbone in backbones.items()},
-            self.args.repeats, self.args.device)
+            self.args.repeats,
+            self.args.device,
+        )
         # Whole networks add up the rounding of their layers.
-        wrong = disagreeing({'ours': results['ours']}, results['official'],
-                            10 * TOLERANCE[torch.float32])
+        wrong = disagreeing({'ours': results['ours']}, results['official'], 10 * TOLERANCE[torch.float32])
         if wrong:
             raise BenchmarkError('ours disagrees with the official backbone; no figure is given.')
         self.model.backbone = self.backbone
@@ -152,11 +169,11 @@ class _Training:
         """Images and labels, as the data preprocessor hands them on."""
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
+
         generator = torch.Generator().manual_seed(1)
         samples = []
         for _ in range(batch):
-            labels = torch.randint(
-                self.model.decode_head.num_classes, (1, *size), generator=generator)
+            labels = torch.randint(self.model.decode_head.num_classes, (1, *size), generator=generator)
             sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
             sample.set_metainfo(dict(img_shape=size, ori_shape=size, pad_shape=size))
             samples.append(sample.to(self.args.device))

@@ -16,9 +16,7 @@ from torch import Tensor
 __all__ = ['FusedShiftAndAdd', 'activation_space', 'shift_and_add']
 
 
-def shift_and_add(
-    filtered: Tensor, shifts: Tensor, picks: Tensor, small_kernel: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def shift_and_add(filtered: Tensor, shifts: Tensor, picks: Tensor, small_kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the shifted results of the small filters.
 
     With e = s - 1 - s // 2 the margin of the input and p running over a channel's filters::
@@ -51,15 +49,15 @@ def shift_and_add(
             rows = (shifts[:, g] == shift).nonzero()[:, 0]
             low, high = max(0, shift), min(w, padded_w + shift)
             if low < high:
-                moved = filtered[:, rows, e:e + h, low - shift:high - shift]
+                moved = filtered[:, rows, e : e + h, low - shift : high - shift]
                 wide = wide.index_add(1, output[rows], F.pad(moved, (low, w - high)))
         for shift in shifts[:, num_reps + g].unique().tolist():
             rows = (shifts[:, num_reps + g] == shift).nonzero()[:, 0]
             low, high = max(0, shift), min(h, padded_h + shift)
             if low < high:
-                moved = filtered[:, rows, low - shift:high - shift, e:e + w]
+                moved = filtered[:, rows, low - shift : high - shift, e : e + w]
                 tall = tall.index_add(1, output[rows], F.pad(moved, (0, 0, low, h - high)))
-    center = filtered[:, :, e:e + h, e:e + w]
+    center = filtered[:, :, e : e + h, e : e + w]
     small = filtered.new_zeros(n, c, h, w)
     for g in range(num_reps):
         small = small + center[:, picks[:, g].long()]
@@ -75,14 +73,18 @@ class FusedShiftAndAdd(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, filtered: Tensor, shifts: Tensor, picks: Tensor,  # type: ignore
-                small_kernel: int) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(
+        ctx: Any,
+        filtered: Tensor,
+        shifts: Tensor,
+        picks: Tensor,  # type: ignore
+        small_kernel: int,
+    ) -> tuple[Tensor, ...]:  # noqa: D102
         ctx.save_for_backward(shifts, picks)
         ctx.geometry = filtered.shape, small_kernel
         e = small_kernel - 1 - small_kernel // 2
         n, _, padded_h, padded_w = filtered.shape
-        outs = [filtered.new_zeros(n, len(picks), padded_h - 2 * e, padded_w - 2 * e)
-                for _ in range(3)]  # fmt: skip
+        outs = [filtered.new_zeros(n, len(picks), padded_h - 2 * e, padded_w - 2 * e) for _ in range(3)]
         for out, rows, to, source in _moves(outs, shifts, picks, filtered.shape, small_kernel):
             out[to] += filtered[:, rows][source]
         return tuple(outs)
@@ -101,8 +103,7 @@ class FusedShiftAndAdd(torch.autograd.Function):
 
 
 def _moves(
-    outs: Sequence[Tensor], shifts: Tensor, picks: Tensor, shape: Sequence[int],
-    small_kernel: int,
+    outs: Sequence[Tensor], shifts: Tensor, picks: Tensor, shape: Sequence[int], small_kernel: int
 ) -> Iterator[tuple[Tensor, Tensor, tuple[slice, ...], tuple[slice, ...]]]:
     """Output, filters, and the windows of both, of every term of the sums; wide, tall, small."""
     e = small_kernel - 1 - small_kernel // 2
@@ -120,14 +121,11 @@ def _moves(
             rows = (shifts[:, column] == shift).nonzero()[:, 0]
             to, source = slice(low, high), slice(low - shift, high - shift)
             if is_wide:
-                yield outs[0], rows, (every, every, every, to), (
-                    every, every, slice(e, e + h), source)
+                yield (outs[0], rows, (every, every, every, to), (every, every, slice(e, e + h), source))
             else:
-                yield outs[1], rows, (every, every, to), (
-                    every, every, source, slice(e, e + w))
+                yield outs[1], rows, (every, every, to), (every, every, source, slice(e, e + w))
     for column in range(num_reps):
-        yield outs[2], picks[:, column].long(), (every,), (
-            every, every, slice(e, e + h), slice(e, e + w))
+        yield (outs[2], picks[:, column].long(), (every,), (every, every, slice(e, e + h), slice(e, e + w)))
 
 
 def activation_space(

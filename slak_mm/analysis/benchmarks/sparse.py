@@ -6,6 +6,7 @@ every 100 or 2000 steps. What the masks take is timed within the steps as well: 
 more than that. Before a figure is printed, the zeros of the weights and of AdamW's moments are
 checked bit for bit, and the number of weights in every layer.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,20 +44,29 @@ CONTENDERS = ('dense', 'static', 'update')
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
-        'sparse', help='training steps without masks, with masks, and with an update of them',
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        'sparse',
+        help='training steps without masks, with masks, and with an update of them',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
     parser.add_argument('--arch', default='tiny', help='tiny, small or base (default: tiny)')
-    parser.add_argument('--mode', choices=('set', 'rigl', 'momentum'), default='set',
-                        help='how masks change (default: set, the published one)')
+    parser.add_argument(
+        '--mode',
+        choices=('set', 'rigl', 'momentum'),
+        default='set',
+        help='how masks change (default: set, the published one)',
+    )
     parser.add_argument('--sparsity', type=float, default=0.4, help='(default: 0.4)')
-    parser.add_argument('--intervals', nargs='+', type=positive_int, metavar='STEPS',
-                        default=sorted({int(p['update_interval']) for p in PRESETS.values()}),
-                        help='steps between two updates, for the averages (default: those of the '
-                        'presets)')
-    add_measurement_arguments(
-        parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',),
-        memory=False)
+    parser.add_argument(
+        '--intervals',
+        nargs='+',
+        type=positive_int,
+        metavar='STEPS',
+        default=sorted({int(p['update_interval']) for p in PRESETS.values()}),
+        help='steps between two updates, for the averages (default: those of the presets)',
+    )
+    add_measurement_arguments(parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',), memory=False)
     parser.set_defaults(run=run)
 
 
@@ -74,11 +84,24 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """
     check_arguments(args)
     machine = describe_machine(
-        args.device, backbone=f'{args.backbone} {args.arch}', mode=args.mode,
-        sparsity=args.sparsity, repeats=args.repeats)
+        args.device,
+        backbone=f'{args.backbone} {args.arch}',
+        mode=args.mode,
+        sparsity=args.sparsity,
+        repeats=args.repeats,
+    )
     yield format_machine(machine)
-    columns = ('image', 'batch', 'dense', 'static', 'update', 'masks, static', 'masks, update',
-               'static', *(f'every {interval} steps' for interval in args.intervals))
+    columns = (
+        'image',
+        'batch',
+        'dense',
+        'static',
+        'update',
+        'masks, static',
+        'masks, update',
+        'static',
+        *(f'every {interval} steps' for interval in args.intervals),
+    )
     widths = [max(10, len(column)) for column in columns]
     yield from table_head(columns, widths)
     training = _Training(args)
@@ -87,16 +110,24 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         for batch in args.batch:
             row = training.measure(size, batch)
             rows.append(row)
-            yield table_row([
-                row['size'], str(batch),
-                *(f'{1e3 * row["seconds"][name]:.1f} ms' for name in CONTENDERS),
-                *(f'{1e3 * row["masks"][name]:.1f} ms' for name in ('static', 'update')),
-                *(f'{share:.2%}' for share in row['overhead'].values())], widths)
+            yield table_row(
+                [
+                    row['size'],
+                    str(batch),
+                    *(f'{1e3 * row["seconds"][name]:.1f} ms' for name in CONTENDERS),
+                    *(f'{1e3 * row["masks"][name]:.1f} ms' for name in ('static', 'update')),
+                    *(f'{share:.2%}' for share in row['overhead'].values()),
+                ],
+                widths,
+            )
     write_results(args.json, machine, rows)
     plot_bars(
-        args.plot, [f'{row["size"]}, batch {row["batch"]}' for row in rows],
+        args.plot,
+        [f'{row["size"]}, batch {row["batch"]}' for row in rows],
         {name: [1e3 * row['seconds'][name] for row in rows] for name in CONTENDERS},
-        f'A training step of {args.backbone} {args.arch}', 'ms')
+        f'A training step of {args.backbone} {args.arch}',
+        'ms',
+    )
 
 
 class _Training:
@@ -105,43 +136,40 @@ class _Training:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         torch.manual_seed(0)
-        self.model: nn.Module = MODELS.build(dict(
-            type=args.backbone, arch=args.arch, norm_cfg=dict(type='BN'))).to(args.device)
+        self.model: nn.Module = MODELS.build(dict(type=args.backbone, arch=args.arch, norm_cfg=dict(type='BN'))).to(
+            args.device
+        )
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         options: dict[str, Any] = dict(
-            distribution='uniform', sparsity=args.sparsity, prune_rate=0.3,
-            per_filter=args.backbone == 'ShiftWise')
-        parameters = select_parameters(
-            self.model, 'all' if args.backbone == 'SLaK' else 'shiftwise_filters')
+            distribution='uniform', sparsity=args.sparsity, prune_rate=0.3, per_filter=args.backbone == 'ShiftWise'
+        )
+        parameters = select_parameters(self.model, 'all' if args.backbone == 'SLaK' else 'shiftwise_filters')
         self.masks = dict(
             static=SparseTraining(parameters, **options),
-            update=SparseTraining(
-                parameters, mode=args.mode, total_steps=10 ** 6, update_interval=1, **options))
+            update=SparseTraining(parameters, mode=args.mode, total_steps=10**6, update_interval=1, **options),
+        )
         for sparse in self.masks.values():
             sparse.initialize()
         self.seconds: dict[str, list[float]] = {name: [] for name in self.masks}
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps, of what masks take in them, and its share of the dense step."""
-        x = torch.randn(batch, 3, *size, device=self.args.device,
-                        generator=torch.Generator(self.args.device).manual_seed(1))
+        x = torch.randn(
+            batch, 3, *size, device=self.args.device, generator=torch.Generator(self.args.device).manual_seed(1)
+        )
         for name, sparse in self.masks.items():
             self.step(name, x)()
             self.check(name, sparse)
         self.seconds = {name: [] for name in self.masks}
-        times, _ = measure_times(
-            {name: self.step(name, x) for name in CONTENDERS}, self.args.repeats,
-            self.args.device)
+        times, _ = measure_times({name: self.step(name, x) for name in CONTENDERS}, self.args.repeats, self.args.device)
         # The first of each warms up, if it was not the only one.
-        masks = {name: statistics.median(seconds[1:] or seconds)
-                 for name, seconds in self.seconds.items()}
+        masks = {name: statistics.median(seconds[1:] or seconds) for name, seconds in self.seconds.items()}
         overhead = {'static': masks['static'] / times['dense']}
         for interval in self.args.intervals:
             mean = ((interval - 1) * masks['static'] + masks['update']) / interval
             overhead[f'every {interval}'] = mean / times['dense']
-        return dict(size=f'{size[0]}x{size[1]}', batch=batch, seconds=times, masks=masks,
-                    overhead=overhead)
+        return dict(size=f'{size[0]}x{size[1]}', batch=batch, seconds=times, masks=masks, overhead=overhead)
 
     def step(self, name: str, x: torch.Tensor) -> Callable[[], None]:
         """A training step of a contender."""

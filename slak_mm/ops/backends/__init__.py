@@ -51,8 +51,7 @@ _forced: str | None = None
 
 def _check_name(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(
-            f'{source} names the unknown backend {name!r}; choose from {", ".join(BACKENDS)}')
+        raise ValueError(f'{source} names the unknown backend {name!r}; choose from {", ".join(BACKENDS)}')
     return name
 
 
@@ -89,9 +88,7 @@ def forced_backend() -> str | None:
     return None if name is None else _check_name(name, ENVIRONMENT_VARIABLE)
 
 
-def choose_backend(
-    x: Tensor, kernels: Sequence[Tensor], operation: Literal['forward', 'backward'] = 'forward'
-) -> str:
+def choose_backend(x: Tensor, kernels: Sequence[Tensor], operation: Literal['forward', 'backward'] = 'forward') -> str:
     """Name the backend that runs on these tensors.
 
     Args:
@@ -113,9 +110,10 @@ def choose_backend(
             raise RuntimeError(f'backend {name!r} was asked for but cannot run: {reason}')
         return name
     candidates = (
-        name for name, backend in BACKENDS.items()
-        if backend.unavailable_reason(x, kernels) is None
-        and getattr(backend, 'is_preferred', _always)(x, kernels))  # fmt: skip
+        name
+        for name, backend in BACKENDS.items()
+        if backend.unavailable_reason(x, kernels) is None and getattr(backend, 'is_preferred', _always)(x, kernels)
+    )
     if x.device.type != 'cuda':
         return next(candidates)
     return measured.fastest({n: BACKENDS[n] for n in candidates}, x, kernels, operation)

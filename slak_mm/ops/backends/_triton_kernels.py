@@ -23,10 +23,19 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_wide(
-    acc, plane, taps, h, w_first, H, W,
-    KH: tl.constexpr, KW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc,
+    plane,
+    taps,
+    h,
+    w_first,
+    H,
+    W,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Add the convolution of a tile with one kernel, along the rows.
 
     ``acc[h, w] += sum over i and u of plane[h + i - KH // 2, u] * taps[i, u - w + KW // 2]``: for
@@ -41,8 +50,8 @@ def _add_wide(
         for begin in range(first, last, BLOCK_K):
             u = begin + tl.arange(0, BLOCK_K)
             seen = tl.load(
-                plane + rows[:, None] * W + u[None, :],
-                mask=inside[:, None] & (u < last)[None, :], other=0.0)
+                plane + rows[:, None] * W + u[None, :], mask=inside[:, None] & (u < last)[None, :], other=0.0
+            )
             tap = u[:, None] - w[None, :] + KW // 2
             band = tl.load(taps + i * KW + tap, mask=(tap >= 0) & (tap < KW), other=0.0)
             acc = _dot(seen, band, acc, PRECISION)
@@ -51,10 +60,19 @@ def _add_wide(
 
 @triton.jit
 def _add_tall(
-    acc, plane, taps, h_first, w, H, W,
-    KH: tl.constexpr, KW: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc,
+    plane,
+    taps,
+    h_first,
+    w,
+    H,
+    W,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Add the convolution of a tile with one kernel, along the columns."""
     h = h_first + tl.arange(0, BLOCK_H)
     first = tl.maximum(h_first - KH // 2, 0)
@@ -65,8 +83,8 @@ def _add_tall(
         for begin in range(first, last, BLOCK_K):
             u = begin + tl.arange(0, BLOCK_K)
             seen = tl.load(
-                plane + u[:, None] * W + columns[None, :],
-                mask=(u < last)[:, None] & inside[None, :], other=0.0)
+                plane + u[:, None] * W + columns[None, :], mask=(u < last)[:, None] & inside[None, :], other=0.0
+            )
             tap = u[None, :] - h[:, None] + KH // 2
             band = tl.load(taps + tap * KW + j, mask=(tap >= 0) & (tap < KH), other=0.0)
             acc = _dot(band, seen, acc, PRECISION)
@@ -75,29 +93,63 @@ def _add_tall(
 
 @triton.jit
 def _add(
-    acc, x, kernel, c, plane, h_first, w_first, H, W,
-    KH: tl.constexpr, KW: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    acc,
+    x,
+    kernel,
+    c,
+    plane,
+    h_first,
+    w_first,
+    H,
+    W,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add one branch to the tile at (h_first, w_first)."""
     taps = kernel + c * (KH * KW)
     if KH > KW:
-        acc = _add_tall(acc, x + plane, taps, h_first, w_first + tl.arange(0, BLOCK_W), H, W,
-                        KH, KW, BLOCK_H, BLOCK_K, PRECISION)
+        acc = _add_tall(
+            acc, x + plane, taps, h_first, w_first + tl.arange(0, BLOCK_W), H, W, KH, KW, BLOCK_H, BLOCK_K, PRECISION
+        )
     else:
-        acc = _add_wide(acc, x + plane, taps, h_first + tl.arange(0, BLOCK_H), w_first, H, W,
-                        KH, KW, BLOCK_W, BLOCK_K, PRECISION)
+        acc = _add_wide(
+            acc, x + plane, taps, h_first + tl.arange(0, BLOCK_H), w_first, H, W, KH, KW, BLOCK_W, BLOCK_K, PRECISION
+        )
     return acc
 
 
 @triton.jit
 def convolve_kernel(
-    x0, x1, x2, k0, k1, k2, bias, y0, y1, y2, C, H, W,
-    KH0: tl.constexpr, KW0: tl.constexpr, KH1: tl.constexpr, KW1: tl.constexpr,
-    KH2: tl.constexpr, KW2: tl.constexpr, HAS_BIAS: tl.constexpr, REDUCE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    x0,
+    x1,
+    x2,
+    k0,
+    k1,
+    k2,
+    bias,
+    y0,
+    y1,
+    y2,
+    C,
+    H,
+    W,
+    KH0: tl.constexpr,
+    KW0: tl.constexpr,
+    KH1: tl.constexpr,
+    KW1: tl.constexpr,
+    KH2: tl.constexpr,
+    KW2: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Convolve up to three inputs, each with its kernel; one program for a tile of a plane.
 
     A kernel of height 0 does not exist. With REDUCE the sum and the bias go to ``y0``.
@@ -115,20 +167,17 @@ def convolve_kernel(
     inside = (h < H)[:, None] & (w < W)[None, :]
 
     acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
-    acc = _add(acc, x0, k0, c, plane, h_first, w_first, H, W, KH0, KW0,
-               BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
+    acc = _add(acc, x0, k0, c, plane, h_first, w_first, H, W, KH0, KW0, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
     if KH1 > 0:
         if not REDUCE:
             tl.store(y0 + place, acc.to(y0.dtype.element_ty), mask=inside)
             acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
-        acc = _add(acc, x1, k1, c, plane, h_first, w_first, H, W, KH1, KW1,
-                   BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
+        acc = _add(acc, x1, k1, c, plane, h_first, w_first, H, W, KH1, KW1, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
     if KH2 > 0:
         if not REDUCE:
             tl.store(y1 + place, acc.to(y0.dtype.element_ty), mask=inside)
             acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
-        acc = _add(acc, x2, k2, c, plane, h_first, w_first, H, W, KH2, KW2,
-                   BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
+        acc = _add(acc, x2, k2, c, plane, h_first, w_first, H, W, KH2, KW2, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + c).to(tl.float32)
     result = acc.to(y0.dtype.element_ty)
@@ -142,11 +191,24 @@ def convolve_kernel(
 
 @triton.jit
 def gradient_kernel(
-    x, grad, partial, N, C, R, L, stride_r, stride_l, items_per_program,
-    TAPS: tl.constexpr, LENGTH: tl.constexpr, ALONG_R: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x,
+    grad,
+    partial,
+    N,
+    C,
+    R,
+    L,
+    stride_r,
+    stride_l,
+    items_per_program,
+    TAPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALONG_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Part of the gradient of a kernel of TAPS x LENGTH on planes of R x L pixels.
 
     ``partial[s, c, i, m]`` is the sum over some pixels (r, l) of the images of
@@ -184,13 +246,18 @@ def gradient_kernel(
         rows = r[None, :] - i[:, None] + TAPS // 2
         given = tl.load(
             grad + plane + rows * stride_r + l[None, :] * stride_l,
-            mask=inside[None, :] & (rows >= 0) & (rows < R) & (i < TAPS)[:, None], other=0.0)
+            mask=inside[None, :] & (rows >= 0) & (rows < R) & (i < TAPS)[:, None],
+            other=0.0,
+        )
         places = l[:, None] + m[None, :] - LENGTH // 2
         seen = tl.load(
             x + plane + r[:, None] * stride_r + places * stride_l,
             mask=inside[:, None] & (places >= 0) & (places < L) & (m < LENGTH)[None, :],
-            other=0.0)
+            other=0.0,
+        )
         acc = _dot(given, seen, acc, PRECISION)
     tl.store(
-        partial + ((s * C + c) * TAPS + i[:, None]) * LENGTH + m[None, :], acc,
-        mask=(i < TAPS)[:, None] & (m < LENGTH)[None, :])
+        partial + ((s * C + c) * TAPS + i[:, None]) * LENGTH + m[None, :],
+        acc,
+        mask=(i < TAPS)[:, None] & (m < LENGTH)[None, :],
+    )

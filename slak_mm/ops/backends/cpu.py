@@ -42,9 +42,7 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
     if not reduce:
         return tuple(_convolve(x, kernel) for kernel in kernels)
@@ -52,9 +50,8 @@ def forward(
 
 
 def backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
     grads = reference.expand(grads, kernels)
     grad_x = grad_kernels = None
@@ -63,14 +60,11 @@ def backward(
         # kernel flipped, which is faster than PyTorch's own input gradient.
         grad_x = _sum_of_convolutions(grads, [kernel.flip(1, 2) for kernel in kernels], None)
     if needs_kernels:
-        grad_kernels = tuple(
-            _kernel_gradient(x, grad, kernel) for grad, kernel in zip(grads, kernels))
+        grad_kernels = tuple(_kernel_gradient(x, grad, kernel) for grad, kernel in zip(grads, kernels))
     return grad_x, grad_kernels
 
 
-def _sum_of_convolutions(
-    inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None
-) -> Tensor:
+def _sum_of_convolutions(inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     dtype = reference.sum_dtype(inputs[0].dtype)
     results = [_convolve(x.to(dtype), kernel.to(dtype)) for x, kernel in zip(inputs, kernels)]
     return reference.sum_of(results, bias).to(inputs[0].dtype)
@@ -115,7 +109,17 @@ def _gradient_by_columns(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
         left = kw // 2 - first
         seen = F.pad(x, (left, width - 1 - left)).contiguous(memory_format=torch.channels_last)
         part = torch.ops.aten.convolution_backward(
-            grad, seen, x.new_empty(x.shape[1], 1, kh, width), None, [1, 1], [kh // 2, 0], [1, 1],
-            False, [0, 0], x.shape[1], [False, True, False])[1].squeeze(1)  # fmt: skip
-        columns += part.unbind(-1)[len(columns) - first:]
+            grad,
+            seen,
+            x.new_empty(x.shape[1], 1, kh, width),
+            None,
+            [1, 1],
+            [kh // 2, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            x.shape[1],
+            [False, True, False],
+        )[1].squeeze(1)
+        columns += part.unbind(-1)[len(columns) - first :]
     return torch.stack(columns, dim=-1)

@@ -38,23 +38,22 @@ class _Tensor(ctypes.Structure):
 
 class _Branch(ctypes.Structure):
     _fields_ = [
-        ('weight', ctypes.c_void_p), *((s, ctypes.c_int64) for s in 'chw'),
-        *((s, ctypes.c_int32) for s in (
-            'rows', 'columns', 'row', 'column', 'source', 'target', 'flip', 'reserved')),
-    ]  # fmt: skip
+        ('weight', ctypes.c_void_p),
+        *((s, ctypes.c_int64) for s in 'chw'),
+        *((s, ctypes.c_int32) for s in ('rows', 'columns', 'row', 'column', 'source', 'target', 'flip', 'reserved')),
+    ]
 
 
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((s, ctypes.c_int64) for s in ('images', 'channels', 'height', 'width')),
-        *((s, ctypes.c_int32) for s in (
-            'dtype', 'threads', 'sources', 'targets', 'branches', 'reserved')),
+        *((s, ctypes.c_int32) for s in ('dtype', 'threads', 'sources', 'targets', 'branches', 'reserved')),
         ('source', _Tensor * (_MAX_BRANCHES + 1)),
         ('target', _Tensor * _MAX_BRANCHES),
         ('branch', _Branch * _MAX_BRANCHES),
         ('bias', ctypes.c_void_p),
         ('parallel', ctypes.c_void_p),
-    ]  # fmt: skip
+    ]
 
 
 def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
@@ -69,58 +68,84 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
     layout = memory_format(x)
-    results = [
-        torch.empty_like(x, memory_format=layout) for _ in range(1 if reduce else len(kernels))]
+    results = [torch.empty_like(x, memory_format=layout) for _ in range(1 if reduce else len(kernels))]
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    _run('slak_cross_forward', x, [x], results, [
-        (kernel, 0, 0 if reduce else i) for i, kernel in enumerate(kernels)], bias=bias)
+    _run(
+        'slak_cross_forward',
+        x,
+        [x],
+        results,
+        [(kernel, 0, 0 if reduce else i) for i, kernel in enumerate(kernels)],
+        bias=bias,
+    )
     return tuple(results)
 
 
 def backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
     sources = [0 if len(grads) == 1 else i for i in range(len(kernels))]
     grad_x = grad_kernels = None
     if needs_x:
         grad_x = torch.empty_like(x, memory_format=memory_format(x))
-        _run('slak_cross_forward', x, grads, [grad_x], [
-            (kernel, source, 0) for kernel, source in zip(kernels, sources)], flip=True)
+        _run(
+            'slak_cross_forward',
+            x,
+            grads,
+            [grad_x],
+            [(kernel, source, 0) for kernel, source in zip(kernels, sources)],
+            flip=True,
+        )
     if needs_kernels:
-        grad_kernels = tuple(
-            torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)
-        _run('slak_cross_kernel_gradient', x, [x, *grads], [], [
-            (grad, source + 1, 0) for grad, source in zip(grad_kernels, sources)])
+        grad_kernels = tuple(torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)
+        _run(
+            'slak_cross_kernel_gradient',
+            x,
+            [x, *grads],
+            [],
+            [(grad, source + 1, 0) for grad, source in zip(grad_kernels, sources)],
+        )
     return grad_x, grad_kernels
 
 
 def _run(
-    function: str, x: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor],
-    branches: Sequence[tuple[Tensor, int, int]], bias: Tensor | None = None, flip: bool = False,
-) -> None:  # fmt: skip
+    function: str,
+    x: Tensor,
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    branches: Sequence[tuple[Tensor, int, int]],
+    bias: Tensor | None = None,
+    flip: bool = False,
+) -> None:
     """Call the library: branch (kernel, source, target) reads one tensor and adds to another."""
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
     described = [
         _Branch(
-            k.data_ptr(), *k.stride(), k.shape[1], k.shape[2], k.shape[1] // 2, k.shape[2] // 2,
-            source, target, flip)
-        for k, source, target in branches]
+            k.data_ptr(), *k.stride(), k.shape[1], k.shape[2], k.shape[1] // 2, k.shape[2] // 2, source, target, flip
+        )
+        for k, source, target in branches
+    ]
     problem = _Problem(
-        *x.shape, _DTYPES[x.dtype], torch.get_num_threads(), len(sources), len(targets),
-        len(branches), 0,
+        *x.shape,
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        len(sources),
+        len(targets),
+        len(branches),
+        0,
         tuple(_Tensor(t.data_ptr(), *t.stride()) for t in sources),
         tuple(_Tensor(t.data_ptr(), *t.stride()) for t in targets),
-        tuple(described), None if bias is None else bias.data_ptr(), _parallel())
+        tuple(described),
+        None if bias is None else bias.data_ptr(),
+        _parallel(),
+    )
     # ctypes releases the interpreter lock during the call.
     status = getattr(library, function)(ctypes.byref(problem))
     if status != 0:

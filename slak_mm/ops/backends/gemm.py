@@ -54,9 +54,7 @@ def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
     return x.device.type != 'cpu' or x.dtype is torch.float16
 
 
-def forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
     results = convolve(x, [(x, kernel) for kernel in kernels], reduce, keep=True)
     if bias is not None:
@@ -65,24 +63,19 @@ def forward(
 
 
 def backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
     grads = reference.expand(grads, kernels)
     grad_x = grad_kernels = None
     if needs_x:
-        grad_x, = convolve(
-            x, [(grad, kernel.flip(1, 2)) for grad, kernel in zip(grads, kernels)], True)
+        (grad_x,) = convolve(x, [(grad, kernel.flip(1, 2)) for grad, kernel in zip(grads, kernels)], True)
     if needs_kernels:
-        grad_kernels = tuple(
-            kernel_gradient(x, grad, kernel) for grad, kernel in zip(grads, kernels))
+        grad_kernels = tuple(kernel_gradient(x, grad, kernel) for grad, kernel in zip(grads, kernels))
     return grad_x, grad_kernels
 
 
-def convolve(
-    like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, keep: bool = False
-) -> list[Tensor]:
+def convolve(like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, keep: bool = False) -> list[Tensor]:
     """Convolve several inputs (N, C, H, W), each with its kernel (C, kh, kw).
 
     Args:
@@ -110,9 +103,7 @@ def convolve(
     return [y.to(like.dtype) for y in results]
 
 
-def _convolve_long(
-    x: Tensor, kernel: Tensor, out: Tensor, accumulate: bool, keep: bool
-) -> None:
+def _convolve_long(x: Tensor, kernel: Tensor, out: Tensor, accumulate: bool, keep: bool) -> None:
     """Convolve with a large kernel into ``out``, group by group of channels."""
     kh, kw = kernel.shape[1:]
     if kw < kh:  # a tall kernel is a wide one on the transposed map
@@ -123,12 +114,10 @@ def _convolve_long(
     # On a GPU the look-up would wait for the device, and to build them takes little there.
     matrices = _cache.get(kernel, w, tile, dtype) if keep and x.device.type == 'cpu' else None
     for group in _groups(x, kernel.shape[1], tile, dtype):
-        part = matrices[group] if matrices is not None else toeplitz_matrices(
-            kernel[group], w, tile, dtype)
+        part = matrices[group] if matrices is not None else toeplitz_matrices(kernel[group], w, tile, dtype)
         # In half precision each addition to the result would be rounded. On a CPU, where it is
         # not used, the additions are cheaper than the copy.
-        y = _rows_times_matrices(
-            x[:, group].to(dtype), part, kernel.shape[2], tile, joint=x.device.type != 'cpu')
+        y = _rows_times_matrices(x[:, group].to(dtype), part, kernel.shape[2], tile, joint=x.device.type != 'cpu')
         if accumulate:
             out[:, group] += y.to(out.dtype)
         else:
@@ -152,8 +141,7 @@ def _groups(x: Tensor, taps: int, tile: int, dtype: torch.dtype) -> list[slice]:
     n, c, h, w = x.shape
     itemsize = torch.empty((), dtype=dtype).element_size()
     copies = 3 if x.device.type == 'cpu' else 3 + taps
-    bytes_per_channel = itemsize * (
-        copies * n * (h + taps) * (w + tile) + taps * (w + tile) * tile)
+    bytes_per_channel = itemsize * (copies * n * (h + taps) * (w + tile) + taps * (w + tile) * tile)
     limit = GROUP_BYTES.get(x.device.type, GROUP_BYTES['cuda'])
     size = max(1, min(c, limit // max(1, bytes_per_channel)))
     return [slice(first, min(first + size, c)) for first in range(0, c, size)]
@@ -183,9 +171,7 @@ def toeplitz_matrices(kernel: Tensor, width: int, tile: int, dtype: torch.dtype)
     return line.unfold(-1, tile, 1).flip(-1)
 
 
-def _rows_times_matrices(
-    x: Tensor, matrices: Tensor, length: int, tile: int, joint: bool
-) -> Tensor:
+def _rows_times_matrices(x: Tensor, matrices: Tensor, length: int, tile: int, joint: bool) -> Tensor:
     """Convolve (N, C, H, W) with wide kernels, given as Toeplitz matrices.
 
     With ``joint`` the products of all kernel rows are one product, else they are added up.
@@ -203,8 +189,8 @@ def _rows_times_matrices(
     y = rows.new_empty(c, count + 2 * margin, width)
     inputs = matrices.shape[2]
     for first in range(0, width, tile):
-        into = y[:, :count, first:first + tile]
-        seen = [rows[:, i:i + count, first:first + inputs] for i in range(taps)]
+        into = y[:, :count, first : first + tile]
+        seen = [rows[:, i : i + count, first : first + inputs] for i in range(taps)]
         if joint:
             torch.bmm(torch.cat(seen, dim=-1), matrices.flatten(1, 2), out=into)
             continue
@@ -239,9 +225,12 @@ def kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     dtype = _compute_dtype(x)
     taps, length = kernel.shape[1:]
     tile = _tile_size(x.shape[3], length)
-    gradient = torch.cat([
-        _gradient_of_rows(x[:, group].to(dtype), grad[:, group].to(dtype), taps, length, tile)
-        for group in _groups(x, taps, tile, dtype)])  # fmt: skip
+    gradient = torch.cat(
+        [
+            _gradient_of_rows(x[:, group].to(dtype), grad[:, group].to(dtype), taps, length, tile)
+            for group in _groups(x, taps, tile, dtype)
+        ]
+    )
     return (gradient.transpose(1, 2) if is_tall else gradient).to(kernel.dtype)
 
 
@@ -261,8 +250,8 @@ def _gradient_of_rows(x: Tensor, grad: Tensor, taps: int, length: int, tile: int
     for i in range(taps):
         pairs: Tensor | None = None
         for first in range(0, w, tile):
-            seen = rows[:, i:i + count, first:first + inputs].transpose(1, 2)
-            given = grads[:, :count, first:first + tile]
+            seen = rows[:, i : i + count, first : first + inputs].transpose(1, 2)
+            given = grads[:, :count, first : first + tile]
             # Products of one tile after the other are added up in float32 at least.
             product = torch.bmm(seen, given)
             product = product.float() if product.element_size() < 4 else product
@@ -271,8 +260,7 @@ def _gradient_of_rows(x: Tensor, grad: Tensor, taps: int, length: int, tile: int
         if not is_tiled:
             pairs = F.pad(pairs, (0, 0, reach, reach))
         stride = pairs.stride()
-        diagonals = pairs.as_strided(
-            (c, 2 * reach + 1, pairs.shape[2]), (stride[0], stride[1], stride[1] + stride[2]))
+        diagonals = pairs.as_strided((c, 2 * reach + 1, pairs.shape[2]), (stride[0], stride[1], stride[1] + stride[2]))
         result.append(diagonals.sum(-1))
     gradient = torch.stack(result, dim=1)
     return F.pad(gradient, (half - reach, half - reach))
@@ -312,8 +300,8 @@ class _Cache:
     def nbytes(self) -> int:
         """Memory in use."""
         return sum(
-            values.nbytes + (0 if matrices is None else matrices.nbytes)
-            for values, matrices in self._entries.values())
+            values.nbytes + (0 if matrices is None else matrices.nbytes) for values, matrices in self._entries.values()
+        )
 
 
 _cache = _Cache()

@@ -35,9 +35,7 @@ _choices: dict[tuple[Any, ...], str] = {}
 _excluded: dict[str, str] = {}  # backend: why
 
 
-def fastest(
-    candidates: dict[str, ModuleType], x: Tensor, kernels: Sequence[Tensor], operation: str
-) -> str:
+def fastest(candidates: dict[str, ModuleType], x: Tensor, kernels: Sequence[Tensor], operation: str) -> str:
     """Name the fastest candidate for these tensors.
 
     Args:
@@ -49,9 +47,15 @@ def fastest(
     candidates = {name: b for name, b in candidates.items() if name not in _excluded}
     if len(candidates) == 1 or is_fixed():
         return 'reference'
-    key = (operation, x.device, x.dtype, memory_format(x), x.shape[1],
-           *((n - 1).bit_length() for n in (x.shape[0], *x.shape[2:])),
-           *(tuple(k.shape[1:]) for k in kernels))  # fmt: skip
+    key = (
+        operation,
+        x.device,
+        x.dtype,
+        memory_format(x),
+        x.shape[1],
+        *((n - 1).bit_length() for n in (x.shape[0], *x.shape[2:])),
+        *(tuple(k.shape[1:]) for k in kernels),
+    )
     if key not in _choices:
         if not may_measure(x.device):
             return 'reference'
@@ -64,8 +68,7 @@ def exclude(name: str, reason: str) -> None:
     """Take a backend out of the automatic choice for the rest of the process, with a warning."""
     if name not in _excluded:
         _excluded[name] = reason
-        logging.getLogger('slak_mm').warning(
-            'The backend %r of cross_dwconv2d is not used any more: %s', name, reason)
+        logging.getLogger('slak_mm').warning('The backend %r of cross_dwconv2d is not used any more: %s', name, reason)
     for key in [key for key, choice in _choices.items() if choice == name]:
         del _choices[key]
 
@@ -77,14 +80,14 @@ def is_excluded(name: str) -> bool:
 
 def is_fixed() -> bool:
     """Whether nothing may depend on timings."""
-    return (os.environ.get(ENVIRONMENT_VARIABLE) == '0'
-            or torch.are_deterministic_algorithms_enabled()
-            or torch.backends.cudnn.deterministic)
+    return (
+        os.environ.get(ENVIRONMENT_VARIABLE) == '0'
+        or torch.are_deterministic_algorithms_enabled()
+        or torch.backends.cudnn.deterministic
+    )
 
 
-def _measure(
-    candidates: dict[str, ModuleType], x: Tensor, kernels: Sequence[Tensor], operation: str
-) -> str:
+def _measure(candidates: dict[str, ModuleType], x: Tensor, kernels: Sequence[Tensor], operation: str) -> str:
     def run(backend: ModuleType) -> Sequence[Tensor]:
         if operation == 'forward':
             return backend.forward(x, kernels, None, False)
@@ -99,8 +102,11 @@ def _measure(
             # Not their maximum: max() may lose a NaN.
             wrong = [d for d in differences if not d <= _TOLERANCE[x.dtype]]
             if wrong:
-                exclude(name, f'its {operation} result differs from that of reference by '
-                              f'{wrong[0]:.1e} for an input of shape {tuple(x.shape)}')  # fmt: skip
+                exclude(
+                    name,
+                    f'its {operation} result differs from that of reference by '
+                    f'{wrong[0]:.1e} for an input of shape {tuple(x.shape)}',
+                )
                 continue
             times[name] = _seconds(partial(run, backend))
         except torch.cuda.OutOfMemoryError:
@@ -117,13 +123,10 @@ def _difference(got: Tensor, want: Tensor) -> float:
 
 def may_measure(device: torch.device) -> bool:
     """Whether work on this device may be timed now."""
-    return device.type == 'cuda' and not is_fixed() and not (
-        torch.cuda.is_current_stream_capturing())
+    return device.type == 'cuda' and not is_fixed() and not (torch.cuda.is_current_stream_capturing())
 
 
-def fastest_of(
-    run: Callable[[Any], Any], choices: Sequence[Any], device: torch.device
-) -> Any:
+def fastest_of(run: Callable[[Any], Any], choices: Sequence[Any], device: torch.device) -> Any:
     """The argument with which ``run`` takes the shortest time on a GPU.
 
     Choices with which it fails are passed over, unless all do.

@@ -20,9 +20,7 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(x, kernel.unsqueeze(1), padding=padding, groups=x.shape[1])
 
 
-def forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`. Differentiable by autograd."""
     results = tuple(convolve(x, kernel) for kernel in kernels)
     return (sum_of(results, bias),) if reduce else results
@@ -37,17 +35,25 @@ def sum_of(results: Sequence[Tensor], bias: Tensor | None) -> Tensor:
 
 
 def backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`. Differentiable by autograd, to any order."""
     grad_x: Tensor | None = None
     grad_kernels = []
     for kernel, grad in zip(kernels, expand(grads, kernels), strict=True):
         of_x, of_kernel = torch.ops.aten.convolution_backward(
-            grad, x, kernel.unsqueeze(1), None, [1, 1],
-            [kernel.shape[1] // 2, kernel.shape[2] // 2], [1, 1], False, [0, 0], x.shape[1],
-            [needs_x, needs_kernels, False])[:2]  # fmt: skip
+            grad,
+            x,
+            kernel.unsqueeze(1),
+            None,
+            [1, 1],
+            [kernel.shape[1] // 2, kernel.shape[2] // 2],
+            [1, 1],
+            False,
+            [0, 0],
+            x.shape[1],
+            [needs_x, needs_kernels, False],
+        )[:2]
         if needs_x:
             grad_x = of_x if grad_x is None else grad_x + of_x
         if needs_kernels:

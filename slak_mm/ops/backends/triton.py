@@ -31,8 +31,14 @@ from .layout import memory_format
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Tile height and width, inputs per step, warps; the first is taken where nothing is timed.
 _CONVOLVE_BLOCKS = (
-    (64, 64, 32, 4), (64, 64, 32, 8), (32, 64, 32, 4), (64, 32, 32, 4), (32, 32, 32, 4),
-    (128, 64, 32, 8), (64, 64, 64, 8))  # fmt: skip
+    (64, 64, 32, 4),
+    (64, 64, 32, 8),
+    (32, 64, 32, 4),
+    (64, 32, 32, 4),
+    (32, 32, 32, 4),
+    (128, 64, 32, 8),
+    (64, 64, 64, 8),
+)
 # Pixels per step, warps.
 _GRADIENT_BLOCKS = ((32, 4), (64, 4), (128, 4), (64, 8))
 # Programs that share the pixels of a channel are at most this many, and all programs about this.
@@ -53,8 +59,7 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
         capability = torch.cuda.get_device_capability(x.device)
         least = (8, 0) if x.dtype is torch.bfloat16 else (7, 0)
         if capability < least:
-            return (f'the GPU has compute capability {capability[0]}.{capability[1]}, below '
-                    f'{least[0]}.{least[1]}')
+            return f'the GPU has compute capability {capability[0]}.{capability[1]}, below {least[0]}.{least[1]}'
     return None
 
 
@@ -78,9 +83,7 @@ def is_installed() -> bool:
     return False
 
 
-def forward(
-    x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
     layout = memory_format(x)
     results = _convolve([x.contiguous()] * len(kernels), kernels, bias, reduce)
@@ -88,9 +91,8 @@ def forward(
 
 
 def backward(
-    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool,
-    needs_kernels: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+    x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
     layout = memory_format(x)
     planes = reference.expand([grad.contiguous() for grad in grads], kernels)
@@ -101,22 +103,23 @@ def backward(
         grad_x = grad_x.contiguous(memory_format=layout)
     if needs_kernels:
         x = x.contiguous()
-        grad_kernels = tuple(
-            _kernel_gradient(x, grad, kernel) for grad, kernel in zip(planes, kernels))
+        grad_kernels = tuple(_kernel_gradient(x, grad, kernel) for grad, kernel in zip(planes, kernels))
     return grad_x, grad_kernels
 
 
-def _convolve(
-    inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
-) -> list[Tensor]:
+def _convolve(inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> list[Tensor]:
     """Convolve contiguous inputs (N, C, H, W), each with its kernel."""
     from . import _triton_kernels
+
     n, c, h, w = inputs[0].shape
     results = [torch.empty_like(inputs[0]) for _ in range(1 if reduce else len(kernels))]
     sizes = [tuple(kernel.shape[1:]) for kernel in kernels] + [(0, 0)] * (3 - len(kernels))
     operands = [
-        *_three(inputs), *_three([kernel.contiguous() for kernel in kernels]),
-        results[0] if bias is None else bias, *_three(results)]  # fmt: skip
+        *_three(inputs),
+        *_three([kernel.contiguous() for kernel in kernels]),
+        results[0] if bias is None else bias,
+        *_three(results),
+    ]
 
     def launch(blocks: tuple[int, ...]) -> None:
         height, width, depth, warps = blocks
@@ -124,9 +127,21 @@ def _convolve(
         height, width = min(height, _power_of_two(h)), min(width, _power_of_two(w))
         tiles = -(-h // height) * -(-w // width)
         _triton_kernels.convolve_kernel[(n * c * tiles,)](
-            *operands, c, h, w, *sizes[0], *sizes[1], *sizes[2],
-            HAS_BIAS=bias is not None, REDUCE=reduce, BLOCK_H=height, BLOCK_W=width,
-            BLOCK_K=depth, PRECISION=_precision(inputs[0]), num_warps=warps)  # fmt: skip
+            *operands,
+            c,
+            h,
+            w,
+            *sizes[0],
+            *sizes[1],
+            *sizes[2],
+            HAS_BIAS=bias is not None,
+            REDUCE=reduce,
+            BLOCK_H=height,
+            BLOCK_W=width,
+            BLOCK_K=depth,
+            PRECISION=_precision(inputs[0]),
+            num_warps=warps,
+        )
 
     key = ('convolve', inputs[0].device, inputs[0].dtype, reduce, c, *_size_class(n, h, w), *sizes)
     _launch_tuned(launch, key, _CONVOLVE_BLOCKS, inputs[0].device)
@@ -136,6 +151,7 @@ def _convolve(
 def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     """Gradient with respect to a kernel (C, kh, kw), of contiguous x and grad."""
     from . import _triton_kernels
+
     n, c, h, w = x.shape
     kh, kw = kernel.shape[1:]
     is_tall = kh > kw
@@ -152,9 +168,24 @@ def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
         per_program = -(-items // parts)
         partial = x.new_empty(parts, c, taps, length, dtype=torch.float32)
         _triton_kernels.gradient_kernel[(c, parts)](
-            x, grad, partial, n, c, rows, long, *strides, per_program, TAPS=taps, LENGTH=length,
-            ALONG_R=is_tall, BLOCK_I=_power_of_two(taps), BLOCK_M=_power_of_two(length),
-            BLOCK_K=depth, PRECISION=_precision(x), num_warps=warps)  # fmt: skip
+            x,
+            grad,
+            partial,
+            n,
+            c,
+            rows,
+            long,
+            *strides,
+            per_program,
+            TAPS=taps,
+            LENGTH=length,
+            ALONG_R=is_tall,
+            BLOCK_I=_power_of_two(taps),
+            BLOCK_M=_power_of_two(length),
+            BLOCK_K=depth,
+            PRECISION=_precision(x),
+            num_warps=warps,
+        )
         result[:] = [partial.sum(0)]
 
     key = ('gradient', x.device, x.dtype, c, *_size_class(n, h, w), kh, kw)
@@ -184,9 +215,11 @@ def _precision(x: Tensor) -> str:
 
 
 def _launch_tuned(
-    launch: Callable[[tuple[int, ...]], None], key: tuple[Any, ...],
-    choices: Sequence[tuple[int, ...]], device: torch.device,
-) -> None:  # fmt: skip
+    launch: Callable[[tuple[int, ...]], None],
+    key: tuple[Any, ...],
+    choices: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> None:
     """Launch with the fastest block sizes, which are timed at the first call of each key."""
     blocks = _tuned.get(key, choices[0])
     if key not in _tuned and measured.may_measure(device):

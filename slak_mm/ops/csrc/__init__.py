@@ -55,11 +55,9 @@ def load_library(name: str) -> ctypes.CDLL:
     source = _SOURCES / f'{name}.cpp'
     text = source.read_bytes()
     try:
-        version = subprocess.run(
-            [*compiler, '--version'], capture_output=True, check=True, timeout=60).stdout
+        version = subprocess.run([*compiler, '--version'], capture_output=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(
-            f'the C++ compiler {shlex.join(compiler)} does not run: {error}') from None
+        raise CompileError(f'the C++ compiler {shlex.join(compiler)} does not run: {error}') from None
     identity = repr((text, compiler, version, _FLAGS, _NATIVE_FLAGS, _processor()))
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = _cache_folder()
@@ -75,7 +73,8 @@ def load_library(name: str) -> ctypes.CDLL:
     except OSError as error:
         raise CompileError(
             f'the compiled operator cannot be stored in or loaded from {folder}: {error}; '
-            f'{CACHE_VARIABLE} names another folder') from None
+            f'{CACHE_VARIABLE} names another folder'
+        ) from None
 
 
 def _find_compiler() -> list[str]:
@@ -83,15 +82,14 @@ def _find_compiler() -> list[str]:
     if chosen:
         command = shlex.split(chosen)
         if not command or shutil.which(command[0]) is None:
-            raise CompileError(
-                f'the C++ compiler {chosen!r} that {COMPILER_VARIABLE} names was not found')
+            raise CompileError(f'the C++ compiler {chosen!r} that {COMPILER_VARIABLE} names was not found')
         return command
     for name in _COMPILERS:
         if shutil.which(name) is not None:
             return [name]
     raise CompileError(
-        f'no C++ compiler was found ({", ".join(_COMPILERS)}); install one or name it in '
-        f'{COMPILER_VARIABLE}')
+        f'no C++ compiler was found ({", ".join(_COMPILERS)}); install one or name it in {COMPILER_VARIABLE}'
+    )
 
 
 def _cache_folder() -> Path:
@@ -129,8 +127,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
-    logging.getLogger('slak_mm').info(
-        'Compiling %s with %s; this is done once', source.name, shlex.join(compiler))
+    logging.getLogger('slak_mm').info('Compiling %s with %s; this is done once', source.name, shlex.join(compiler))
     message = ''
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         result = Path(folder) / library.name
@@ -139,8 +136,8 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
             command = [*compiler, *flags, str(source), '-o', str(result)]
             try:
                 done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS,
-                    errors='replace')
+                    command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, errors='replace'
+                )
             except (OSError, subprocess.SubprocessError) as error:
                 raise CompileError(f'the C++ compiler failed: {error}') from None
             if done.returncode == 0:
@@ -149,5 +146,6 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
             # The first error of the first attempt says most.
             message = message or next(
                 (line for line in done.stderr.splitlines() if 'error' in line.lower()),
-                done.stderr.strip()[-200:] or f'exit code {done.returncode}')
+                done.stderr.strip()[-200:] or f'exit code {done.returncode}',
+            )
     raise CompileError(f'the C++ compiler {shlex.join(compiler)} failed: {message}')
