@@ -20,7 +20,7 @@ SETUP = @if ! "$(PYTHON)" -c '$(SUPPORTED)' >/dev/null 2>&1; then \
 	echo "Python 3.10, 3.11 or 3.12 is needed, and $(if $(PYTHON),$(PYTHON) is none,none of \
 	python3 python3.12 python3.11 python3.10 is one): install one or name it by PYTHON=/path/to/python3.12." \
 	>&2; exit 2; fi; exec "$(PYTHON)" -I tools/setup_env.py
-LINT = $(BIN)/ruff check . && $(BIN)/mypy slak_mm
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy slak_mm
 
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

@@ -17,10 +17,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildPy(build_py):
-    """Adds the configs and command-line tools as ``slak_mm/.mim``, where OpenMMLab's packages have
-    theirs. They are copied into the build folder only, never into the source tree."""
+    """Adds the configs and command-line tools as ``slak_mm/.mim``, where OpenMMLab's packages have theirs.
+
+    They are copied into the build folder only, never into the source tree.
+    """
 
     def run(self):
+        """Build the package with its configs and tools."""
         target = Path(self.build_lib) / 'slak_mm'
         if getattr(self, 'editable_mode', False):
             super().run()
@@ -34,6 +37,7 @@ class BuildPy(build_py):
             shutil.copyfile(source, destination)
 
     def get_outputs(self, include_bytecode=1):
+        """List what was built."""
         outputs = super().get_outputs(include_bytecode)
         if not getattr(self, 'editable_mode', False):
             folder = Path(self.build_lib) / 'slak_mm' / '.mim'
@@ -50,11 +54,13 @@ class BuildPy(build_py):
 
 
 def read_version():
+    """Version of the package, which is not imported for it."""
     text = (ROOT / 'slak_mm' / 'version.py').read_text(encoding='utf-8')
     return re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)[1]
 
 
 def read_readme():
+    """Long description on the package index."""
     path = ROOT / 'README.md'
     return path.read_text(encoding='utf-8') if path.exists() else ''
 

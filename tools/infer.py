@@ -1,4 +1,6 @@
-"""Draw what a model sees in images: ``python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_DIR...``
+"""Draw what a model sees in images.
+
+``python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_DIR...``
 
 Segmentation gives a colored overlay with a legend of the classes found, the largest first;
 detection gives boxes. Results are written as PNG files named like the images.

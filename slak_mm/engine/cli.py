@@ -149,6 +149,7 @@ class KeyValuePairs(DictAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        """Parse the pairs into the namespace."""
         try:
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, AssertionError, RecursionError):

@@ -73,6 +73,7 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         Args:
             params: Receives the groups.
             module: The model, which contains a backbone of this package.
+            **kwargs: What mmengine hands to nested calls; not used.
         """
         found = [(n, m) for n, m in module.named_modules() if isinstance(m, LargeKernelBackbone)]
         if len(found) != 1:

@@ -66,6 +66,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(num_channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize (N, C, H, W) over C; the memory layout is kept."""
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
         y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         y = y.permute(0, 3, 1, 2)

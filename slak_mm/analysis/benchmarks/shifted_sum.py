@@ -73,13 +73,8 @@ class FusedShiftAndAdd(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        filtered: Tensor,
-        shifts: Tensor,
-        picks: Tensor,  # type: ignore
-        small_kernel: int,
-    ) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(ctx: Any, filtered: Tensor, shifts: Tensor, picks: Tensor, small_kernel: int) -> tuple[Tensor, ...]:
+        """Sum the shifted maps."""
         ctx.save_for_backward(shifts, picks)
         ctx.geometry = filtered.shape, small_kernel
         e = small_kernel - 1 - small_kernel // 2
@@ -91,6 +86,7 @@ class FusedShiftAndAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore
+        """Gather the gradient of the filtered maps."""
         shifts, picks = ctx.saved_tensors
         shape, small_kernel = ctx.geometry
         grad = grads[0].new_zeros(shape)
