@@ -95,12 +95,12 @@ def build_tiny(config_path, tiny):
     from mmengine.config import Config, DictAction
     from mmengine.registry import MODELS, init_default_scope
 
-    from slak_mm.engine import overrides
+    from slak_mm import cli
 
     def build(**changes):
         cfg = Config.fromfile(config_path)
-        overrides.remove_weights(cfg)
-        overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+        cli.remove_weights(cfg)
+        cli.adapt_to_device(cfg, has_gpu=lambda: False)
         cfg.merge_from_dict(
             {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in tiny)}
         )
@@ -114,7 +114,7 @@ def build_tiny(config_path, tiny):
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory):
     """A small generated data set in ADE20K's layout."""
-    from slak_mm.engine.demo_data import write_demo_data
+    from slak_mm.cli.demo_data import write_demo_data
 
     return str(write_demo_data(tmp_path_factory.mktemp('demo'), 8, 2, size=96, seed=3))
 
@@ -122,7 +122,7 @@ def demo_data(tmp_path_factory):
 @pytest.fixture(scope='session')
 def demo_voc(tmp_path_factory):
     """A small generated data set in VOC's layout, of both years."""
-    from slak_mm.engine.demo_data import write_demo_voc
+    from slak_mm.cli.demo_data import write_demo_voc
 
     return str(write_demo_voc(tmp_path_factory.mktemp('VOCdevkit'), 6, 2, size=96, seed=3, years=(2007, 2012)))
 
@@ -131,7 +131,7 @@ def demo_voc(tmp_path_factory):
 def demo_coco(tmp_path_factory):
     """A small generated data set in COCO's layout."""
     pytest.importorskip('mmdet')
-    from slak_mm.engine.demo_data import write_demo_coco
+    from slak_mm.cli.demo_data import write_demo_coco
 
     return str(write_demo_coco(tmp_path_factory.mktemp('coco'), 6, 2, size=96, seed=3))
 
@@ -199,7 +199,7 @@ def call_tool(monkeypatch, capfd):
 
     Returns exit code, what went to stdout and stderr, and both of these as one text.
     """
-    from slak_mm.engine.cli import run_tool
+    from slak_mm.cli import run_tool
 
     def call(name, *arguments):
         arguments = [str(argument) for argument in arguments]

@@ -10,9 +10,9 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
+from slak_mm.bases import framework_configs
 from slak_mm.checkpoints import ZOO
-from slak_mm.engine.bases import framework_configs
-from slak_mm.engine.overrides import adapt_to_device, datasets_of, model_of, named_weights, remove_weights
+from slak_mm.cli import adapt_to_device, datasets_of, model_of, named_weights, remove_weights
 
 FOLDER = Path(__file__).resolve().parent.parent / 'configs'
 CONFIGS = sorted(path.name for path in FOLDER.glob('*.py'))

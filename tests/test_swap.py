@@ -12,8 +12,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
 
-from slak_mm.engine import overrides
-from slak_mm.engine.bases import framework_configs
+from slak_mm import cli
+from slak_mm.bases import framework_configs
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
@@ -56,7 +56,7 @@ def load(name, backbone):
     cfg.merge_from_dict(
         {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
     )
-    overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+    cli.adapt_to_device(cfg, has_gpu=lambda: False)
     return cfg
 
 

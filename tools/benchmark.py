@@ -17,8 +17,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from slak_mm.analysis.benchmarks import model, op, segmentor, sparse
-from slak_mm.engine.overrides import ConfigOverrideError
+from benchmarks import model, op, segmentor, sparse
+from slak_mm.cli import ConfigOverrideError
 
 COMMANDS = (op, model, segmentor, sparse)
 

@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from slak_mm.analysis.sparsity import LayerSparsity, draw_sparsity, layer_sparsity
-from slak_mm.analysis.tables import table
 from slak_mm.checkpoints import (
     FAMILIES,
     ZOO,
@@ -35,9 +33,11 @@ from slak_mm.checkpoints import (
     write_checkpoint,
     zoo_table,
 )
+from slak_mm.cli.tables import table
 from slak_mm.engine.hooks import SPARSITY_KEY
 from slak_mm.engine.sparsity_hook import finalize_checkpoint, saved_masks
 from slak_mm.sparsity import SparsityError
+from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsity
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from slak_mm.analysis.benchmarks.common import image_size
-from slak_mm.analysis.cost import CONVENTIONS, Cost, count
-from slak_mm.analysis.tables import table
+from benchmarks.common import image_size
+from slak_mm import cli
 from slak_mm.checkpoints import ZOO
-from slak_mm.engine import cli
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm.cli import ConfigOverrideError
+from slak_mm.cli.tables import table
+from slak_mm.cost import CONVENTIONS, Cost, count
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from slak_mm.analysis.curves import draw_curves, read_scalars
-from slak_mm.engine import cli
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm import cli
+from slak_mm.cli import ConfigOverrideError
+from slak_mm.cli.curves import draw_curves, read_scalars
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slak_mm.analysis import class_shares, colorize, panel, with_legend
-from slak_mm.engine import cli
-from slak_mm.engine.demo_data import DEMO_CLASSES, write_demo_data
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm import cli
+from slak_mm.cli import ConfigOverrideError
+from slak_mm.cli.demo_data import DEMO_CLASSES, write_demo_data
+from slak_mm.cli.overlay import class_shares, colorize, panel, with_legend
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs' / 'upernet_slak_t_ade20k.py'

@@ -9,13 +9,13 @@ before it is kept, and it needs this package no more.
 import argparse
 from pathlib import Path
 
+from mmengine.config import Config
 from torch import nn
 
-from slak_mm import load_pretrained, switch_to_deploy
+from slak_mm import cli, load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import read_checkpoint
-from slak_mm.engine import cli, overrides
 from slak_mm.engine.hooks import load_whole_model
-from slak_mm.models.export import SUFFIXES, ExportError, SegmentationScores, export
+from slak_mm.export import SUFFIXES, ExportError, SegmentationScores, export
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,24 +51,22 @@ def main() -> None:
     is_segmentor = cfg.get('default_scope', 'mmseg') == 'mmseg'
     part = args.part or ('model' if is_segmentor else 'backbone')
     if part == 'model' and not is_segmentor:
-        raise overrides.ConfigOverrideError(
-            'Detectors choose boxes by rules that no graph holds: export --part backbone.'
-        )
+        raise cli.ConfigOverrideError('Detectors choose boxes by rules that no graph holds: export --part backbone.')
     network = build(cfg, args.checkpoint, part)
     name = Path(args.config).stem + ('' if part == 'model' else '_backbone')
     out = Path(args.out or name + SUFFIXES[args.format])
     try:
         difference = export(network, out, args.format, args.size, args.dynamic)
     except ExportError as error:
-        raise overrides.ConfigOverrideError(str(error)) from error
+        raise cli.ConfigOverrideError(str(error)) from error
     megabytes = out.stat().st_size / 2**20
     print(f'{out}: {megabytes:.1f} MiB, differs from the network by {difference:.1e} of the largest value')
 
 
-def build(cfg: overrides.Config, source: str, part: str) -> nn.Module:
+def build(cfg: Config, source: str, part: str) -> nn.Module:
     """The network with its weights, folded, in eval mode and on the CPU."""
-    overrides.adapt_to_device(cfg, has_gpu=lambda: False)
-    node = overrides.model_of(cfg)
+    cli.adapt_to_device(cfg, has_gpu=lambda: False)
+    node = cli.model_of(cfg)
     network = cli.build_model(cfg, node if part == 'model' else node.backbone)
     if part == 'backbone':
         load_pretrained(network, source)

@@ -15,12 +15,13 @@ from typing import Any
 import mmcv
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.registry import VISUALIZERS
 from torch import nn
 
-from slak_mm.analysis import class_shares, overlay, with_legend
+from slak_mm import cli
 from slak_mm.checkpoints import read_checkpoint
-from slak_mm.engine import cli, overrides
+from slak_mm.cli.overlay import class_shares, overlay, with_legend
 from slak_mm.engine.hooks import load_whole_model
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
@@ -65,12 +66,12 @@ def find_images(sources: list[str]) -> list[tuple[Path, Path]]:
         if source.is_dir():
             images = sorted(path for path in source.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
             if not images:
-                raise overrides.ConfigOverrideError(f'"{source}" has no images ({", ".join(SUFFIXES)}).')
+                raise cli.ConfigOverrideError(f'"{source}" has no images ({", ".join(SUFFIXES)}).')
             found += [(path, path.relative_to(source)) for path in images]
         elif source.is_file():
             found.append((source, Path(source.name)))
         else:
-            raise overrides.ConfigOverrideError(f'There is no image or folder "{source}".')
+            raise cli.ConfigOverrideError(f'There is no image or folder "{source}".')
     # Two images may differ in their suffix or folder only: number the later ones.
     results: list[tuple[Path, Path]] = []
     taken: set[Path] = set()
@@ -84,26 +85,26 @@ def find_images(sources: list[str]) -> list[tuple[Path, Path]]:
     return results
 
 
-def build_model(cfg: overrides.Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
+def build_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """The model with its weights, and names and colors of its classes."""
     checkpoint = read_checkpoint(args.checkpoint)
-    overrides.adapt_to_device(cfg)
+    cli.adapt_to_device(cfg)
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise overrides.ConfigOverrideError(
+        raise cli.ConfigOverrideError(
             f'The device "{args.device}" cannot be used here: {str(error).splitlines()[0]}'
         ) from error
-    model = cli.build_model(cfg, overrides.model_of(cfg))
+    model = cli.build_model(cfg, cli.model_of(cfg))
     load_whole_model(model, checkpoint, args.checkpoint)
     meta = checkpoint.get('meta') or {}
     classes = meta.get('dataset_meta') or {}
     if not classes.get('classes') and meta.get('CLASSES'):  # mmseg 0.x
         classes = dict(classes=meta['CLASSES'], palette=meta.get('PALETTE'))
     if not classes.get('classes'):
-        _, dataset = next(overrides.datasets_of(cfg, ('test_dataloader', 'val_dataloader')))
-        kind = overrides.dataset_class(dataset, cfg.get('default_scope'))
+        _, dataset = next(cli.datasets_of(cfg, ('test_dataloader', 'val_dataloader')))
+        kind = cli.dataset_class(dataset, cfg.get('default_scope'))
         classes = dict(getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {}))
     # Where the framework's inference functions look for the pipeline.
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.get('pipeline'))
@@ -150,9 +151,9 @@ def main() -> int:
     images = find_images(args.images)
     scope = cfg.get('default_scope')
     if scope not in ('mmseg', 'mmdet'):
-        raise overrides.ConfigOverrideError(f'infer.py knows configs of mmseg and mmdet, this one is of "{scope}".')
+        raise cli.ConfigOverrideError(f'infer.py knows configs of mmseg and mmdet, this one is of "{scope}".')
     if importlib.util.find_spec(scope) is None:
-        raise overrides.ConfigOverrideError(f'"{scope}" is not installed.')
+        raise cli.ConfigOverrideError(f'"{scope}" is not installed.')
     model, classes = build_model(cfg, args)
     run = segment if scope == 'mmseg' else detect
     unreadable = []

@@ -18,9 +18,9 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from slak_mm.engine import cli
-from slak_mm.engine.overrides import ConfigOverrideError
-from slak_mm.engine.prepare_data import DATA_SETS, DataError, check, prepare
+from slak_mm import cli
+from slak_mm.cli import ConfigOverrideError
+from slak_mm.cli.prepare_data import DATA_SETS, DataError, check, prepare
 
 
 def parse_args() -> argparse.Namespace:

@@ -264,7 +264,8 @@ def tree_digest(root: Path, names: Sequence[str], *facts: str) -> str:
 
 def interpreter_digest(root: Path) -> str:
     """Hash of what a virtual environment depends on: the interpreter, and its place, for the
-    scripts in it hold absolute paths."""
+    scripts in it hold absolute paths.
+    """
     facts = (str(STAMP_FORMAT), sys.version, sys.base_prefix, platform.machine(), str(root))
     return tree_digest(root, (), *facts)
 

@@ -2,8 +2,10 @@
 
 import argparse
 
+from mmengine.config import Config
+
+from slak_mm import cli
 from slak_mm.checkpoints import read_checkpoint
-from slak_mm.engine import cli, overrides
 from slak_mm.engine.hooks import load_whole_model
 
 
@@ -31,10 +33,10 @@ def main() -> None:
     if args.out:
         save_predictions(cfg, args.out)
     cli.init_distributed(cfg, args)
-    overrides.check_data(cfg, ('test_dataloader',))
+    cli.check_data(cfg, ('test_dataloader',))
     checkpoint = read_checkpoint(args.checkpoint)
     # All weights come from the checkpoint.
-    overrides.remove_weights(cfg)
+    cli.remove_weights(cfg)
     cfg.resume = False
     for key in (
         'train_cfg',
@@ -53,24 +55,22 @@ def main() -> None:
     runner.test()
 
 
-def save_pictures(cfg: overrides.Config, folder: str) -> None:
+def save_pictures(cfg: Config, folder: str) -> None:
     """Let the framework's visualization hook save pictures."""
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None or cfg.get('visualizer') is None:
-        raise overrides.ConfigOverrideError(
-            '--show-dir needs a config with a visualizer and default_hooks.visualization.'
-        )
+        raise cli.ConfigOverrideError('--show-dir needs a config with a visualizer and default_hooks.visualization.')
     hook.draw = True
     hook.interval = 1
     cfg.visualizer.save_dir = folder
 
 
-def save_predictions(cfg: overrides.Config, out: str) -> None:
+def save_predictions(cfg: Config, out: str) -> None:
     """Let the evaluator save what the model predicts."""
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if cfg.get('default_scope') == 'mmdet':
         if not out.endswith(('.pkl', '.pickle')):
-            raise overrides.ConfigOverrideError(f'--out of a detection config must be a .pkl file, got "{out}".')
+            raise cli.ConfigOverrideError(f'--out of a detection config must be a .pkl file, got "{out}".')
         evaluators.append(dict(type='DumpDetResults', out_file_path=out))
     else:
         evaluators[0].update(output_dir=out, keep_results=True)

@@ -3,9 +3,10 @@
 import argparse
 import logging
 
+from mmengine.config import Config
 from mmengine.logging import print_log
 
-from slak_mm.engine import cli, overrides
+from slak_mm import cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--sparse',
-        choices=overrides.SPARSE_CHOICES,
+        choices=cli.SPARSE_CHOICES,
         metavar='HOW',
         help='sparse training: static keeps the masks, set, rigl and momentum change them, slak_t, '
         'slak_s, slak_b and shiftwise are the published trainings, off is dense (default: as the '
@@ -50,8 +51,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = cli.load_config(args.config)
-    if overrides.model_of(cfg) is not cfg.model:
-        raise overrides.ConfigOverrideError(
+    if cli.model_of(cfg) is not cfg.model:
+        raise cli.ConfigOverrideError(
             f'{args.config} is for testing only (its model is test-time augmentation); train '
             'with the config that it inherits from.'
         )
@@ -60,7 +61,7 @@ def main() -> None:
         use_amp(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-            raise overrides.ConfigOverrideError(
+            raise cli.ConfigOverrideError(
                 '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch '
                 'that its learning rate is meant for.'
             )
@@ -74,11 +75,11 @@ def main() -> None:
     removed: list[tuple[str, str]] = []
     if resumed is None:
         if args.from_scratch:
-            removed = overrides.remove_weights(cfg)
-            overrides.masks_from_scratch(cfg)
+            removed = cli.remove_weights(cfg)
+            cli.masks_from_scratch(cfg)
         else:
             cli.check_weights(cfg, args.config)
-    overrides.check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
 
     runner = cli.build_runner(cfg, ['train', 'val'])
     if args.from_scratch and resumed is None:
@@ -91,11 +92,11 @@ def main() -> None:
     runner.train()
 
 
-def use_amp(cfg: overrides.Config) -> None:
+def use_amp(cfg: Config) -> None:
     """Switch a config to mixed precision."""
     wrapper = cfg.optim_wrapper
     if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise overrides.ConfigOverrideError(
+        raise cli.ConfigOverrideError(
             f'--amp cannot be used with the optimizer wrapper "{wrapper.type}" of this config.'
         )
     wrapper.type = 'AmpOptimWrapper'

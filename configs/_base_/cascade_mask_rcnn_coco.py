@@ -1,6 +1,6 @@
 # Cascade Mask R-CNN with FPN on COCO 2017, 3x (36 epochs): everything that the configs of this
 # folder share. The official recipe of ConvNeXt, which SLaK and ShiftWise took over.
-_base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
+_base_ = __import__('slak_mm.bases', fromlist=['_']).framework_configs(
     'mmdet',
     'models/cascade-mask-rcnn_r50_fpn.py',
     'datasets/coco_instance.py',

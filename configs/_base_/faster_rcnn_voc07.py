@@ -1,7 +1,7 @@
 # Faster R-CNN with FPN on VOC 2007: everything that the configs of this folder share. The recipe
 # is that of the SLaK paper: AdamW, rate 1e-4, weight decay 0.05, batch 16, 36 epochs, shorter side
 # 480 to 800 and longer side at most 1333 pixels. What it leaves open is said where it is decided.
-_base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
+_base_ = __import__('slak_mm.bases', fromlist=['_']).framework_configs(
     'mmdet', 'models/faster-rcnn_r50_fpn.py', 'datasets/voc0712.py', 'schedules/schedule_1x.py', 'default_runtime.py'
 )
 

@@ -24,7 +24,7 @@ import torch
 from mmengine.dist import all_gather_object, get_local_rank, get_rank, is_distributed
 from mmengine.logging import print_log
 
-from slak_mm._cache import cache_folder
+from slak_mm._files import cache_folder
 
 from ._safe_pickle import RESTRICTED_PICKLE, safe_objects
 from .errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, UnsafeCheckpoint

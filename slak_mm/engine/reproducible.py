@@ -24,7 +24,7 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 
-from .overrides import datasets_of
+from slak_mm._config import add_hook, datasets_of
 
 __all__ = [
     'IterationSeedHook',
@@ -174,17 +174,3 @@ def make_reproducible(cfg: Config) -> None:
         if pipeline and pipeline[0].get('type') != 'SeedBySample':
             dataset['pipeline'] = [ConfigDict(type='SeedBySample'), *pipeline]
     add_hook(cfg, 'IterationSeedHook')
-
-
-def add_hook(cfg: Config, kind: str, **arguments: Any) -> None:
-    """Add a custom hook to a config unless it has one of that type.
-
-    Args:
-        cfg: Changed in place.
-        kind: Registered name.
-        arguments: Further arguments of the hook.
-    """
-    hooks = list(cfg.get('custom_hooks') or [])
-    if all(hook.get('type') != kind for hook in hooks):
-        hooks.append(ConfigDict(type=kind, **arguments))
-    cfg.custom_hooks = hooks

@@ -32,7 +32,6 @@ from slak_mm.sparsity import (
 )
 
 from .hooks import SPARSITY_KEY, unwrap_model
-from .overrides import ConfigOverrideError
 from .reproducible import seed_everything
 
 __all__ = ['SparsityHook', 'finalize_checkpoint', 'saved_masks']
@@ -198,7 +197,7 @@ class SparsityHook(Hook):
             try:
                 self._initialize(runner)
             except DenseWeights as error:
-                raise ConfigOverrideError(f'{error} With tools/train.py: --sparse off, or --sparsity 0.4.') from error
+                raise SparsityError(f'{error} With tools/train.py: --sparse off, or --sparsity 0.4.') from error
         self._restored = False
         self.training.check_agreement()
         self._runner = runner
@@ -346,7 +345,7 @@ def _averages(runner: Any) -> list[nn.Module]:
 
 
 def _refuse_unsupported(runner: Any) -> None:
-    """Raise ConfigOverrideError for what cuts up the weights or has several optimizers."""
+    """Raise SparsityError for what cuts up the weights or has several optimizers."""
     strategy = type(getattr(runner, 'strategy', None)).__name__
     wrapper = runner.model if is_model_wrapper(runner.model) else None
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
@@ -358,18 +357,18 @@ def _refuse_unsupported(runner: Any) -> None:
     elif any(kind.__name__ == 'ZeroRedundancyOptimizer' for kind in type(optimizer).__mro__):
         unsupported = 'ZeroRedundancyOptimizer'
     if unsupported:
-        raise ConfigOverrideError(
+        raise SparsityError(
             f'Sparse training does not work with {unsupported}, which cuts up the weights or the '
             'state of the optimizer: train with DistributedDataParallel, or with --sparse off.'
         )
     if not isinstance(optimizer, Optimizer):
-        raise ConfigOverrideError(
+        raise SparsityError(
             f'Sparse training needs one optimizer from torch.optim or derived from it; '
             f'{type(runner.optim_wrapper).__name__} has {type(optimizer).__name__}.'
         )
     others = [hook for hook in runner.hooks if isinstance(hook, SparsityHook)]
     if len(others) > 1:
-        raise ConfigOverrideError(
+        raise SparsityError(
             f'This config has {len(others)} SparsityHooks, whose masks would not know of each '
             'other: merge them into one with include=[...].'
         )

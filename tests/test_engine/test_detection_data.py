@@ -9,7 +9,7 @@ import pytest
 from mmengine.runner import Runner
 from PIL import Image
 
-from slak_mm.engine import cli, overrides
+from slak_mm import cli
 from slak_mm.engine.reproducible import make_reproducible
 
 pytest.importorskip('mmdet')
@@ -20,9 +20,9 @@ CONFIG = Path(__file__).parents[2] / 'configs' / 'faster_rcnn_slak_t_voc07.py'
 def drawn(root, num_workers, epochs):
     """Images and samples of some epochs, as tools/train.py draws them."""
     cfg = cli.load_config(str(CONFIG))
-    overrides.set_data_root(cfg, str(root))
-    overrides.set_img_scale(cfg, (160, 120))
-    overrides.set_num_workers(cfg, num_workers)
+    cli.set_data_root(cfg, str(root))
+    cli.set_img_scale(cfg, (160, 120))
+    cli.set_num_workers(cfg, num_workers)
     cfg.randomness = dict(seed=1)
     make_reproducible(cfg)
     cli.init_default_scope('mmdet')

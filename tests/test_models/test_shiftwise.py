@@ -65,7 +65,7 @@ def test_parameter_count(arguments, parameters):
 def test_parameter_count_of_upernet(arch, num_paths, millions):
     from mmengine.config import Config
 
-    from slak_mm.engine.overrides import adapt_to_device, remove_weights
+    from slak_mm.cli import adapt_to_device, remove_weights
 
     configs = Path(__file__).resolve().parents[2] / 'configs'
     cfg = Config.fromfile(str(configs / f'upernet_shiftwise_{arch}_ade20k.py'))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slak_mm.analysis.curves import choose_keys, draw_curves, read_scalars, smoothed
+from slak_mm.cli.curves import choose_keys, draw_curves, read_scalars, smoothed
 
 
 def write(folder, lines, start='20260101_000000', tail=''):

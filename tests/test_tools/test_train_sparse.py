@@ -9,8 +9,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from slak_mm.engine import overrides
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm import cli
+from slak_mm.cli import ConfigOverrideError
 from slak_mm.engine.sparsity_hook import saved_masks
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -55,12 +55,12 @@ def test_sparse_changes_the_hook(name):
     other = dict(type='EMAHook')
     cfg.custom_hooks = [*cfg.custom_hooks, other]
     for choice in ('set', 'rigl', 'momentum', 'static'):
-        overrides.set_sparse(cfg, choice)
+        cli.set_sparse(cfg, choice)
         (hook,) = hooks_of(cfg)
         assert (hook['mode'], hook['distribution']) == (choice, 'from_weights')
         assert hook['from_scratch']['sparsity'] == 0.4
     for choice, sparsity in (('slak_t', 0.4), ('slak_b', 0.4), ('shiftwise', 0.3)):
-        overrides.set_sparse(cfg, choice)
+        cli.set_sparse(cfg, choice)
         assert hooks_of(cfg) == [
             dict(
                 type='SparsityHook',
@@ -69,24 +69,24 @@ def test_sparse_changes_the_hook(name):
                 from_scratch=dict(distribution='snip', sparsity=sparsity),
             )
         ]
-    overrides.set_sparse(cfg, 'off')
+    cli.set_sparse(cfg, 'off')
     assert cfg.custom_hooks == [other]
     with pytest.raises(ConfigOverrideError, match='add one with --sparse'):
-        overrides.set_sparsity(cfg, 0.5)
+        cli.set_sparsity(cfg, 0.5)
 
 
 def test_masks_from_scratch():
     cfg = read('upernet_slak_t_ade20k.py')
     before = hooks_of(cfg)[0]
-    overrides.masks_from_scratch(cfg)
+    cli.masks_from_scratch(cfg)
     expected = {key: value for key, value in before.items() if key != 'from_scratch'}
     assert hooks_of(cfg) == [dict(expected, **before['from_scratch'])]
     # There is nothing left to replace, and masks are not taken from weights any more.
-    overrides.masks_from_scratch(cfg)
+    cli.masks_from_scratch(cfg)
     cfg.custom_hooks = [dict(type='SparsityHook')]
     with pytest.raises(ConfigOverrideError, match='--sparse off'):
-        overrides.masks_from_scratch(cfg)
-    overrides.set_sparsity(cfg, 0.7)
+        cli.masks_from_scratch(cfg)
+    cli.set_sparsity(cfg, 0.7)
     assert hooks_of(cfg) == [dict(type='SparsityHook', distribution='erk', sparsity=0.7)]
 
 

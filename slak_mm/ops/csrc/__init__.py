@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from slak_mm._cache import CACHE_VARIABLE, cache_folder
+from slak_mm._files import CACHE_VARIABLE, cache_folder
 
 COMPILER_VARIABLE = 'CXX'
 

@@ -8,9 +8,9 @@ import torch
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from slak_mm.analysis import cost as module
-from slak_mm.analysis.cost import PUBLISHED, Cost, Published, count
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm import cost as module
+from slak_mm.cli import ConfigOverrideError
+from slak_mm.cost import PUBLISHED, Cost, Published, count
 from slak_mm.models.shiftwise import ShiftWiseConv
 from slak_mm.ops import cross_dwconv2d
 
@@ -91,7 +91,7 @@ def test_published_figures(name):
 def test_detectors_of_the_framework(config, parameters_m, flops_g):
     """Figures of mmdetection 2 for ResNet-50, at 1280 x 800."""
     pytest.importorskip('mmdet')
-    from slak_mm.engine.bases import framework_configs
+    from slak_mm.bases import framework_configs
 
     result = count(framework_configs('mmdet', f'../{config}.py')[0])
     assert result.published is None and result.masks == 'none'

@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
-from slak_mm.engine import overrides
-from slak_mm.engine.bases import framework_configs
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm import cli
+from slak_mm.bases import framework_configs
+from slak_mm.cli import ConfigOverrideError
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def concat(cfg):
 
 
 def test_data_root_reaches_every_dataset(cfg, demo_data):
-    overrides.set_data_root(concat(cfg), demo_data)
-    found = dict(overrides.datasets_of(cfg))
+    cli.set_data_root(concat(cfg), demo_data)
+    found = dict(cli.datasets_of(cfg))
     assert sorted(found) == [
         'test_dataloader.dataset',
         'train_dataloader.dataset.dataset.datasets[0]',
@@ -66,12 +66,12 @@ def test_data_root_reaches_every_dataset(cfg, demo_data):
 
 
 def test_data_root_reaches_paths_written_out(det_cfg, coco_data):
-    overrides.set_data_root(det_cfg, coco_data)
+    cli.set_data_root(det_cfg, coco_data)
     for evaluator in (det_cfg.val_evaluator, det_cfg.test_evaluator):
         assert Path(evaluator.ann_file) == Path(coco_data, 'annotations/instances_val2017.json')
     assert det_cfg.train_dataloader.dataset.data_root == coco_data
     assert det_cfg.train_dataloader.dataset.ann_file == 'annotations/instances_train2017.json'
-    overrides.check_data(det_cfg)
+    cli.check_data(det_cfg)
 
 
 def test_data_root_below_the_old_one_is_put_in_once(cfg, tmp_path, monkeypatch):
@@ -79,61 +79,61 @@ def test_data_root_below_the_old_one_is_put_in_once(cfg, tmp_path, monkeypatch):
     new = Path(cfg.data_root, 'small')
     new.mkdir(parents=True)
     cfg.test_dataloader = cfg.val_dataloader
-    overrides.set_data_root(cfg, str(new))
-    assert {dataset.data_root for _, dataset in overrides.datasets_of(cfg)} == {str(new)}
+    cli.set_data_root(cfg, str(new))
+    assert {dataset.data_root for _, dataset in cli.datasets_of(cfg)} == {str(new)}
 
 
 def test_data_root_errors_say_what_is_expected(cfg, tmp_path):
     with pytest.raises(ConfigOverrideError, match='"/nowhere" does not exist; .*images/training'):
-        overrides.set_data_root(cfg, '/nowhere')
+        cli.set_data_root(cfg, '/nowhere')
     cfg.val_dataloader.dataset.data_root = 'elsewhere'
     with pytest.raises(ConfigOverrideError, match='several roots'):
-        overrides.set_data_root(cfg, str(tmp_path))
-    for _, dataset in overrides.datasets_of(cfg):
+        cli.set_data_root(cfg, str(tmp_path))
+    for _, dataset in cli.datasets_of(cfg):
         dataset.pop('data_root')
     with pytest.raises(ConfigOverrideError, match='no effect'):
-        overrides.set_data_root(cfg, str(tmp_path))
+        cli.set_data_root(cfg, str(tmp_path))
 
 
 def test_check_data_names_the_first_thing_missing(cfg, tmp_path):
     with pytest.raises(ConfigOverrideError, match=r'"data/ade/ADEChallengeData2016" does not'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     root = tmp_path / 'ade'
     root.mkdir()
-    overrides.set_data_root(cfg, str(root))
+    cli.set_data_root(cfg, str(root))
     train = ('train_dataloader',)
     with pytest.raises(ConfigOverrideError, match=r'images/training" does not exist.*--data-root'):
-        overrides.check_data(cfg, train)
+        cli.check_data(cfg, train)
     (root / 'images/training').mkdir(parents=True)
     with pytest.raises(ConfigOverrideError, match='annotations/training" does not exist'):
-        overrides.check_data(cfg, train)
+        cli.check_data(cfg, train)
     (root / 'annotations/training').mkdir(parents=True)
     with pytest.raises(ConfigOverrideError, match=r'images/training" has no \*\.jpg images'):
-        overrides.check_data(cfg, train)
+        cli.check_data(cfg, train)
     for name in 'ab':
         (root / f'images/training/{name}.jpg').touch()
     (root / 'annotations/training/a.png').touch()
     with pytest.raises(ConfigOverrideError, match='1 of 2 images .*annotations/training/b.png"'):
-        overrides.check_data(cfg, train)
+        cli.check_data(cfg, train)
     (root / 'annotations/training/b.png').touch()
-    overrides.check_data(cfg, train)
+    cli.check_data(cfg, train)
     with pytest.raises(ConfigOverrideError, match='images/validation'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
 
 
 def test_check_data_of_voc(config_folder, demo_voc, tmp_path):
     pytest.importorskip('mmdet')
     root = shutil.copytree(demo_voc, tmp_path / 'voc')
     cfg = Config.fromfile(config_folder / 'faster_rcnn_slak_t_voc0712.py')
-    overrides.set_data_root(cfg, str(root))
-    overrides.check_data(cfg)
+    cli.set_data_root(cfg, str(root))
+    cli.check_data(cfg)
     (root / 'VOC2007/JPEGImages/000008.jpg').unlink()
     # 000008 is a test image.
-    overrides.check_data(cfg, ('train_dataloader',))
+    cli.check_data(cfg, ('train_dataloader',))
     with pytest.raises(
         ConfigOverrideError, match='1 of 2 images .*test.txt" lists are missing, the first is .*000008.jpg'
     ):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     for number in (2, 5):
         (root / f'VOC2012/Annotations/{number:06d}.xml').unlink()
     with pytest.raises(
@@ -142,40 +142,40 @@ def test_check_data_of_voc(config_folder, demo_voc, tmp_path):
         r'is .*VOC2012/Annotations/000002.xml" '
         r'\(train_dataloader.dataset.datasets\[1\]\)',
     ):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     shutil.rmtree(root / 'VOC2012')
     with pytest.raises(ConfigOverrideError, match='VOC2012/" does not exist'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     (root / 'VOC2007/ImageSets/Main/trainval.txt').write_text('\n')
     with pytest.raises(ConfigOverrideError, match='trainval.txt" lists no images'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
 
 
 def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
     root = shutil.copytree(demo_coco, tmp_path / 'coco')
     cfg = Config.fromfile(config_folder / 'cascade_mask_rcnn_slak_t_coco.py')
-    overrides.set_data_root(cfg, str(root))
-    overrides.check_data(cfg)
+    cli.set_data_root(cfg, str(root))
+    cli.check_data(cfg)
     listing = root / 'annotations/instances_val2017.json'
     content = listing.read_text()
     # Spaces and escapes as another writer of json puts them.
     other = content.replace('"file_name": "', '"file_name"  :\n "..\\/val2017\\/')
     listing.write_text(other + '\n')
-    overrides.check_data(cfg)
+    cli.check_data(cfg)
     (root / 'val2017/000000000002.jpg').unlink()
     with pytest.raises(
         ConfigOverrideError, match='1 of 2 images .*val2017.json" lists are missing, the first is .*000000000002.jpg'
     ):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     listing.write_text(content[:-200])
     with pytest.raises(ConfigOverrideError, match='val2017.json" ends in the middle'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     listing.write_text('')
     with pytest.raises(ConfigOverrideError, match='val2017.json" is empty'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
     shutil.rmtree(root / 'train2017')
     with pytest.raises(ConfigOverrideError, match='train2017/" does not exist'):
-        overrides.check_data(cfg)
+        cli.check_data(cfg)
 
 
 # ------------------------------------------------------------------------------------ schedule
@@ -198,7 +198,7 @@ def learning_rates(cfg, iters):
 
 
 def test_max_iters_keeps_the_proportions(cfg):
-    overrides.set_max_iters(cfg, 1600)
+    cli.set_max_iters(cfg, 1600)
     assert cfg.train_cfg.max_iters == 1600
     assert cfg.train_cfg.val_interval == 160
     assert cfg.default_hooks.checkpoint.interval == 160
@@ -214,7 +214,7 @@ def test_max_iters_keeps_the_proportions(cfg):
 @pytest.mark.parametrize('iters', [1, 2, 3, 4, 10, 107, 213])
 def test_short_runs_do_learn(cfg, iters):
     """A warm-up scaled down to one step would keep the learning rate at a millionth."""
-    overrides.set_max_iters(cfg, iters)
+    cli.set_max_iters(cfg, iters)
     rates = learning_rates(cfg, iters)
     assert max(rates) > 0.9
     assert cfg.default_hooks.logger.interval <= max(1, iters // 10)
@@ -223,7 +223,7 @@ def test_short_runs_do_learn(cfg, iters):
 
 def test_max_iters_turns_epochs_into_iterations(det_cfg):
     assert det_cfg.train_cfg.max_epochs == 12
-    overrides.set_max_iters(det_cfg, 1200)
+    cli.set_max_iters(det_cfg, 1200)
     assert det_cfg.train_cfg.to_dict() == dict(type='IterBasedTrainLoop', max_iters=1200, val_interval=100)
     warm_up, steps = det_cfg.param_scheduler
     # Epochs 8 and 11 of 12; the warm-up counts iterations already and is capped at a tenth.
@@ -246,7 +246,7 @@ def test_max_iters_scales_every_kind_of_boundary(cfg):
     ]
     cfg.train_cfg.dynamic_intervals = [(80000, 800)]
     cfg.train_cfg.val_begin = 1600
-    overrides.set_max_iters(cfg, 1600)
+    cli.set_max_iters(cfg, 1600)
     cosine, step = cfg.param_scheduler
     assert (cosine.T_max, cosine.end) == (1600, 1600)
     assert (step.step_size, step.end) == (400, math.inf)
@@ -257,10 +257,10 @@ def test_max_iters_scales_every_kind_of_boundary(cfg):
 def test_max_iters_refuses_what_it_does_not_know(cfg):
     cfg.train_cfg.type = 'FlexibleLoop'
     with pytest.raises(ConfigOverrideError, match='FlexibleLoop'):
-        overrides.set_max_iters(cfg, 10)
+        cli.set_max_iters(cfg, 10)
     cfg.train_cfg = None
     with pytest.raises(ConfigOverrideError, match='does not train'):
-        overrides.set_max_iters(cfg, 10)
+        cli.set_max_iters(cfg, 10)
 
 
 # ---------------------------------------------------------------------------------- data loader
@@ -268,15 +268,15 @@ def test_max_iters_refuses_what_it_does_not_know(cfg):
 
 def test_batch_size_and_workers(cfg):
     cfg.val_dataloader.prefetch_factor = 4
-    overrides.set_batch_size(cfg, 7)
-    overrides.set_num_workers(cfg, 0)
+    cli.set_batch_size(cfg, 7)
+    cli.set_num_workers(cfg, 0)
     assert cfg.train_dataloader.batch_size == 7
     assert cfg.val_dataloader.batch_size == 1
-    for name in overrides.LOADERS:
+    for name in cli.LOADERS:
         assert cfg[name].num_workers == 0 and cfg[name].persistent_workers is False
         assert 'prefetch_factor' not in cfg[name]
-    overrides.set_num_workers(cfg, 3)
-    assert {cfg[name].num_workers for name in overrides.LOADERS} == {3}
+    cli.set_num_workers(cfg, 3)
+    assert {cfg[name].num_workers for name in cli.LOADERS} == {3}
 
 
 # ----------------------------------------------------------------------------------------- size
@@ -286,8 +286,8 @@ def test_batch_size_and_workers(cfg):
 def test_crop_size_reaches_everything(cfg, wrapped):
     if wrapped:
         concat(cfg)
-    overrides.set_crop_size(cfg, (128, 192))
-    for _, dataset in overrides.datasets_of(cfg, ('train_dataloader',)):
+    cli.set_crop_size(cfg, (128, 192))
+    for _, dataset in cli.datasets_of(cfg, ('train_dataloader',)):
         resize, crop = dataset.pipeline[2:4]
         assert (resize.type, crop.type) == ('RandomResize', 'RandomCrop')
         # The shorter side is a quarter: so are the scales.
@@ -312,7 +312,7 @@ def test_crop_size_reaches_everything(cfg, wrapped):
 
 def test_crop_size_of_a_multi_scale_config(config_path):
     cfg = Config.fromfile(config_path.replace('.py', '_ms.py'))
-    overrides.set_crop_size(cfg, (256, 256))
+    cli.set_crop_size(cfg, (256, 256))
     assert tuple(cfg.model.module.data_preprocessor['size']) == (256, 256)
     assert cfg.model.module.test_cfg.crop_size == (256, 256)
     resizes = cfg.test_dataloader.dataset.pipeline[1].transforms[0]
@@ -321,20 +321,20 @@ def test_crop_size_of_a_multi_scale_config(config_path):
 
 def test_crop_size_is_refused_where_it_has_no_meaning(cfg, det_cfg):
     with pytest.raises(ConfigOverrideError, match='detection trains on whole images.*--img-scale'):
-        overrides.set_crop_size(det_cfg, (128, 128))
+        cli.set_crop_size(det_cfg, (128, 128))
     before = copy.deepcopy(cfg.to_dict())
     del before['train_dataloader']['dataset']['pipeline'][3]
     cfg = Config(before)
     with pytest.raises(ConfigOverrideError, match='has no RandomCrop'):
-        overrides.set_crop_size(cfg, (128, 128))
+        cli.set_crop_size(cfg, (128, 128))
     assert cfg.to_dict() == before
 
 
 def transforms_of(cfg, loader, kind):
     return [
         node
-        for _, dataset in overrides.datasets_of(cfg, (loader,))
-        for node in overrides._walk(dataset.pipeline)
+        for _, dataset in cli.datasets_of(cfg, (loader,))
+        for node in cli._walk(dataset.pipeline)
         if node.get('type') == kind
     ]
 
@@ -358,7 +358,7 @@ def test_img_scale_reaches_everything(config_folder, size, long):
             ],
         )
     ]
-    overrides.set_img_scale(cfg, size)
+    cli.set_img_scale(cfg, size)
     # A quarter of the shorter sides, which the configs write first.
     expected = [(round(short / 4), long) for short in range(480, 801, 32)]
     alone, first, second = transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize')
@@ -381,7 +381,7 @@ def test_img_scale_reaches_everything(config_folder, size, long):
 def test_img_scale_reaches_wrapped_datasets(config_folder):
     pytest.importorskip('mmdet')
     cfg = Config.fromfile(config_folder / 'faster_rcnn_slak_t_voc0712.py')
-    overrides.set_img_scale(cfg, (0, 200))
+    cli.set_img_scale(cfg, (0, 200))
     for node in transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize'):
         assert node.scales == [(short // 4, 333) for short in range(480, 801, 32)]
     assert len(transforms_of(cfg, 'train_dataloader', 'RandomChoiceResize')) == 2
@@ -396,7 +396,7 @@ def test_img_scale_of_other_transforms(det_cfg):
         dict(type='Resize', scale_factor=0.5),
         dict(type='Pad', size=None),
     ]
-    overrides.set_img_scale(det_cfg, (667, 400))
+    cli.set_img_scale(det_cfg, (667, 400))
     resize, crop, mosaic, factor, pad = train.pipeline[2:7]
     assert resize['scale'] == (400, 667)
     assert crop['crop_size'] == (0.3, 0.3) and mosaic['img_scale'] == (320, 320)
@@ -405,15 +405,15 @@ def test_img_scale_of_other_transforms(det_cfg):
 
 def test_img_scale_is_refused_where_it_has_no_meaning(cfg, det_cfg):
     with pytest.raises(ConfigOverrideError, match='follows --crop-size'):
-        overrides.set_img_scale(cfg, (0, 128))
+        cli.set_img_scale(cfg, (0, 128))
     det_cfg.test_dataloader.dataset.pipeline[1].scale = (1000, 600)
     with pytest.raises(ConfigOverrideError, match='resizes them to 2 different scales'):
-        overrides.set_img_scale(det_cfg, (0, 128))
+        cli.set_img_scale(det_cfg, (0, 128))
     for loader in ('val_dataloader', 'test_dataloader'):
         det_cfg[loader].dataset.pipeline.pop(1)
     before = copy.deepcopy(det_cfg.to_dict())
     with pytest.raises(ConfigOverrideError, match='resizes them to no scale'):
-        overrides.set_img_scale(det_cfg, (0, 128))
+        cli.set_img_scale(det_cfg, (0, 128))
     assert det_cfg.to_dict() == before
 
 
@@ -424,16 +424,12 @@ def test_remove_weights(cfg, det_cfg):
     cfg.load_from = 'somewhere.pth'
     cfg.model.decode_head.init_cfg = [dict(type='Normal', std=0.01), dict(type='Pretrained', checkpoint='head.pth')]
     cfg.model.pretrained = 'old_style.pth'
-    assert sorted(source for _, source in overrides.named_weights(cfg)) == [
-        'head.pth',
-        'old_style.pth',
-        'slak_t_in1k_300e',
-    ]
-    removed = overrides.remove_weights(cfg)
+    assert sorted(source for _, source in cli.named_weights(cfg)) == ['head.pth', 'old_style.pth', 'slak_t_in1k_300e']
+    removed = cli.remove_weights(cfg)
     assert ('load_from', 'somewhere.pth') in removed and len(removed) == 4
-    assert overrides.named_weights(cfg) == [] and cfg.load_from is None
+    assert cli.named_weights(cfg) == [] and cfg.load_from is None
     assert cfg.model.decode_head.init_cfg == [dict(type='Normal', std=0.01)]
-    assert overrides.remove_weights(det_cfg) == [('model.backbone.init_cfg', 'torchvision://resnet50')]
+    assert cli.remove_weights(det_cfg) == [('model.backbone.init_cfg', 'torchvision://resnet50')]
 
 
 # --------------------------------------------------------------------------------------- device
@@ -442,17 +438,17 @@ def test_remove_weights(cfg, det_cfg):
 def test_without_a_gpu(cfg):
     del cfg.model.backbone['norm_cfg']
     cfg.launcher = 'pytorch'
-    overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+    cli.adapt_to_device(cfg, has_gpu=lambda: False)
     assert 'SyncBN' not in str(cfg.model)
     assert cfg.model.backbone.norm_cfg.type == 'BN'
     assert cfg.env_cfg.dist_cfg.backend == 'gloo'
     assert cfg.model_wrapper_cfg.device_ids is None
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     with pytest.raises(ConfigOverrideError, match='needs a GPU'):
-        overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+        cli.adapt_to_device(cfg, has_gpu=lambda: False)
 
 
 def test_with_a_gpu_nothing_changes(cfg):
     before = copy.deepcopy(cfg.to_dict())
-    overrides.adapt_to_device(cfg, has_gpu=lambda: True)
+    cli.adapt_to_device(cfg, has_gpu=lambda: True)
     assert cfg.to_dict() == before

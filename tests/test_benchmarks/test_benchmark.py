@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slak_mm.analysis.benchmarks import op
-from slak_mm.analysis.benchmarks.common import plot_bars, worst_difference
-from slak_mm.analysis.benchmarks.peak import measure_peak
+from benchmarks import op
+from benchmarks.common import plot_bars, worst_difference
+from benchmarks.peak import measure_peak
 from slak_mm.ops import BACKENDS
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'benchmark.py'

@@ -258,7 +258,7 @@ def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def peak_step(*, contender: str, passing: str, **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~slak_mm.analysis.benchmarks.peak.measure_peak` measures.
+    """What :func:`~benchmarks.peak.measure_peak` measures.
 
     Args:
         contender: One of :data:`CONTENDERS`.
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~slak_mm.analysis.benchmarks.common.check_arguments` refuses;
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses;
             or, after everything else, a contender disagreed with the reference.
     """
     check_arguments(args)

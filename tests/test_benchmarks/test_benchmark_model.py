@@ -8,8 +8,8 @@ import torch
 from conftest import tool_main
 from mmengine.registry import MODELS
 
-from slak_mm.analysis.benchmarks import model
-from slak_mm.analysis.benchmarks.peak import measure_peak
+from benchmarks import model
+from benchmarks.peak import measure_peak
 
 OURS = [name for name in model.NETWORKS if name.startswith(('SLaK', 'ShiftWise'))]
 ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))

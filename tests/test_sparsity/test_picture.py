@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slak_mm.analysis.sparsity import draw_sparsity, layer_sparsity, tap_densities
+from slak_mm.sparsity.picture import draw_sparsity, layer_sparsity, tap_densities
 
 
 def test_counts_of_weights_alone():

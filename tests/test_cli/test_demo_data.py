@@ -9,7 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from slak_mm.engine.demo_data import (
+from slak_mm.cli import set_data_root
+from slak_mm.cli.demo_data import (
     DEMO_CLASSES,
     DEMO_OBJECTS,
     draw_objects,
@@ -18,7 +19,6 @@ from slak_mm.engine.demo_data import (
     write_demo_data,
     write_demo_voc,
 )
-from slak_mm.engine.overrides import set_data_root
 
 
 @pytest.fixture(scope='module')

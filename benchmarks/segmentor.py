@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slak_mm.engine import cli, overrides
+from slak_mm import cli
 from slak_mm.models import ShiftWise, SLaK
 
 from .common import (
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         Lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~slak_mm.analysis.benchmarks.common.check_arguments` refuses,
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
             the config has no such backbone, or the contenders disagree.
         ConfigOverrideError: The config cannot be read or built.
     """
@@ -134,7 +134,7 @@ class _Training:
         if cfg.get('default_scope') != 'mmseg':
             raise BenchmarkError(f'{args.config} is no config of a segmentor.')
         cfg.model.backbone.drop_path_rate = 0.0
-        overrides.adapt_to_device(cfg, has_gpu=lambda: args.device != 'cpu')
+        cli.adapt_to_device(cfg, has_gpu=lambda: args.device != 'cpu')
         torch.manual_seed(0)
         self.model: Any = cli.build_model(cfg, cfg.model).to(args.device).train()
         self.backbone: Any = self.model.backbone

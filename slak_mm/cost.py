@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from slak_mm import cli
 from slak_mm.checkpoints import ZOO, prepare_checkpoint, read_checkpoint
-from slak_mm.engine import cli, overrides
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm.cli import ConfigOverrideError
 from slak_mm.models.shiftwise import ShiftWiseConv
 from slak_mm.models.slak import LargeKernelConv
 from slak_mm.ops.shift_tables import assemble_kernels, shift_tables
@@ -337,10 +337,10 @@ def count(
         cfg = cli.load_config(name)
         scope = cfg.get('default_scope')
         task, key = 'detection' if scope == 'mmdet' else 'segmentation', Path(name).stem
-        overrides.remove_weights(cfg)
-        overrides.adapt_to_device(cfg, has_gpu=lambda: False)
+        cli.remove_weights(cfg)
+        cli.adapt_to_device(cfg, has_gpu=lambda: False)
         with DefaultScope.overwrite_default_scope(scope), device:
-            model = MODELS.build(overrides.model_of(cfg))
+            model = MODELS.build(cli.model_of(cfg))
     if not hasattr(model, 'backbone') or not hasattr(model, 'extract_feat'):
         raise ConfigOverrideError(f'{name} describes a {type(model).__name__}, which has no backbone to be counted.')
     model.eval()

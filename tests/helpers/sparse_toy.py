@@ -19,8 +19,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from slak_mm.cli import leave_process_group
 from slak_mm.engine import SparsityHook
-from slak_mm.engine.cli import leave_process_group
 
 NAMES = ('backbone.0.weight', 'backbone.2.weight', 'backbone.4.weight')
 

@@ -11,7 +11,7 @@ def framework_configs(package: str, *names: str) -> list[str]:
     so fails beside the ``onedl-mmsegmentation`` build, whose import name is the same. This
     function asks the import system instead and works with both. In a config::
 
-        _base_ = __import__('slak_mm.engine.bases', fromlist=['_']).framework_configs(
+        _base_ = __import__('slak_mm.bases', fromlist=['_']).framework_configs(
             'mmseg', 'datasets/ade20k.py', 'default_runtime.py')
 
     Args:

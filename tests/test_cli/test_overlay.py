@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from slak_mm.analysis import class_shares, colorize, overlay, panel, with_legend
+from slak_mm.cli.overlay import class_shares, colorize, overlay, panel, with_legend
 
 PALETTE = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 LABELS = np.array([[0, 0, 0], [1, 1, 255]])

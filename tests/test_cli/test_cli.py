@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 
-from slak_mm.engine import cli
-from slak_mm.engine.overrides import ConfigOverrideError
+from slak_mm import cli
+from slak_mm.cli import ConfigOverrideError
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ class Case:
         contender: One of :data:`NETWORKS`.
         size: Height and width of the images.
         batch: Images.
-        dtype: A key of :data:`~slak_mm.analysis.benchmarks.common.DTYPES`.
+        dtype: A key of :data:`~benchmarks.common.DTYPES`.
         device: 'cpu' or 'cuda'.
         train: Forward and backward in training mode.
     """
@@ -240,7 +240,7 @@ class Case:
 
 
 def peak_step(*, contender: str, size: Sequence[int], **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~slak_mm.analysis.benchmarks.peak.measure_peak` measures.
+    """What :func:`~benchmarks.peak.measure_peak` measures.
 
     Args:
         contender: One of :data:`NETWORKS`.
@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~slak_mm.analysis.benchmarks.common.check_arguments` refuses,
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
             or timm is not installed; or, after everything else, a network disagreed.
     """
     check_arguments(args)

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 from mmengine.config import Config
 
-from slak_mm.engine import overrides, prepare_data
-from slak_mm.engine.prepare_data import DATA_SETS, Archive, DataError, DataSet, Files, Part, check, hint, prepare
+from slak_mm import cli
+from slak_mm.cli import prepare_data
+from slak_mm.cli.prepare_data import DATA_SETS, Archive, DataError, DataSet, Files, Part, check, hint, prepare
 
 
 @pytest.fixture
@@ -459,8 +460,8 @@ def test_a_config_without_data_says_the_command(config, command, tmp_path, monke
     path = Path(__file__).parents[2] / 'configs' / f'{config}.py'
     cfg = Config.fromfile(path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(overrides.ConfigOverrideError, match=f'prepare_data.py {command}$'):
-        overrides.check_data(cfg)
+    with pytest.raises(cli.ConfigOverrideError, match=f'prepare_data.py {command}$'):
+        cli.check_data(cfg)
 
 
 # ------------------------------------------------------------------------------------- the tool

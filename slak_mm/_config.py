@@ -1,0 +1,71 @@
+"""Nodes of an mmengine config: its model, data sets and hooks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+EVALUATORS = ('val_evaluator', 'test_evaluator')
+
+
+def walk(node: Any) -> Iterator[ConfigDict]:
+    """Every dict inside a node, the node first."""
+    if isinstance(node, dict):
+        yield node
+        for value in node.values():
+            yield from walk(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from walk(value)
+
+
+def model_of(cfg: Config) -> ConfigDict:
+    """The model that has the weights: inside a test-time augmentation wrapper, its module."""
+    model = cfg.model
+    return model.module if 'module' in model and 'backbone' not in model else model
+
+
+def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> Iterator[tuple[str, ConfigDict]]:
+    """The innermost datasets of data loaders.
+
+    Args:
+        cfg: A whole config.
+        loaders: Names of the loaders to look into.
+
+    Yields:
+        Where the data set stands in the config, and its config. Wrapping
+        data sets (``dataset=``, ``datasets=``) are opened, not yielded.
+    """
+
+    def leaves(path: str, node: Any) -> Iterator[tuple[str, ConfigDict]]:
+        if not isinstance(node, dict):
+            return
+        if isinstance(node.get('dataset'), dict):
+            yield from leaves(f'{path}.dataset', node['dataset'])
+        elif isinstance(node.get('datasets'), (list, tuple)):
+            for index, inner in enumerate(node['datasets']):
+                yield from leaves(f'{path}.datasets[{index}]', inner)
+        else:
+            yield path, node
+
+    for name in loaders:
+        loader = cfg.get(name)
+        if loader:
+            yield from leaves(f'{name}.dataset', loader.get('dataset'))
+
+
+def add_hook(cfg: Config, kind: str, **arguments: Any) -> None:
+    """Add a custom hook to a config unless it has one of that type.
+
+    Args:
+        cfg: Changed in place.
+        kind: Registered name.
+        arguments: Further arguments of the hook.
+    """
+    hooks = list(cfg.get('custom_hooks') or [])
+    if all(hook.get('type') != kind for hook in hooks):
+        hooks.append(ConfigDict(type=kind, **arguments))
+    cfg.custom_hooks = hooks

@@ -1,0 +1,107 @@
+"""Read a config and apply the changes of a command line."""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import os.path as osp
+from pathlib import Path
+
+from mmengine.config import Config
+
+from slak_mm._config import datasets_of, model_of
+
+from .data import set_batch_size, set_data_root, set_num_workers
+from .errors import ConfigOverrideError, reason
+from .schedule import set_max_iters
+from .size import set_crop_size, set_img_scale
+from .sparse import set_sparse, set_sparsity
+
+
+def load_config(path: str) -> Config:
+    """Read a config.
+
+    Args:
+        path: Config file.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is
+            not installed.
+    """
+    if not osp.isfile(path):
+        folder = osp.dirname(path) or '.'
+        names = [name for name in os.listdir(folder) if name.endswith('.py')] if osp.isdir(folder) else []
+        close = difflib.get_close_matches(osp.basename(path), names, 3)
+        hint = f' Did you mean {" or ".join(osp.join(folder, name) for name in close)}?' if close else ''
+        raise ConfigOverrideError(f'There is no config file "{path}".{hint}')
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        raise ConfigOverrideError(f'{path} cannot be read: {error}') from error
+    except Exception as error:  # a config is a program: it can fail in any way
+        raise ConfigOverrideError(f'{path} cannot be read: {reason(error)}') from error
+    if 'model' not in cfg:
+        raise ConfigOverrideError(f'{path} describes no model; is it a base config?')
+    scope = cfg.get('default_scope')
+    if scope and scope != 'mmengine' and importlib.util.find_spec(scope) is None:
+        raise ConfigOverrideError(f'{path} is for "{scope}", which is not installed in this Python environment.')
+    return cfg
+
+
+def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
+    """Apply the work dir, :func:`add_override_arguments`, and last ``--cfg-options``.
+
+    The options come last so that they mean what they say: an interval given by hand is not
+    scaled by ``--max-iters``.
+
+    Args:
+        cfg: Changed in place.
+        args: Parsed arguments; those a tool does not have are skipped.
+
+    Raises:
+        ConfigOverrideError: An override or option does not fit the config.
+    """
+    if getattr(args, 'work_dir', None) is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('./work_dirs', Path(args.config).stem)
+    for name, change in (
+        ('data_root', set_data_root),
+        ('max_iters', set_max_iters),
+        ('batch_size', set_batch_size),
+        ('num_workers', set_num_workers),
+        ('crop_size', set_crop_size),
+        ('img_scale', set_img_scale),
+        ('sparse', set_sparse),
+        ('sparsity', set_sparsity),
+    ):
+        value = getattr(args, name, None)
+        if value is not None:
+            change(cfg, value)
+    if args.cfg_options:
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except Exception as error:  # it meets whatever the config has at that key
+            raise ConfigOverrideError(f'--cfg-options does not fit {args.config}: {reason(error)}') from error
+
+
+def use_test_time_augmentation(cfg: Config) -> None:
+    """Test with the config's ``tta_model`` and ``tta_pipeline``.
+
+    Args:
+        cfg: Changed in place; left as it is where its model is one already.
+
+    Raises:
+        ConfigOverrideError: The config has no test-time augmentation.
+    """
+    if model_of(cfg) is not cfg.model:
+        return
+    if cfg.get('tta_model') is None or cfg.get('tta_pipeline') is None:
+        raise ConfigOverrideError('--tta needs a config with tta_model and tta_pipeline; this one has none.')
+    for _, dataset in datasets_of(cfg, ('test_dataloader',)):
+        dataset['pipeline'] = cfg.tta_pipeline
+    cfg.tta_model.module = cfg.model
+    cfg.model = cfg.tta_model

@@ -1,0 +1,64 @@
+"""Adapt a config to the device."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from slak_mm._config import model_of, walk
+
+from .errors import ConfigOverrideError
+
+#: Backbones of this package, whose ``norm_cfg`` is SyncBN where the config says nothing.
+OUR_BACKBONES = ('SLaK', 'ShiftWise')
+
+
+def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_available) -> None:
+    """Make a config run where there is no GPU; without effect where there is one.
+
+    SyncBN becomes BN (it exists for GPUs only; in a distributed run each process then has its
+    own statistics), processes talk through gloo instead of nccl, and the model wrapper is told
+    that there is no device to put the model on.
+
+    Args:
+        cfg: Changed in place.
+        has_gpu: Says whether there is a GPU. Defaults to
+            ``torch.cuda.is_available``.
+
+    Raises:
+        ConfigOverrideError: Mixed precision was asked for, which mmengine has for GPUs only.
+    """
+    if has_gpu():
+        return
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'AmpOptimWrapper':
+        raise ConfigOverrideError(
+            "Mixed precision (--amp, AmpOptimWrapper) needs a GPU: mmengine's wrapper does not "
+            'work on the CPU. Run without it.'
+        )
+    changed = 0
+    for node in walk(model_of(cfg)):
+        if node.get('type') in OUR_BACKBONES:
+            node.setdefault('norm_cfg', ConfigDict(type='SyncBN', requires_grad=True))
+    for node in walk([cfg.model, cfg.get('norm_cfg')]):
+        if node.get('type') in ('SyncBN', 'MMSyncBN'):
+            node['type'] = 'BN'
+            changed += 1
+    if changed:
+        print_log(f'No GPU here: SyncBN is replaced by BN in {changed} places of the config.', logger='current')
+    env_cfg = cfg.get('env_cfg') or {}
+    if (env_cfg.get('dist_cfg') or {}).get('backend', 'nccl') == 'nccl':
+        cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
+    if cfg.get('launcher', 'none') != 'none':
+        wrapper_cfg = ConfigDict(
+            cfg.get('model_wrapper_cfg')
+            or dict(
+                type='MMDistributedDataParallel',
+                broadcast_buffers=False,
+                find_unused_parameters=cfg.get('find_unused_parameters', False),
+            )
+        )
+        wrapper_cfg.device_ids = None
+        cfg.model_wrapper_cfg = wrapper_cfg

@@ -1,0 +1,156 @@
+"""Start the processes of a run and build what it needs."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import init_dist
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
+
+from slak_mm._config import add_hook
+from slak_mm.checkpoints import CheckpointError
+from slak_mm.engine.reproducible import make_reproducible
+from slak_mm.sparsity import SparsityError
+
+from .device import adapt_to_device
+from .errors import ConfigOverrideError, reason
+from .weights import remove_weights
+
+
+def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
+    """Adapt a config to the machine and start the process group of a distributed run.
+
+    mmengine's launchers do it where there are GPUs. They select a GPU unconditionally, so
+    without one the process group is made here, from the same environment variables.
+
+    Args:
+        cfg: Changed in place, see :func:`slak_mm.cli.adapt_to_device`.
+        args: Parsed arguments, with ``launcher`` and ``local_rank``.
+
+    Raises:
+        ConfigOverrideError: The process was not started by that launcher, or by torchrun without
+            saying so, or there are fewer GPUs than processes.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg.launcher = args.launcher
+    adapt_to_device(cfg)
+    if args.launcher == 'none':
+        if 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', '1')) > 1:
+            raise ConfigOverrideError(
+                f'torchrun started {os.environ["WORLD_SIZE"]} processes, which would each do the '
+                'whole run: add --launcher pytorch.'
+            )
+        return
+    variables = dict(
+        pytorch=('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
+        slurm=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
+        mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MASTER_ADDR'),
+    )[args.launcher]
+    missing = [name for name in variables if name not in os.environ]
+    if missing:
+        starter = dict(pytorch='torchrun --nproc_per_node=N', slurm='srun', mpi='mpirun')
+        raise ConfigOverrideError(
+            f'--launcher {args.launcher} needs processes started with '
+            f'{starter[args.launcher]}: {", ".join(missing)} not set.'
+        )
+    env_cfg = cfg.get('env_cfg') or {}
+    dist_cfg = dict(env_cfg.get('dist_cfg') or {})
+    set_multi_processing(**(env_cfg.get('mp_cfg') or {}), distributed=True)
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get('SLURM_LOCALID', os.environ['LOCAL_RANK']))
+        if args.launcher == 'pytorch' and local_rank >= torch.cuda.device_count():
+            raise ConfigOverrideError(
+                f'There are more processes on this machine than GPUs '
+                f'({torch.cuda.device_count()}); start one process per GPU.'
+            )
+        init_dist(args.launcher, **dist_cfg)
+        return
+    if args.launcher == 'slurm':
+        _slurm_environment(dist_cfg.pop('port', None))
+    elif args.launcher == 'mpi':
+        for name, source in (('RANK', 'RANK'), ('WORLD_SIZE', 'SIZE'), ('LOCAL_RANK', 'LOCAL_RANK')):
+            os.environ[name] = os.environ[f'OMPI_COMM_WORLD_{source}']
+        os.environ.setdefault('MASTER_PORT', '29500')
+    torch.distributed.init_process_group(backend=dist_cfg.get('backend', 'gloo'))
+
+
+def _slurm_environment(port: int | None) -> None:
+    import subprocess
+
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = subprocess.getoutput(
+            f'scontrol show hostname {os.environ["SLURM_NODELIST"]} | head -n1'
+        )
+    if port is not None:
+        os.environ['MASTER_PORT'] = str(port)
+    os.environ.setdefault('MASTER_PORT', '29500')
+    os.environ['RANK'] = os.environ['SLURM_PROCID']
+    os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
+    os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', '0')
+
+
+def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
+    """Build a model, or a part of one, outside of a runner.
+
+    Args:
+        cfg: A complete config, adapted to the device; weights that it names are left
+            out, in place.
+        node: Its model, or a part of that.
+
+    Returns:
+        With random weights.
+
+    Raises:
+        ConfigOverrideError: The config names something that does not exist or does not fit.
+    """
+    remove_weights(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    try:
+        return MODELS.build(node)
+    except Exception as error:  # registries wrap whatever a constructor raises
+        raise ConfigOverrideError(f'The model cannot be built: {reason(error)}') from error
+
+
+def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
+    """Build a runner and everything it is going to use.
+
+    Args:
+        cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
+            what :mod:`slak_mm.engine.reproducible` has.
+        loops: Which of 'train', 'val' and 'test' to build.
+
+    Returns:
+        With its model and those loops built, and the optimizer for training.
+
+    Raises:
+        ConfigOverrideError: The config names something that does not exist or does not fit.
+    """
+    add_hook(cfg, 'StrictCheckpointHook', require_heads=bool(cfg.get('resume')))
+    if 'train' in loops:
+        make_reproducible(cfg)
+    try:
+        if 'runner_type' in cfg:
+            from mmengine.registry import RUNNERS
+
+            runner = RUNNERS.build(cfg)
+        else:
+            runner = Runner.from_cfg(cfg)
+        if 'train' in loops:
+            if runner.train_loop is None:
+                raise ConfigOverrideError('This config has no training loop.')
+            if runner._val_loop is not None:
+                runner.val_loop  # noqa: B018  # a property that builds it
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        if 'test' in loops and runner.test_loop is None:
+            raise ConfigOverrideError('This config has no test loop.')
+    except (ConfigOverrideError, CheckpointError, SparsityError):
+        raise
+    except Exception as error:  # registries wrap whatever a constructor raises
+        raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
+    return runner

@@ -1,0 +1,170 @@
+"""Image size of a config."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from slak_mm._config import LOADERS, datasets_of, model_of, walk
+
+from .errors import ConfigOverrideError
+from .schedule import scaled
+
+
+def _pipelines(cfg: Config) -> Iterator[ConfigDict]:
+    """Every transform of every pipeline, nested ones included, each once."""
+    seen: set[int] = set()
+    nodes = [cfg.get(name) for name in LOADERS]
+    nodes += [cfg.get(name) for name in ('train_pipeline', 'test_pipeline', 'val_pipeline', 'tta_pipeline')]
+    for node in nodes:
+        for transform in walk(node):
+            if id(transform) not in seen:
+                seen.add(id(transform))
+                yield transform
+
+
+#: Transforms that resize images to what their ``scale`` or ``scales`` say.
+_RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'FixScaleResize')
+
+
+#: What else has a size in pixels in detection, and under which names.
+_AREAS = {
+    'RandomCrop': ('crop_size',),
+    'Pad': ('size',),
+    'FixShapeResize': ('width', 'height'),
+    'Mosaic': ('img_scale',),
+    'CachedMosaic': ('img_scale',),
+    'MixUp': ('img_scale',),
+    'CachedMixUp': ('img_scale',),
+    'BatchFixedSizePad': ('size',),
+    'BatchResize': ('scale',),
+    'BatchSyncRandomResize': ('random_size_range',),
+}
+
+
+def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
+    """Train and test a semantic segmentation config at another resolution.
+
+    The crop changes and everything in proportion with it: the scales that images are resized to
+    in training, testing and test-time augmentation, the size that batches are padded to, and
+    crop and stride of the sliding window.
+
+    Args:
+        cfg: Changed in place.
+        size: Height and width in pixels. Scales follow the shorter side.
+
+    Raises:
+        ConfigOverrideError: The config does not crop, or crops to several sizes.
+    """
+    if cfg.get('default_scope') == 'mmdet':
+        raise ConfigOverrideError(
+            '--crop-size is for semantic segmentation; detection trains on whole images, whose size --img-scale sets.'
+        )
+    crops = {
+        _pair(transform['crop_size'])
+        for _, dataset in datasets_of(cfg, ('train_dataloader',))
+        for transform in walk(dataset)
+        if transform.get('type') == 'RandomCrop'
+    }
+    if len(crops) != 1:
+        found = f'crops to {len(crops)} different sizes' if crops else 'has no RandomCrop'
+        raise ConfigOverrideError(f'--crop-size needs a config that crops to one size in training; this one {found}.')
+    old = crops.pop()
+    factor = min(size) / min(old)
+
+    def scale(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(scale(item) for item in value)
+        return scaled(value, factor, 1)
+
+    for transform in _pipelines(cfg):
+        kind = transform.get('type')
+        if kind == 'RandomCrop' and 'crop_size' in transform:
+            transform.crop_size = size
+        elif kind in _RESIZES:
+            for key in ('scale', 'scales', 'max_size'):
+                if transform.get(key) is not None:
+                    transform[key] = scale(transform[key])
+        elif kind == 'Pad' and transform.get('size') is not None:
+            transform.size = size if _pair(transform.size) == old else scale(transform.size)
+
+    model = model_of(cfg)
+    for preprocessor in (cfg.get('data_preprocessor'), model.get('data_preprocessor')):
+        if preprocessor and preprocessor.get('size') is not None:
+            preprocessor['size'] = size
+    test_cfg = model.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide':
+        test_cfg['stride'] = tuple(
+            max(1, min(crop, scaled(stride, crop / old_crop)))
+            for stride, crop, old_crop in zip(_pair(test_cfg['stride']), size, _pair(test_cfg['crop_size']))
+        )
+        test_cfg['crop_size'] = size
+    if cfg.get('crop_size') is not None:
+        cfg.crop_size = size
+
+
+def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
+    """Train and test a detection config on images of another size.
+
+    The scale of the test images becomes the given one, and everything in proportion with it: the
+    scales of training and of test-time augmentation, crops, paddings, and what the data
+    preprocessor pads or resizes batches to.
+
+    Args:
+        cfg: Changed in place.
+        size: Most that the longer side and the shorter side may have, in
+            pixels; a longer side of 0 is in proportion to the shorter one.
+
+    Raises:
+        ConfigOverrideError: The config is not one of detection, or does not resize test images to
+            one scale.
+    """
+    if cfg.get('default_scope') == 'mmseg':
+        raise ConfigOverrideError('--img-scale is for detection; a segmentation config follows --crop-size.')
+    scales = {
+        tuple(sorted(_pair(transform['scale']), reverse=True))
+        for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
+        for transform in walk(dataset.get('pipeline'))
+        if transform.get('type') in _RESIZES and transform.get('scale') is not None
+    }
+    if len(scales) != 1:
+        found = f'to {len(scales)} different scales' if scales else 'to no scale'
+        raise ConfigOverrideError(
+            f'--img-scale needs a config that resizes all test images to one scale; this one resizes them {found}.'
+        )
+    old_long, old_short = scales.pop()
+    short_factor = size[1] / old_short
+    long_factor = size[0] / old_long if size[0] else short_factor
+
+    def sides(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple)):
+            return type(value)(sides(item) for item in value)
+        if not isinstance(value, (list, tuple)):
+            return scaled(value, short_factor, 1)
+        # Configs write (width, height) as well as (short, long).
+        factors = (long_factor, short_factor)
+        return type(value)(
+            scaled(side, factor, 1) for side, factor in zip(value, factors if value[0] >= value[1] else factors[::-1])
+        )
+
+    def area(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(area(item) for item in value)
+        return scaled(value, short_factor, 1)
+
+    preprocessors = [cfg.get('data_preprocessor'), model_of(cfg).get('data_preprocessor')]
+    batch_augments = [node.get('batch_augments') for node in preprocessors if node]
+    for transform in [*_pipelines(cfg), *walk(batch_augments)]:
+        kind = transform.get('type')
+        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES else (_AREAS.get(str(kind), ()), area)
+        # The size of a relative crop is a share of the image.
+        if str(transform.get('crop_type', '')).startswith('relative'):
+            continue
+        for key in keys:
+            if transform.get(key) is not None:
+                transform[key] = change(transform[key])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, (list, tuple)) else (value, value)
+    return int(first), int(second)

@@ -1,0 +1,93 @@
+"""The ``SparsityHook`` of a config."""
+
+from mmengine.config import Config, ConfigDict
+
+from slak_mm.sparsity import MODES, PRESETS
+
+from .errors import ConfigOverrideError
+
+#: What ``--sparse`` takes: no sparsity, a mode of ``SparsityHook``, or one of its presets.
+SPARSE_CHOICES = ('off', *MODES, *PRESETS)
+
+
+def _sparsity_hooks(cfg: Config) -> list[ConfigDict]:
+    return [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') == 'SparsityHook']
+
+
+def set_sparse(cfg: Config, choice: str) -> None:
+    """Add, change or remove the ``SparsityHook`` of a config.
+
+    Masks come from the zeros of the weights that the config names, and with ``--from-scratch``
+    from what the hook of the config says under ``from_scratch``, else from ERK at a sparsity of
+    0.4, or for a preset from its own distribution.
+
+    Args:
+        cfg: Changed in place.
+        choice: One of :data:`SPARSE_CHOICES`.
+    """
+    present = _sparsity_hooks(cfg)
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook not in present]
+    if choice in PRESETS:
+        published = PRESETS[choice]
+        hooks.append(
+            ConfigDict(
+                type='SparsityHook',
+                preset=choice,
+                distribution='from_weights',
+                from_scratch={key: published[key] for key in ('distribution', 'sparsity')},
+            )
+        )
+    elif choice != 'off':
+        hook = (
+            present[0]
+            if present
+            else ConfigDict(
+                type='SparsityHook', distribution='from_weights', from_scratch=dict(distribution='erk', sparsity=0.4)
+            )
+        )
+        hooks.append(ConfigDict(hook, mode=choice))
+    cfg.custom_hooks = hooks
+
+
+def set_sparsity(cfg: Config, sparsity: float) -> None:
+    """Let the ``SparsityHook`` of a config draw masks of a sparsity, whatever the weights are.
+
+    Args:
+        cfg: Changed in place.
+        sparsity: Share of weights to set to zero, 0 < sparsity < 1.
+
+    Raises:
+        ConfigOverrideError: The config has no such hook.
+    """
+    hooks = _sparsity_hooks(cfg)
+    if not hooks:
+        raise ConfigOverrideError(
+            f'--sparsity needs a config with a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
+        )
+    for hook in hooks:
+        own = hook.get('distribution', 'from_weights')
+        drawn = dict(distribution='erk' if own == 'from_weights' else own)
+        hook.from_scratch = dict(hook.get('from_scratch') or drawn, sparsity=sparsity)
+    masks_from_scratch(cfg)
+
+
+def masks_from_scratch(cfg: Config) -> None:
+    """Let the ``SparsityHook`` of a config draw masks, for weights without zeros.
+
+    Args:
+        cfg: Changed in place: what the hook has under ``from_scratch`` replaces its
+            arguments of the same names.
+
+    Raises:
+        ConfigOverrideError: The hook has nothing under ``from_scratch`` and takes its masks from
+            the weights, which would be random.
+    """
+    for hook in _sparsity_hooks(cfg):
+        if hook.get('from_scratch'):
+            hook.update(hook.pop('from_scratch'))
+        elif hook.get('distribution', 'from_weights') == 'from_weights' and not hook.get('preset'):
+            raise ConfigOverrideError(
+                'The SparsityHook of this config takes its masks from the zeros of pretrained '
+                'weights, which a run from scratch has not: add --sparse off to train densely, '
+                'or --sparsity 0.4 to draw masks.'
+            )
