@@ -48,9 +48,9 @@ class BuildPy(build_py):
     def _mim_files():
         names = [*ROOT.glob('configs/**/*.py'), *ROOT.glob('tools/**/*.py')]
         names += ROOT.glob('model-index.yml')
-        # The set-up of a checkout has no place in an installed package.
-        checkout_only = ROOT / 'tools' / 'setup_env.py'
-        return [(path, path.relative_to(ROOT)) for path in sorted(names) if path != checkout_only]
+        # Set-up and benchmarks of a checkout have no place in an installed package.
+        checkout_only = ('setup_env.py', 'benchmark.py')
+        return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name not in checkout_only]
 
 
 def read_version():

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slak_mm.cli import image_size, positive_int
+
 __all__ = [
     'DTYPES',
     'LONG_SECONDS',
@@ -28,11 +30,9 @@ __all__ = [
     'describe_machine',
     'disagreeing',
     'format_machine',
-    'image_size',
     'measure_times',
     'multiple',
     'plot_bars',
-    'positive_int',
     'synchronize',
     'table_head',
     'table_row',
@@ -52,24 +52,6 @@ class BenchmarkError(RuntimeError):
 
 
 # --------------------------------------------------------------------------------- arguments
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """Argument type: ``HxW``, height and width of at least 32 pixels."""
-    try:
-        height, width = map(int, text.split('x'))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'a size is HxW, such as 512x512, got {text}') from None
-    if min(height, width) < 32:
-        raise argparse.ArgumentTypeError(f'a size must be at least 32x32, got {text}')
-    return height, width
-
-
-def positive_int(text: str) -> int:
-    """Argument type: a number from 1 on."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a positive integer, got {text}')
-    return int(text)
 
 
 def add_measurement_arguments(

@@ -19,6 +19,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from slak_mm.cli import positive_int
 from slak_mm.sparsity import PRESETS, SparseTraining, select_parameters
 
 from .common import (
@@ -29,7 +30,6 @@ from .common import (
     format_machine,
     measure_times,
     plot_bars,
-    positive_int,
     synchronize,
     table_head,
     table_row,

@@ -14,7 +14,7 @@ from slak_mm.cost import PUBLISHED, Cost, Published, count
 from slak_mm.models.shiftwise import ShiftWiseConv
 from slak_mm.ops import cross_dwconv2d
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
+CONFIGS = Path(__file__).parents[1] / 'configs'
 ARCH = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 TINY = dict(
     slak=dict(type='SLaK', arch=ARCH, width_factor=1.0, norm_cfg=dict(type='BN')),

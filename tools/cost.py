@@ -20,7 +20,6 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from benchmarks.common import image_size
 from slak_mm import cli
 from slak_mm.checkpoints import ZOO
 from slak_mm.cli import ConfigOverrideError
@@ -40,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--size',
-        type=image_size,
+        type=cli.image_size,
         metavar='HxW',
         help='image (default: 224x224 for ImageNet, 512x2048 for segmentation, 800x1280 for detection)',
     )

@@ -66,6 +66,17 @@ def img_scale(text: str) -> tuple[int, int]:
     return (max(sides) if 'x' in text.lower().replace(',', 'x') else 0), min(sides)
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Argument type: ``HxW``, height and width of at least 32 pixels."""
+    try:
+        height, width = map(int, text.split('x'))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'a size is HxW, such as 512x512, got {text}') from None
+    if min(height, width) < 32:
+        raise argparse.ArgumentTypeError(f'a size must be at least 32x32, got {text}')
+    return height, width
+
+
 def share(text: str) -> float:
     """Argument type: a number between 0 and 1, both excluded."""
     value = float(text)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLAK_GOLDENS = Path(__file__).parent / 'data' / 'slak_goldens.npz'
-SHIFTWISE_GOLDENS = Path(__file__).parent / 'data' / 'shiftwise_goldens.npz'
+SLAK_GOLDENS = Path(__file__).parents[1] / 'data' / 'slak_goldens.npz'
+SHIFTWISE_GOLDENS = Path(__file__).parents[1] / 'data' / 'shiftwise_goldens.npz'
 
 
 def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:

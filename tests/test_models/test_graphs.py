@@ -9,10 +9,10 @@ import pytest
 import torch
 from backbone_helpers import images, random_
 
+from slak_mm import export as module
 from slak_mm import switch_to_deploy
 from slak_mm.export import ExportError, export
 from slak_mm.models import ShiftWise, SLaK
-from slak_mm.models import export as module
 
 COMMON = dict(arch=dict(depths=(1, 1), dims=(8, 12)), out_indices=(0, 1), norm_cfg=dict(type='BN'))
 BACKBONES = {
