@@ -1,0 +1,32 @@
+import os
+
+import pytest
+
+from slak_mm._files import cache_folder, replacing
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('old')
+    with pytest.raises(RuntimeError), replacing(path) as part:
+        part.write_text('half')
+        raise RuntimeError
+    assert path.read_text() == 'old' and os.listdir(tmp_path) == ['file']
+
+
+def test_the_new_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: (steps.append('fsync'), fsync(fd)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (steps.append('rename'), replace(a, b)))
+    with replacing(tmp_path / 'file') as part:
+        part.write_text('new')
+    assert (tmp_path / 'file').read_text() == 'new' and steps == ['fsync', 'rename', 'fsync']
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv('SLAK_MM_CACHE', '/a')
+    assert str(cache_folder()) == '/a'
+    monkeypatch.delenv('SLAK_MM_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', '/b')
+    assert str(cache_folder()) == '/b/slak_mm'
