@@ -140,8 +140,8 @@ def test_peak_memory_is_that_of_the_arithmetic():
     [
         (['--size', '512'], 'a size is HxW, such as 512x512, got 512'),
         (['--size', '16x512'], 'at least 32x32'),
-        (['--batch', '0'], 'must be a positive integer, got 0'),
-        (['--repeats', '-1'], 'must be a positive integer, got -1'),
+        (['--batch', '0'], 'must be at least 1, got 0'),
+        (['--repeats', '-1'], 'must be at least 1, got -1'),
         (['--family', 'convnext'], 'invalid choice'),
     ],
 )
