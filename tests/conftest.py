@@ -182,12 +182,17 @@ def coco_data(tmp_path_factory):
     return str(root)
 
 
-def tool_main(name):
-    """The ``main`` function of a tool."""
+def load_tool(name):
+    """The module of a tool."""
     spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+def tool_main(name):
+    """The ``main`` function of a tool."""
+    return load_tool(name).main
 
 
 def forget_instances(kind=ManagerMixin):
