@@ -246,7 +246,7 @@ def _read_voc(where: str, dataset: dict, path: str) -> _Boxes:
                     for side in ('xmin', 'ymin', 'xmax', 'ymax')
                 ]
                 ignored = item.findtext('difficult', '0') != '0' or _is_small(dataset, width, height)
-                ignored |= min(box[2] - box[0], box[3] - box[1]) < smallest
+                ignored |= 0 < smallest > min(box[2] - box[0], box[3] - box[1])
                 found.boxes.append(
                     (item.find('name').text, file, _is_usable(box, width, height), ignored, False)  # type: ignore
                 )

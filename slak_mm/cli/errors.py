@@ -1,6 +1,8 @@
 """Errors of the command line, and sentences about those of others."""
 
 import errno
+import re
+
 import torch
 import torch.distributed
 
@@ -33,6 +35,10 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return f'{error.strerror}: {error.filename or "the disk of the work dir"}.'
+    # What mmcv says of an image that cannot be decoded, where a pipeline is not checked.
+    unreadable = re.search(r'failed to load image: (.+)|cannot identify image file (.+)', text)
+    if unreadable:
+        return f'The image {(unreadable[1] or unreadable[2]).strip()} cannot be read.'
     return None
 
 

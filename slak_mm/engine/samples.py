@@ -51,17 +51,18 @@ class CheckedLoad:
         try:
             loaded = self.load(results)
         except Exception as error:  # decoders raise what they like on damaged files
-            image = results.get('img_path')
-            path = (
-                f'"{image}"' if 'img' not in results else f'"{results.get("seg_map_path")}", annotation of "{image}",'
-            )
+            is_image = 'img' not in results
+            path = results.get('img_path') if is_image else results.get('seg_map_path') or results.get('img_path')
             lines = [type(error).__name__, *str(error).split('\n')]
             raise DataError(
-                f'{path} cannot be read: damaged, empty, missing or without what is asked for ({": ".join(lines[:2])}).'
+                f'The {"image" if is_image else "annotation"} {path} cannot be read: damaged, empty, missing or '
+                f'without what is asked for ({": ".join(lines[:2])}).'
             ) from error
         if loaded is not None and 'ori_shape' in loaded:
             names = {base.__name__ for base in type(self.load).__mro__}
             if 'LoadAnnotations' not in names:
+                if _ends_early(loaded.get('img_path')):
+                    raise DataError(f'The image {loaded["img_path"]} cannot be read: it ends in the middle.')
                 if loaded.get('height') and loaded.get('width'):
                     self._check_size(loaded, (loaded['height'], loaded['width']), 'its annotation is for an image of')
             else:
@@ -127,6 +128,19 @@ class CheckedLoad:
                 f'The annotation of "{results["img_path"]}" has the box ({box}), which has no area within the '
                 f'image of {width}x{height}: correct or remove it.'
             )
+
+
+def _ends_early(path: Any) -> bool:
+    """Whether a local JPEG or PNG file ends in the middle; decoders fill the rest with gray, and say nothing."""
+    try:
+        with open(path, 'rb') as file:
+            content = file.read()
+    except (OSError, TypeError, ValueError):
+        return False
+    if content.startswith(b'\xff\xd8'):
+        # The end marker cannot occur in the data of a scan, but in a thumbnail before it.
+        return content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda')
+    return content.startswith(b'\x89PNG') and b'IEND' not in content[-1024:]
 
 
 def _is_rotated(path: str) -> bool:

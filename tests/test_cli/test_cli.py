@@ -44,6 +44,7 @@ def test_img_scale_refuses(text):
         (torch.cuda.OutOfMemoryError('CUDA out of memory. Tried'), 'lower --batch-size'),
         (ValueError('Expected more than 1 value per channel when training'), 'raise --batch-size'),
         (OSError(errno.ENOSPC, 'No space left on device', 'x.pth'), 'No space left.*x.pth'),
+        (AssertionError('failed to load image: a.jpg'), 'The image a.jpg cannot be read'),
         (
             DataError('Caught DataError\n  a line of source\nslak_mm.DataError: a.jpg is empty.\n'),
             '^error: a.jpg is empty.$',
