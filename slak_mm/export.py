@@ -65,7 +65,8 @@ def export(
     """Export a network in eval mode, and compare the file with it.
 
     Args:
-        model: Takes images (N, C, H, W), C as its first convolution takes them, returns a tensor or a tuple of tensors. Its weights are
+        model: Takes images (N, C, H, W), C being the channels of its first convolution, and
+            returns a tensor or a tuple of tensors. Its weights are
             float32 and on the CPU.
         path: File to write; it is replaced once the new one is known to be right.
         file_format: A key of :data:`SUFFIXES`.

@@ -43,7 +43,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='file, address or zoo name')
     parser.add_argument(
-        'images', nargs='+', metavar='IMAGE_OR_DIR', help='image files, or folders that are searched for images'
+        'images',
+        nargs='+',
+        metavar='IMAGE_OR_DIR',
+        help='image files or addresses, or folders that are searched for images',
     )
     parser.add_argument('--out-dir', default='./infer_results', help='where the pictures go (default: %(default)s)')
     parser.add_argument(
@@ -63,21 +66,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_images(sources: list[str]) -> list[tuple[Path, Path]]:
+def find_images(sources: list[str]) -> list[tuple[str, Path]]:
     """Image files and the paths of their results below the output folder."""
-    found: list[tuple[Path, Path]] = []
-    for source in map(Path, sources):
+    found: list[tuple[str, Path]] = []
+    for name in sources:
+        source = Path(name)
         if source.is_dir():
             images = sorted(path for path in source.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
             if not images:
                 raise cli.ConfigOverrideError(f'"{source}" has no images ({", ".join(SUFFIXES)}).')
-            found += [(path, path.relative_to(source)) for path in images]
-        elif source.is_file():
-            found.append((source, Path(source.name)))
+            found += [(str(path), path.relative_to(source)) for path in images]
+        elif source.is_file() or '://' in name:  # an address is for the backend of the config's loader
+            found.append((name, Path(source.name)))
         else:
             raise cli.ConfigOverrideError(f'There is no image or folder "{source}".')
     # Two images may differ in their suffix or folder only: number the later ones.
-    results: list[tuple[Path, Path]] = []
+    results: list[tuple[str, Path]] = []
     taken: set[Path] = set()
     for path, relative in found:
         result, number = relative.with_suffix('.png'), 1
@@ -192,7 +196,7 @@ def main() -> int:
     for number, (path, relative) in enumerate(images, 1):
         progress = f'[{number}/{len(images)}] {path}'
         try:
-            data, picture = load(pipeline, str(path))
+            data, picture = load(pipeline, path)
         except DataError as error:
             unreadable.append(path)
             print(f'{progress}: skipped: {error}', file=sys.stderr, flush=True)
@@ -206,8 +210,7 @@ def main() -> int:
         print(f'{progress} -> {target}: {summary}', flush=True)
     if unreadable:
         print(
-            f'error: {len(unreadable)} of {len(images)} images could not be read: '
-            f'{", ".join(str(path) for path in unreadable)}',
+            f'error: {len(unreadable)} of {len(images)} images could not be read: {", ".join(unreadable)}',
             file=sys.stderr,
         )
     return 1 if unreadable else 0

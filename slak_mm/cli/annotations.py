@@ -275,10 +275,8 @@ def _check_file(
     where: str, dataset: dict, classes: list[str], file: _Boxes, heads: list[tuple[str, int]], judged: bool
 ) -> None:
     """Compare a file with the classes of its data set, and look for boxes that cannot be used."""
-    remedy = (
-        f'set metainfo.classes of all data sets to the names to learn, and {_settings([p for p, _ in heads])} '
-        'to their number'
-    )
+    numbers = f', and {_settings([place for place, _ in heads])} to their number' if heads else ''
+    remedy = f'set metainfo.classes of all data sets to the names to learn{numbers}'
     trains = where.startswith('train')
     if file.names and not set(file.names) & set(classes):
         raise ConfigOverrideError(

@@ -1,6 +1,8 @@
 """Data that cannot be used ends a run with a sentence that names the file."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -57,6 +59,32 @@ def test_one_sentence_with_the_file(train, kind, change, message):
     errors = [line for line in result.err.splitlines() if line.startswith('error: ')]
     assert result.code == 1 and 'Traceback' not in result.err
     assert len(errors) == 1 and str(train.data / kind / 'training') in errors[0] and message in errors[0]
+
+
+def test_a_rotated_image_with_boxes(call_tool, demo_voc, tiny_detector, tmp_path):
+    pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")
+    config = Path(__file__).parents[2] / 'configs' / 'faster_rcnn_slak_t_voc07.py'
+    data = tmp_path / 'data'
+    shutil.copytree(demo_voc, data)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in (data / 'VOC2007' / 'JPEGImages').iterdir():
+        image = Image.open(path)
+        image.resize((96, 64)).save(path, exif=exif)
+    for path in (data / 'VOC2007' / 'Annotations').iterdir():
+        path.write_text(path.read_text().replace('<height>96</height>', '<height>64</height>'))
+    arguments = (
+        *('train', config, '--data-root', data, '--from-scratch', '--max-iters', '1', '--work-dir', tmp_path),
+        *('--img-scale', '64', '--batch-size', '2', '--num-workers', '1', '--cfg-options', *tiny_detector(config.stem)),
+    )
+    result = call_tool(*arguments)
+    assert result.code == 1 and 'Traceback' not in result.err
+    assert re.search(r'error: ".*jpg" is loaded 64x96 .* 96x64.*color_ignore_orientation', result.err)
+    loaders = [
+        f'{loader}_dataloader.dataset.pipeline.0.color_type=color_ignore_orientation' for loader in ('train', 'val')
+    ]
+    result = call_tool(*arguments, *loaders, 'train_cfg.val_begin=9', 'train_cfg.val_interval=9')
+    assert result.code == 0, result.text
 
 
 def test_a_run_stops_when_its_loss_is_not_a_number(train):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.fileio.backends import LocalBackend, backends, prefix_to_backends
 from PIL import Image
 
 from slak_mm.cli import ConfigOverrideError
@@ -172,6 +173,18 @@ def test_reads_what_the_test_tool_reads(call_tool, received, request, tmp_path, 
     for first in by_tta:  # of another scale
         assert first.shape[0] == by_test.shape[0]
         assert float(first.float().mean()) == pytest.approx(float(by_test.float().mean()), rel=0.05)
+
+
+def test_an_address_is_read_by_the_backend_of_the_config(run, tmp_path, monkeypatch):
+    class Attic(LocalBackend):
+        def get(self, filepath):
+            return super().get(tmp_path / filepath.removeprefix('attic://'))
+
+    monkeypatch.setitem(backends, 'attic', Attic)
+    monkeypatch.setitem(prefix_to_backends, 'attic', Attic)
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / 'gray.png')
+    assert run('attic://gray.png', opacity='0').code == 0
+    assert (np.asarray(Image.open(tmp_path / 'out' / 'gray.png'))[:50, :60] == 90).all()
 
 
 @pytest.mark.parametrize(
