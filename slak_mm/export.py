@@ -66,8 +66,7 @@ def export(
 
     Args:
         model: Takes images (N, C, H, W), C being the channels of its first convolution, and
-            returns a tensor or a tuple of tensors. Its weights are
-            float32 and on the CPU.
+            returns a tensor or a tuple of tensors. Its weights are float32 and on the CPU.
         path: File to write; it is replaced once the new one is known to be right.
         file_format: A key of :data:`SUFFIXES`.
         size: Height and width of the images, in pixels. Default: (512, 512).

@@ -174,7 +174,7 @@ def detect(sample: Any, picture: np.ndarray, classes: dict, args: argparse.Names
     """Boxes by the framework's visualizer, and a line about them."""
     visualizer: Any = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='infer'))
     visualizer.dataset_meta = classes
-    visualizer.add_datasample('result', picture, sample.cpu(), draw_gt=False, show=False, pred_score_thr=args.score_thr)
+    visualizer.add_datasample('result', picture, sample, draw_gt=False, show=False, pred_score_thr=args.score_thr)
     count = int((sample.pred_instances.scores >= args.score_thr).sum())
     return visualizer.get_image(), f'{count} objects'
 

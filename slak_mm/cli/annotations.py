@@ -81,16 +81,8 @@ def _names(names: Sequence[str]) -> str:
     return f'{shown}, ... ({len(names)})' if len(names) > 6 else f'{shown} ({len(names)})' if names else 'none (0)'
 
 
-def default_argument(kind: Any, name: str) -> Any:
-    """Default of a class's argument; a class that passes ``**kwargs`` on inherits those of its bases.
-
-    Args:
-        kind: A class, or None.
-        name: Argument of its constructor.
-
-    Returns:
-        None for an argument without a default, and for one that does not exist.
-    """
+def _default_of(kind: Any, name: str) -> Any:
+    """Default of a class's argument, None without one; a class that passes ``**kwargs`` on inherits its bases'."""
     for base in inspect.getmro(kind) if isinstance(kind, type) else ():
         parameters = inspect.signature(vars(base)['__init__']).parameters if '__init__' in vars(base) else {}
         if name in parameters:
@@ -117,7 +109,7 @@ def _heads(path: str, node: Any, scope: str) -> Iterator[tuple[str, int]]:
                     kind = registry.get(part['type']) if isinstance(part.get('type'), str) else part.get('type')
 
                 def number(name: str, part: dict = part, kind: Any = kind) -> Any:
-                    return part.get(name, default_argument(kind, name))
+                    return part.get(name, _default_of(kind, name))
 
                 if 'num_classes' not in part and number('num_things_classes') is not None:
                     yield f'{place}.num_things_classes', number('num_things_classes') + number('num_stuff_classes')
@@ -134,13 +126,9 @@ def _check_heads(where: str, classes: list[str], meta: dict, heads: list[tuple[s
     if wrong:
         raise ConfigOverrideError(
             f'{where} has {len(classes)} classes ({_names(classes)}), but {wrong[0][0]} is {wrong[0][1]}: '
-            f'set {_settings([place for place, _ in wrong])} to {len(classes)}, or {where}.metainfo.classes to the '
+            f'set {", ".join(place for place, _ in wrong)} to {len(classes)}, or {where}.metainfo.classes to the '
             'names that the model is for.'
         )
-
-
-def _settings(places: list[str]) -> str:
-    return ', '.join(dict.fromkeys(places))
 
 
 @dataclass
@@ -275,7 +263,7 @@ def _check_file(
     where: str, dataset: dict, classes: list[str], file: _Boxes, heads: list[tuple[str, int]], judged: bool
 ) -> None:
     """Compare a file with the classes of its data set, and look for boxes that cannot be used."""
-    numbers = f', and {_settings([place for place, _ in heads])} to their number' if heads else ''
+    numbers = f', and {", ".join(place for place, _ in heads)} to their number' if heads else ''
     remedy = f'set metainfo.classes of all data sets to the names to learn{numbers}'
     trains = where.startswith('train')
     if file.names and not set(file.names) & set(classes):

@@ -79,7 +79,7 @@ class CheckedLoad:
         height, width = results['ori_shape'][:2]
         if (height, width) == tuple(annotated):
             return
-        hint = ' Give both one size.'
+        hint = ' Bring one of them to the size of the other.'
         if (width, height) == tuple(annotated) and _is_rotated(results['img_path']):
             hint = (
                 ' The EXIF orientation of the file turns the image: set the color_type of LoadImageFromFile to '
@@ -117,7 +117,7 @@ class CheckedLoad:
         boxes = torch.as_tensor(getattr(boxes, 'tensor', boxes))
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             return
-        height, width = results['img_shape'][:2]
+        height, width = results['ori_shape'][:2]
         inside = torch.min(boxes, boxes.new_tensor([width, height, width, height])).clamp(min=0)
         ignored = torch.as_tensor(results.get('gt_ignore_flags', np.zeros(len(boxes), bool)))
         # A comparison with NaN is false.
@@ -140,7 +140,7 @@ def _ends_early(path: Any) -> bool:
     if content.startswith(b'\xff\xd8'):
         # The end marker cannot occur in the data of a scan, but in a thumbnail before it.
         return content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda')
-    return content.startswith(b'\x89PNG') and b'IEND' not in content[-1024:]
+    return content.startswith(b'\x89PNG') and b'IEND' not in content
 
 
 def _is_rotated(path: str) -> bool:

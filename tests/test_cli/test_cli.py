@@ -64,6 +64,18 @@ def test_errors_of_the_user_are_sentences(monkeypatch, capsys, error, message):
     assert re.search(message, err)
 
 
+@pytest.mark.parametrize('error,said', [(DataError('a.jpg is empty.'), True), (ConfigOverrideError('so'), False)])
+def test_each_process_speaks_of_its_own_data(monkeypatch, capsys, error, said):
+    monkeypatch.setattr('slak_mm.cli.run.get_rank', lambda: 1)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run_tool(main)
+    assert (str(error) in capsys.readouterr().err) == said
+
+
 def test_defects_keep_their_traceback():
     def main():
         raise ZeroDivisionError('a defect')
