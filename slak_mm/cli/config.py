@@ -105,7 +105,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
         raise ConfigOverrideError('--tta needs a config with tta_model and tta_pipeline; this one has none.')
     for _, dataset in datasets_of(cfg, ('test_dataloader',)):
         start = next((index for index, t in enumerate(cfg.tta_pipeline) if type_name(t) == 'TestTimeAug'), 0)
-        dataset['pipeline'] = (_reading(dataset.get('pipeline')) if start else []) + cfg.tta_pipeline[start:]
+        dataset['pipeline'] = (_reading(dataset.get('pipeline') or []) if start else []) + cfg.tta_pipeline[start:]
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
 
@@ -114,5 +114,5 @@ def _reading(pipeline: list) -> list:
     """The transforms that make the image: all before it is resized, annotated or packed."""
     ends = (*RESIZES, 'Pad', 'TestTimeAug')
     names = [type_name(transform) for transform in pipeline]
-    stop = next(i for i, name in enumerate(names) if name in ends or re.match('Load.*Annotation|Pack', name))
-    return pipeline[:stop]
+    stops = (i for i, name in enumerate(names) if name in ends or re.match('Load.*Annotation|Pack', name))
+    return pipeline[: next(stops, None)]
