@@ -19,7 +19,7 @@ from mmengine.registry import MODELS
 from slak_mm._config import EVALUATORS, datasets_of, framework, model_of, type_name, walk
 
 from .data import dataset_class
-from .errors import ConfigOverrideError
+from .errors import ConfigOverrideError, reason
 
 
 def check_annotations(cfg: Config, loaders: Sequence[str]) -> None:
@@ -167,13 +167,15 @@ def _read_boxes(where: str, dataset: dict, kind: Any, bases: dict[str, type]) ->
 def _read(path: str, dataset: dict, parse: Any, what: str) -> Any:
     """Read and parse one file of a data set."""
     try:
-        return parse(fileio.get(path, backend_args=dataset.get('backend_args')))
+        content = fileio.get(path, backend_args=dataset.get('backend_args'))
+    except Exception as error:  # a backend raises what it likes
+        raise ConfigOverrideError(f'"{path}" cannot be read: {reason(error)}') from error
+    try:
+        return parse(content)
     except (ValueError, ElementTree.ParseError) as error:
         raise ConfigOverrideError(
             f'"{path}" is not valid {what}, it is damaged or ends in the middle: {error}.'
         ) from error
-    except OSError as error:
-        raise ConfigOverrideError(f'"{path}" cannot be read: {error}.') from error
 
 
 def _is_usable(box: Sequence[float], width: float, height: float) -> bool:

@@ -173,6 +173,13 @@ def test_broken_xml_is_named(check_voc, tmp_path, share):
         check_voc()
 
 
+def test_a_missing_file_is_named(check_voc, tmp_path):
+    voc(tmp_path)
+    (tmp_path / 'VOC2007' / 'Annotations' / 'test.xml').unlink()
+    with pytest.raises(cli.ConfigOverrideError, match='test.xml" cannot be read'):
+        check_voc()
+
+
 def test_classes_of_segmentation_are_compared(config_path):
     cfg = cli.load_config(config_path)
     cfg.model.auxiliary_head.num_classes = 3
