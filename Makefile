@@ -12,9 +12,8 @@ PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	if "$$python" -c '$(SUPPORTED)' >/dev/null 2>&1; then echo "$$python"; break; fi; done)
 endif
 
-# What these name would mix into .venv.
-unexport PYTHONPATH
-unexport PYTHONHOME
+# What these name would mix into .venv, or keep pip and uv from installing into it.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT PIP_REQUIRE_VIRTUALENV UV_CONSTRAINT UV_OVERRIDE
 
 SETUP = @if ! "$(PYTHON)" -c '$(SUPPORTED)' >/dev/null 2>&1; then \
 	echo "Python 3.10, 3.11 or 3.12 is needed, and $(if $(PYTHON),$(PYTHON) is none,none of \
@@ -26,11 +25,12 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint env clean
+.PHONY: help demo test quick lint env clean
 
 help:
 	@echo 'make demo   train and test UperNet + SLaK-T on a small generated data set (DEMO_ARGS=...)'
 	@echo 'make test   lint, types and all tests; compiles the operators of mmcv once (PYTEST_ARGS=...)'
+	@echo 'make quick  lint, types and the tests that need neither minutes nor the operators of mmcv'
 	@echo 'make lint   lint and types only'
 	@echo 'make env    the environment only, with a check of every component'
 	@echo 'make clean  remove the environment and what builds left; the cache of wheels stays'
@@ -40,6 +40,9 @@ demo:
 
 test:
 	$(SETUP) --ops -- sh -c '$(LINT) && $(BIN)/python -m pytest "$$@"' pytest $(PYTEST_ARGS)
+
+quick:
+	$(SETUP) -- sh -c '$(LINT) && $(BIN)/python -m pytest -m "not slow and not operators" "$$@"' pytest $(PYTEST_ARGS)
 
 lint:
 	$(SETUP) -- sh -c '$(LINT)'

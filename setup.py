@@ -47,7 +47,6 @@ class BuildPy(build_py):
     @staticmethod
     def _mim_files():
         names = [*ROOT.glob('configs/**/*.py'), *ROOT.glob('tools/**/*.py')]
-        names += ROOT.glob('model-index.yml')
         # Set-up and benchmarks of a checkout have no place in an installed package.
         checkout_only = ('setup_env.py', 'benchmark.py')
         return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name not in checkout_only]

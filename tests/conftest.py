@@ -16,6 +16,54 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What each marker of pyproject.toml stands on: beginnings of the tests' names.
+MARKED = {
+    'slow': (
+        'tests/test_benchmarks/',
+        'tests/test_tools/',
+        'tests/test_configs.py',
+        'tests/test_packaging.py',
+        'tests/test_swap.py',
+        'tests/test_cost.py',
+        'tests/test_cli/test_prepare_data.py',
+        'tests/test_engine/test_detection_data.py',
+        'tests/test_engine/test_reproducible.py',
+        'tests/test_engine/test_sparsity_hook.py',
+        'tests/test_models/test_graphs.py',
+        'tests/test_models/test_shiftwise_parity.py',
+        'tests/test_models/test_slak_parity.py',
+        'tests/test_ops/test_cpu_native.py',
+        'tests/test_ops/test_triton.py',
+        'tests/test_sparsity/test_sparsity_distributed.py',
+    ),
+    'operators': (
+        'tests/test_cli/test_demo_data.py::test_voc_layout_and_metric',
+        'tests/test_cli/test_demo_data.py::test_coco_layout_and_metric',
+        'tests/test_cli/test_overrides.py::test_batch_size_and_workers',
+        'tests/test_cli/test_overrides.py::test_img_scale_reaches_',
+        'tests/test_configs.py::test_detector_is_built_',
+        'tests/test_cost.py::test_detectors_of_the_framework',
+        'tests/test_cost.py::test_published_figures[cascade_',
+        'tests/test_engine/test_detection_data.py',
+        'tests/test_swap.py::test_stock_config[mmdet/',
+        'tests/test_tools/test_detection.py',
+        'tests/test_tools/test_train.py::test_detection_configs',
+        'tests/test_tools/test_train_sparse.py::test_any_framework',
+    ),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests named above, and skip those that need operators where there are none."""
+    without_operators = importlib.util.find_spec('mmcv._ext') is None
+    for item in items:
+        for marker, beginnings in MARKED.items():
+            if item.nodeid.startswith(beginnings):
+                item.add_marker(marker)
+                if marker == 'operators' and without_operators:
+                    item.add_marker(pytest.mark.skip(reason="needs mmcv's compiled operators"))
+
+
 # SLaK with one block per stage and 7x7 crosses: iterations take some hundredths of a second.
 TINY_BACKBONE = (
     'model.backbone.arch._delete_=True',
