@@ -73,11 +73,6 @@ def exclude(name: str, reason: str) -> None:
         del _choices[key]
 
 
-def is_excluded(name: str) -> bool:
-    """Whether a backend was taken out of the automatic choice."""
-    return name in _excluded
-
-
 def is_fixed() -> bool:
     """Whether nothing may depend on timings."""
     return (

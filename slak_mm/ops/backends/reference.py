@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,34 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
 
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`. Differentiable by autograd."""
-    results = tuple(convolve(x, kernel) for kernel in kernels)
-    return (sum_of(results, bias),) if reduce else results
+    if not reduce:
+        return tuple(convolve(x, kernel) for kernel in kernels)
+    return (sum_of_convolutions([x] * len(kernels), kernels, bias),)
 
 
-def sum_of(results: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Sum of (N, C, H, W) tensors and a bias (C,)."""
-    total = results[0]
-    for y in results[1:]:
-        total = total + y
-    return total if bias is None else total + bias.view(-1, 1, 1)
+def sum_of_convolutions(
+    inputs: Sequence[Tensor],
+    kernels: Sequence[Tensor],
+    bias: Tensor | None,
+    convolve: Callable[[Tensor, Tensor], Tensor] = convolve,
+) -> Tensor:
+    """Convolve inputs (N, C, H, W), each with its kernel, and add up, with a bias (C,); rounds once."""
+    dtype = sum_dtype(inputs[0].dtype)
+    results = [convolve(x.to(dtype), kernel.to(dtype)) for x, kernel in zip(inputs, kernels)]
+    total = sum(results[1:], start=results[0])
+    return (total if bias is None else total + bias.view(-1, 1, 1)).to(inputs[0].dtype)
 
 
 def backward(
     x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`. Differentiable by autograd, to any order."""
-    grad_x: Tensor | None = None
-    grad_kernels = []
-    for kernel, grad in zip(kernels, expand(grads, kernels), strict=True):
-        of_x, of_kernel = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            kernel.unsqueeze(1),
+    dtype = sum_dtype(x.dtype)
+    found = [
+        torch.ops.aten.convolution_backward(
+            grad.to(dtype),
+            x.to(dtype),
+            kernel.unsqueeze(1).to(dtype),
             None,
             [1, 1],
             [kernel.shape[1] // 2, kernel.shape[2] // 2],
@@ -53,12 +58,11 @@ def backward(
             [0, 0],
             x.shape[1],
             [needs_x, needs_kernels, False],
-        )[:2]
-        if needs_x:
-            grad_x = of_x if grad_x is None else grad_x + of_x
-        if needs_kernels:
-            grad_kernels.append(of_kernel.squeeze(1))
-    return grad_x, tuple(grad_kernels) if needs_kernels else None
+        )
+        for kernel, grad in zip(kernels, expand(grads, kernels), strict=True)
+    ]
+    grad_x = sum((y for y, *_ in found[1:]), start=found[0][0]).to(x.dtype) if needs_x else None
+    return grad_x, tuple(y.squeeze(1).to(x.dtype) for _, y, _ in found) if needs_kernels else None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
