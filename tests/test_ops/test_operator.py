@@ -159,7 +159,7 @@ def test_older_torch_has_autograd_without_registration(monkeypatch):
     monkeypatch.setattr(_operator, 'HAS_LIBRARY', False)
     assert all(map(torch.equal, gradients(), want))
     with Recorder() as recorder:  # who looks on sees plain convolutions
-        torch.testing.assert_close(gradients(), want)
+        torch.testing.assert_close(gradients(), want, rtol=0, atol=1e-3)
     assert not any('slak' in name for name in recorder.names)
 
 
