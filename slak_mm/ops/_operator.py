@@ -181,11 +181,7 @@ def _gradients(
             grad_x, some = run(x, [kernels[i] for i in used], given, needs_x, needs_kernels)
         for i, grad_kernel in zip(used, some if needs_kernels else ()):
             grad_kernels[i] = grad_kernel
-    return (
-        grad_x if needs_x else None,
-        grad_kernels,
-        given[0].sum((0, 2, 3)) if used and needs_bias else None,
-    )
+    return (grad_x if needs_x else None, grad_kernels, given[0].sum((0, 2, 3)) if used and needs_bias else None)
 
 
 # -------------------------------------------------------------------------------- registration

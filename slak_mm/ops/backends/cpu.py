@@ -82,7 +82,10 @@ def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     """Gradient of a loss with respect to the kernel, (C, kh, kw)."""
     kh, kw = kernel.shape[1:]
     is_wide = kw > kh
-    if x.dtype is torch.float64 or x.shape[3 if is_wide else 2] < max(kh, kw):
+    long, short = x.shape[:1:-1] if is_wide else x.shape[2:]
+    # A line of pixels has no channels-last format of its own, and takes the path that is wrong for
+    # many rows (see reference.py).
+    if x.dtype is torch.float64 or long < max(kh, kw) or short == 1:
         return gemm.kernel_gradient(x, grad, kernel)
     x, grad = x.float(), grad.float()  # sums over thousands of products need it
     if is_wide:  # work along the longer axis

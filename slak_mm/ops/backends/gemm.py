@@ -73,11 +73,7 @@ def backward(
 
 
 def convolve(
-    like: Tensor,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    reduce: bool,
-    bias: Tensor | None = None,
-    keep: bool = False,
+    like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, bias: Tensor | None = None, keep: bool = False
 ) -> list[Tensor]:
     """Convolve several inputs (N, C, H, W), each with its kernel (C, kh, kw).
 
