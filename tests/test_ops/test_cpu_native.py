@@ -262,6 +262,26 @@ def test_nothing_is_touched_outside_the_tensors():
     assert mmap.PAGESIZE > 64  # a vector would not jump over the page
 
 
+@needs_library
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(kernels=[torch.ones(2, 3, 3)]),
+        dict(kernels=[torch.ones(4, 3, 3).double()]),
+        dict(bias=torch.ones(3)),
+        dict(bias=torch.ones(4).half()),
+    ],
+    ids=['channels', 'dtype', 'length of bias', 'dtype of bias'],
+)
+def test_tensors_that_do_not_fit_are_not_read(change):
+    """The library would read beyond them. Also where the registered operator is called directly."""
+    operands = {**dict(x=torch.ones(1, 4, 5, 6), kernels=[torch.ones(4, 3, 3)], bias=None, reduce=True), **change}
+    with pytest.raises(ValueError, match='must be torch.float32 of 4 channels'):
+        cpu_native.forward(**operands)
+    with pytest.raises(ValueError, match='maps must be like x'):
+        cpu_native.backward(torch.ones(1, 4, 5, 6), [torch.ones(4, 3, 3)], [torch.ones(1, 4, 5, 5)], True, True)
+
+
 def in_child(queue):
     torch.set_num_threads(1)  # as PyTorch's data loader does in its workers
     x, kernels, grads = make(1, 20, 30, 30, [(13, 5)], torch.float32)
@@ -407,8 +427,8 @@ class TestCompilation:
         )
         script.chmod(0o755)
         command = (
-            'import os; os.environ["CXX"] = %r; from pathlib import Path; from slak_mm.ops import csrc;'
-            'csrc._SOURCES = Path(%r); csrc.load_library("answer")' % (str(script), str(source.parent))
+            f'import os; os.environ["CXX"] = {str(script)!r}; from pathlib import Path; from slak_mm.ops import csrc;'
+            f'csrc._SOURCES = Path({str(source.parent)!r}); csrc.load_library("answer")'
         )
         child = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', command], start_new_session=True)
         while not started.exists():

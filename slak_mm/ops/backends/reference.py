@@ -21,7 +21,7 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
 
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolve (N, C, H, W) depthwise with (C, kh, kw), kh and kw odd, keeping the size."""
-    if torch.is_grad_enabled() and not is_counted():
+    if torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_counted():
         kernel = _widened(kernel)
     padding = (kernel.shape[1] // 2, kernel.shape[2] // 2)
     return F.conv2d(x, kernel.unsqueeze(1), padding=padding, groups=x.shape[1])
