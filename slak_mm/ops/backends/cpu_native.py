@@ -72,15 +72,13 @@ def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: b
     """See :mod:`slak_mm.ops.backends`."""
     layout = memory_format(x)
     results = [torch.empty_like(x, memory_format=layout) for _ in range(1 if reduce else len(kernels))]
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
     _run(
         'slak_cross_forward',
         x,
         [x],
         results,
         [(kernel, 0, 0 if reduce else i) for i, kernel in enumerate(kernels)],
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
     )
     return tuple(results)
 
@@ -126,6 +124,13 @@ def _run(
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
+    # The library cannot tell: it reads and writes where it is told to.
+    for t in (*sources, *targets):
+        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f'maps must be like x, {x.dtype} {tuple(x.shape)}, got {t.dtype} {tuple(t.shape)}')
+    for t in (*(k for k, *_ in branches), *(() if bias is None else (bias,))):
+        if len(t) != x.shape[1] or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f'kernels and bias must be {x.dtype} of {x.shape[1]} channels, got {t.dtype}, {len(t)}')
     described = [
         _Branch(
             k.data_ptr(), *k.stride(), k.shape[1], k.shape[2], k.shape[1] // 2, k.shape[2] // 2, source, target, flip

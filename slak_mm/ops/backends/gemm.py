@@ -56,10 +56,7 @@ def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
 
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
-    results = convolve(x, [(x, kernel) for kernel in kernels], reduce, keep=True)
-    if bias is not None:
-        results[0].add_(bias.view(-1, 1, 1))
-    return tuple(results)
+    return tuple(convolve(x, [(x, kernel) for kernel in kernels], reduce, bias, keep=True))
 
 
 def backward(
@@ -75,15 +72,18 @@ def backward(
     return grad_x, grad_kernels
 
 
-def convolve(like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, keep: bool = False) -> list[Tensor]:
+def convolve(
+    like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, bias: Tensor | None = None, keep: bool = False
+) -> list[Tensor]:
     """Convolve several inputs (N, C, H, W), each with its kernel (C, kh, kw).
 
     Args:
         like: Gives the results' shape, dtype and memory format.
         pairs: Inputs and kernels.
         reduce: Whether to return the sum, as the only result.
+        bias: (C,), added to the sum. Default: None.
         keep: Whether the kernels may come again unchanged, so that it pays to keep their
-            matrices.
+            matrices. Default: False.
     """
     layout = memory_format(like)
     dtype = reference.sum_dtype(like.dtype) if reduce else like.dtype
@@ -100,6 +100,8 @@ def convolve(like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool,
         if is_new:
             results.append(torch.empty_like(like, dtype=dtype, memory_format=layout))
         _convolve_long(x, kernel, results[-1], accumulate=not is_new, keep=keep)
+    if bias is not None:
+        results[0] += bias.view(-1, 1, 1)
     return [y.to(like.dtype) for y in results]
 
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from . import measured, reference
-from .layout import memory_format
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Tile height and width, inputs per step, warps; the first is taken where nothing is timed.
@@ -85,22 +84,18 @@ def is_installed() -> bool:
 
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
-    layout = memory_format(x)
-    results = _convolve([x.contiguous()] * len(kernels), kernels, bias, reduce)
-    return tuple(y.contiguous(memory_format=layout) for y in results)
+    return tuple(_convolve([x.contiguous()] * len(kernels), kernels, bias, reduce))
 
 
 def backward(
     x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
-    layout = memory_format(x)
     planes = reference.expand([grad.contiguous() for grad in grads], kernels)
     grad_x = grad_kernels = None
     if needs_x:
         # The adjoint is the same convolution with the kernels flipped.
         grad_x = _convolve(planes, [k.flip(1, 2) for k in kernels], None, True)[0]
-        grad_x = grad_x.contiguous(memory_format=layout)
     if needs_kernels:
         x = x.contiguous()
         grad_kernels = tuple(_kernel_gradient(x, grad, kernel) for grad, kernel in zip(planes, kernels))
@@ -117,7 +112,7 @@ def _convolve(inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor 
     operands = [
         *_three(inputs),
         *_three([kernel.contiguous() for kernel in kernels]),
-        results[0] if bias is None else bias,
+        results[0] if bias is None else bias.contiguous(),
         *_three(results),
     ]
 
