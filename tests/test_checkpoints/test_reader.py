@@ -34,11 +34,11 @@ from slak_mm.checkpoints import (
 WEIGHTS = {'a.weight': torch.arange(6.0).reshape(2, 3), 'a.bias': torch.ones(2)}
 
 
-@pytest.fixture(params=['weights_only', 'restricted'])
+@pytest.fixture(params=['weights_only', 'old_torch'])
 def route(request, monkeypatch):
-    """Both ways of reading: torch's list, extended, and the reader for torch before 2.5."""
+    """Both ways of reading: torch's list, extended, and the reader for torch before 2.6."""
     if request.param == 'weights_only' and not reader._EXTENSIBLE:
-        pytest.skip('torch before 2.5 cannot extend its list')
+        pytest.skip('torch before 2.6 cannot extend its list')
     monkeypatch.setattr(reader, '_EXTENSIBLE', request.param == 'weights_only')
     return request.param
 

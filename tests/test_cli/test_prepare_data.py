@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from mmengine.config import Config
 
-from slak_mm import cli
+from slak_mm import _files, cli
 from slak_mm.cli import prepare_data
 from slak_mm.cli.prepare_data import DATA_SETS, Archive, DataError, DataSet, Files, Part, check, hint, prepare
 
@@ -22,7 +22,7 @@ from slak_mm.cli.prepare_data import DATA_SETS, Archive, DataError, DataSet, Fil
 @pytest.fixture
 def server(monkeypatch):
     """A web server: ``files`` by path, requests in ``log``; knows Range, and can break off."""
-    monkeypatch.setattr(prepare_data.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(_files.time, 'sleep', lambda seconds: None)
     state = SimpleNamespace(files={}, log=[], break_after=None, ranges=True, etag='"1"')
 
     class Handler(BaseHTTPRequestHandler):
@@ -169,6 +169,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize('moment', ['ade.zip', 'md5 of ade.zip', 'unpacking ade.zip'])
 def test_an_interrupted_call_is_taken_up_again(served, server, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(prepare_data, '_CHUNK', 4096)
+    monkeypatch.setattr(_files, '_CHUNK', 4096)
 
     def kill(what, done, total):
         if what == moment and done >= total / 2:
