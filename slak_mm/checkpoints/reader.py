@@ -383,8 +383,8 @@ def _check_legacy(file: BinaryIO, name: str, size: int) -> Any:
     return content
 
 
-# torch's list of names is the process's: only one reader at a time may extend it.
-_EXTENDING = threading.Lock()
+# torch's list of names, and its switches, are the process's: only one reader at a time may change them.
+_READING = threading.Lock()
 
 
 def _load(file: BinaryIO, name: str) -> dict[str, Any]:
@@ -393,12 +393,13 @@ def _load(file: BinaryIO, name: str) -> dict[str, Any]:
     try:
         if _EXTENSIBLE:
             # As pairs: what others have listed as it is stays listed when these are taken off again.
-            pairs = [(item, dotted) for dotted, item in safe_names().items()]
-            with _EXTENDING, torch.serialization.safe_globals(pairs):
+            pairs: list[Any] = [(item, dotted) for dotted, item in safe_names().items()]
+            with _READING, torch.serialization.safe_globals(pairs):
                 return torch.load(file, map_location='cpu', weights_only=True)
-        from ._old_torch import LISTED_NAMES_ONLY
+        from ._old_torch import load
 
-        return torch.load(file, map_location='cpu', pickle_module=LISTED_NAMES_ONLY, weights_only=False)
+        with _READING:
+            return load(file)
     except MemoryError as error:
         raise CheckpointUnreadable(f'There is not enough memory to read {name}, or it is damaged.') from error
     except Exception as error:  # whatever torch, numpy or a damaged value raise

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from slak_mm._files import replacing
 
 from .errors import CheckpointError
 from .formats import convert_state_dict, to_official
@@ -78,17 +79,13 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike, ove
         raise CheckpointError(f'{path} exists already; --force replaces it.')
     if not path.parent.is_dir():
         raise CheckpointError(f'There is no folder {path.parent} to write {path.name} into.')
-    part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.part')
-    try:
+    with replacing(path) as part:
         if path.suffix == '.safetensors':
             _write_safetensors(checkpoint, part)
         else:
             # A path would let torch name the archive's inner folder after the temporary file.
             with open(part, 'wb') as file:
                 torch.save(dict(checkpoint), file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
