@@ -12,7 +12,7 @@ import torch
 
 from slak_mm._files import replacing
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 from .formats import convert_state_dict, to_official
 from .unwrap import find_roots, unwrap
 
@@ -71,21 +71,28 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike, ove
         The file.
 
     Raises:
-        CheckpointError: The file exists, or the format's package is not installed.
-        OSError: It cannot be written.
+        CheckpointError: The file exists or cannot be written, or the format's package is not installed.
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise CheckpointError(f'{path} exists already; --force replaces it.')
+        raise CheckpointError(f'{path} exists already.')
     if not path.parent.is_dir():
         raise CheckpointError(f'There is no folder {path.parent} to write {path.name} into.')
-    with replacing(path) as part:
-        if path.suffix == '.safetensors':
-            _write_safetensors(checkpoint, part)
-        else:
-            # A path would let torch name the archive's inner folder after the temporary file.
-            with open(part, 'wb') as file:
-                torch.save(dict(checkpoint), file)
+    try:
+        with replacing(path) as part:
+            if path.suffix == '.safetensors':
+                _write_safetensors(checkpoint, part)
+            else:
+                # A path would let torch name the archive's inner folder after the temporary file.
+                with open(part, 'wb') as file:
+                    torch.save(dict(checkpoint), file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and safetensors hide the operating system's errors in their own
+        raise CheckpointError(
+            f'{path} could not be written ({shown(str(error))}): is there room on the disk? What was there before is '
+            'unchanged.'
+        ) from error
     return path
 
 
@@ -95,4 +102,4 @@ def _write_safetensors(checkpoint: Mapping[str, Any], path: Path) -> None:
     except ImportError as error:
         raise CheckpointError('Writing a .safetensors file needs that package: pip install safetensors.') from error
     tensors = unwrap(checkpoint).state_dict
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, str(path))
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, str(path))
