@@ -147,7 +147,7 @@ def download(
 
 
 class _Problem(Exception):
-    """The network failed, not the disk."""
+    """The network failed, not the disk; ``is_final`` if trying again is of use only where it has worked before."""
 
     def __init__(self, reason: object, is_final: bool = False) -> None:
         super().__init__(str(reason) or type(reason).__name__)
@@ -237,13 +237,9 @@ def _open(url: str, headers: dict[str, str]) -> Any:
     except urllib.error.HTTPError as error:
         if error.code == 416:
             return error
-        raise _Problem(f'it answered {error.code} {error.reason}', is_final=error.code < 500) from error
-    except urllib.error.URLError as error:  # no such host, or nobody listens
-        raise _Problem(error.reason, not isinstance(error.reason, TimeoutError)) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Problem(error) from error
-    except ValueError as error:
-        raise _Problem(error, is_final=True) from error
+        raise _Problem(f'it answered {error.code} {error.reason}', is_final=True) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _Problem(getattr(error, 'reason', None) or error, is_final=True) from error
 
 
 def _read(answer: Any) -> bytes:
