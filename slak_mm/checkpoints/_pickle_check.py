@@ -15,6 +15,7 @@ import pickle
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
 import torch
@@ -129,7 +130,9 @@ class PickleCheck(_Base):
     dispatch: ClassVar[dict[int, Callable]] = {}
 
     def __init__(self, file: BinaryIO, name: str, size: int, storages: Mapping[str, int] | None = None) -> None:
-        super().__init__(file, encoding='bytes')
+        # A file takes the memory for all that it is asked for, however little it has.
+        bounded = SimpleNamespace(read=lambda count: file.read(min(count, size)), readline=file.readline)
+        super().__init__(bounded, encoding='bytes')
         self.file, self.name, self.size, self.storages = file, name, size, storages
         self.needed: dict[str, int] = {}
         self.start, self.spent = file.tell(), 0
@@ -234,7 +237,8 @@ class PickleCheck(_Base):
             item.parts.append(state)
 
     def persistent_load(self, pid: Any) -> _Made:
-        self.require(type(pid) is tuple and len(pid) in (5, 6) and pid[0] in ('storage', b'storage'), 'foreign id')
+        length = 6 if self.storages is None else 5
+        self.require(type(pid) is tuple and len(pid) == length and pid[0] in ('storage', b'storage'), 'foreign id')
         _, kind, key, _, count, *view = pid
         key = key.decode('ascii') if isinstance(key, bytes) else key
         self.require(kind in _STORAGES and type(key) is str and type(count) is int and count >= 0, 'a storage is odd')
