@@ -1,7 +1,8 @@
 """The command line: changes to configs by topic, and errors that name options."""
 
-from slak_mm._config import datasets_of, model_of
+from slak_mm._config import datasets_of, framework, model_of, type_name
 
+from .annotations import check_annotations
 from .arguments import (
     KeyValuePairs,
     add_config_arguments,
@@ -36,11 +37,13 @@ __all__ = [
     'apply_overrides',
     'build_model',
     'build_runner',
+    'check_annotations',
     'check_data',
     'check_weights',
     'crop_size',
     'dataset_class',
     'datasets_of',
+    'framework',
     'image_size',
     'img_scale',
     'init_distributed',
@@ -64,5 +67,6 @@ __all__ = [
     'set_sparse',
     'set_sparsity',
     'share',
+    'type_name',
     'use_test_time_augmentation',
 ]

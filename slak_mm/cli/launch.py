@@ -16,6 +16,7 @@ from torch import nn
 from slak_mm._config import add_hook
 from slak_mm.checkpoints import CheckpointError
 from slak_mm.engine.reproducible import make_reproducible
+from slak_mm.engine.samples import check_samples
 from slak_mm.sparsity import SparsityError
 
 from .device import adapt_to_device
@@ -122,11 +123,12 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
 
     Args:
         cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
-            what :mod:`slak_mm.engine.reproducible` has.
+            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`.
         loops: Which of 'train', 'val' and 'test' to build.
 
     Returns:
-        With its model and those loops built, and the optimizer for training.
+        With its model and those loops built, and the optimizer for training. Its data sets
+        check what they load.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -134,6 +136,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     add_hook(cfg, 'StrictCheckpointHook', require_heads=bool(cfg.get('resume')))
     if 'train' in loops:
         make_reproducible(cfg)
+        add_hook(cfg, 'FiniteLossHook')
     try:
         if 'runner_type' in cfg:
             from mmengine.registry import RUNNERS
@@ -153,4 +156,5 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         raise
     except Exception as error:  # registries wrap whatever a constructor raises
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
+    check_samples(runner)
     return runner
