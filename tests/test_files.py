@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -30,3 +32,14 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv('SLAK_MM_CACHE')
     monkeypatch.setenv('XDG_CACHE_HOME', '/b')
     assert str(cache_folder()) == '/b/slak_mm'
+
+
+def test_the_package_itself_imports_what_every_user_needs():
+    code = (
+        'import sys, slak_mm\n'
+        'ours = [name for name in sys.modules if name.split(".")[0] == "slak_mm"]\n'
+        'slow = {"argparse", "http", "matplotlib", "tarfile", "urllib", "zipfile"}\n'
+        'print([name for name in ours if slow & vars(sys.modules[name]).keys()])'
+    )
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'

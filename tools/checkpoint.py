@@ -33,6 +33,7 @@ from slak_mm.checkpoints import (
     write_checkpoint,
     zoo_table,
 )
+from slak_mm.checkpoints.errors import shown
 from slak_mm.cli.tables import table
 from slak_mm.engine.hooks import SPARSITY_KEY
 from slak_mm.engine.sparsity_hook import finalize_checkpoint, saved_masks
@@ -81,7 +82,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     taken = unwrap(checkpoint, 'ema' if args.ema else 'model')
     print(f'file        {args.checkpoint}')
     if taken.wrapper:
-        print(f'entries     {", ".join(map(str, checkpoint))}')
+        print(f'entries     {", ".join(map(shown, checkpoint))}')
     print(
         f'weights     {len(taken.state_dict)} tensors '
         + (f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict')
@@ -91,9 +92,11 @@ def run_inspect(args: argparse.Namespace) -> None:
     masks = saved_masks(checkpoint)
     if masks:
         state = checkpoint[SPARSITY_KEY]
+        settings = state.get('settings')
+        mode = settings.get('mode') if isinstance(settings, Mapping) else settings
         print(
-            f'sparsity    {len(masks)} masks (mode {state["settings"]["mode"]}, changed '
-            f'{state["updates"]} times in {state["step"]} steps)'
+            f'sparsity    {len(masks)} masks (mode {shown(mode)}, changed {shown(state.get("updates"))} times in '
+            f'{shown(state.get("step"))} steps)'
         )
     roots = find_roots(taken.state_dict)
     for root in roots:
@@ -112,7 +115,10 @@ def run_inspect(args: argparse.Namespace) -> None:
         parts = {
             k[len(root) :]: v for root in roots[:1] or [''] for k, v in taken.state_dict.items() if k.startswith(root)
         }
-        picture = draw_sparsity(parts, Path(args.checkpoint).name)
+        try:
+            picture = draw_sparsity(parts, Path(args.checkpoint).name)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         try:
             Image.fromarray(picture).save(args.picture)
         except ValueError as error:
@@ -146,8 +152,15 @@ def of_all(layers: Sequence[LayerSparsity]) -> tuple[float, int]:
     return sum(layer.zeros for layer in layers) / max(total, 1), total
 
 
+def refuse_existing(args: argparse.Namespace) -> None:
+    """Replace a file only if asked to."""
+    if Path(args.out).exists() and not args.force:
+        raise CheckpointError(f'{args.out} exists already; --force replaces it.')
+
+
 def run_finalize(args: argparse.Namespace) -> None:
     """Write the weights of a training checkpoint, without the state of the run."""
+    refuse_existing(args)
     checkpoint = read_checkpoint(args.checkpoint)
     final = finalize_checkpoint(checkpoint)
     path = write_checkpoint(final, args.out, args.force)
@@ -157,6 +170,7 @@ def run_finalize(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """Write a checkpoint with other names."""
+    refuse_existing(args)
     converted = convert_checkpoint(read_checkpoint(args.checkpoint), args.to, args.ema)
     path = write_checkpoint(converted, args.out, args.force)
     wrapper, weights = next(iter(converted.items()))

@@ -7,7 +7,7 @@ from .formats import FAMILIES, ConversionNotes, Family, convert_state_dict, dete
 from .load import LoadReport, find_backbones, load_pretrained, prepare_checkpoint
 from .reader import cache_dir, cached_path, fetch, read_checkpoint
 from .shiftwise import fit_paths, merge_paths
-from .unwrap import Unwrapped, find_roots, unwrap
+from .unwrap import Unwrapped, find_roots, unwrap, unwrap_model
 from .variants import Variant, describe, likely_causes
 from .writer import convert_checkpoint, write_checkpoint
 from .zoo import ZOO, ModelInfo, find_model, normalize_url, zoo_table
@@ -46,6 +46,7 @@ __all__ = [
     'read_checkpoint',
     'to_official',
     'unwrap',
+    'unwrap_model',
     'write_checkpoint',
     'zoo_table',
 ]

@@ -8,7 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ['CheckpointError', 'CheckpointMismatch', 'CheckpointNotFound', 'CheckpointUnreadable', 'UnsafeCheckpoint']
+__all__ = [
+    'CheckpointError',
+    'CheckpointMismatch',
+    'CheckpointNotFound',
+    'CheckpointUnreadable',
+    'UnsafeCheckpoint',
+    'shown',
+]
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """A name or text from a file as it may be printed: control characters escaped, and cut.
+
+    Args:
+        value: What the file has. Of anything but texts, numbers and lists of numbers only the type is named.
+        limit: Characters at most. Defaults to 100.
+    """
+    if isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value[:limit]):
+        value = str(value[:limit])
+    elif value is not None and not isinstance(value, (str, int, float)):
+        value = f'<{type(value).__name__}>'
+    text = str(value)
+    escaped = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit])
+    return escaped if len(text) <= limit else f'{escaped}... ({len(text)} characters)'
 
 
 class CheckpointError(RuntimeError):
@@ -76,9 +99,9 @@ class CheckpointMismatch(CheckpointError):
             ('of another shape', shapes),
         ):
             if entries:
-                shown = '; '.join(entries[: self.num_shown])
+                first = '; '.join(map(shown, entries[: self.num_shown]))
                 more = len(entries) - self.num_shown
                 rest = f'; and {more} more' if more > 0 else ''
-                lines.append(f'{len(entries)} {title}: {shown}{rest}')
+                lines.append(f'{len(entries)} {title}: {first}{rest}')
         lines.append('Nothing was loaded.')
         super().__init__('\n'.join(lines))

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from .errors import CheckpointError, CheckpointMismatch
 from .formats import ConversionNotes, convert_state_dict
 from .reader import log_report, read_checkpoint
-from .unwrap import Unwrapped, find_roots, unwrap
+from .unwrap import Unwrapped, find_roots, unwrap, unwrap_model
 from .variants import Variant, describe, likely_causes
 
 __all__ = ['LoadReport', 'find_backbones', 'load_pretrained', 'prepare_checkpoint']
@@ -252,7 +251,7 @@ class _Planner:
     """Works out what would be loaded, and refuses what does not fit. Changes nothing."""
 
     def __init__(self, model: nn.Module, label: str, strict: bool) -> None:
-        self.model = _inner_model(model)
+        self.model = unwrap_model(model)
         self.label = label
         self.strict = strict
         self.backbones = find_backbones(self.model)
@@ -560,16 +559,6 @@ class _Planner:
                     missing=sorted(wanted - found),
                 )
         return converted
-
-
-def _inner_model(model: nn.Module) -> nn.Module:
-    while True:
-        if is_model_wrapper(model) or isinstance(model, (BaseTTAModel, nn.DataParallel)):
-            model = model.module  # type: ignore[assignment]
-        elif isinstance(getattr(model, '_orig_mod', None), nn.Module):  # torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _family(backbone: nn.Module) -> str:

@@ -1,18 +1,20 @@
-"""Find the weights inside a checkpoint: wrappers, copies and prefixes."""
+"""Find the weights inside a checkpoint (:func:`unwrap`), and the model inside wrappers (:func:`unwrap_model`)."""
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import Tensor, nn
 
-from .errors import CheckpointMismatch, CheckpointUnreadable
+from ._pickle_check import kind_of_tensor, unusable
+from .errors import CheckpointMismatch, CheckpointUnreadable, shown
 
-__all__ = ['Unwrapped', 'find_roots', 'unwrap']
+__all__ = ['Unwrapped', 'find_roots', 'unwrap', 'unwrap_model']
 
 # Where frameworks keep the weights, in the order in which the official loaders look.
 _WRAPPERS = ('state_dict', 'model', 'module')
@@ -20,6 +22,9 @@ _WRAPPERS = ('state_dict', 'model', 'module')
 _EMA_WRAPPERS = ('model_ema', 'state_dict_ema')
 # Put in front of every name by DistributedDataParallel and torch.compile.
 _OUTER_PREFIXES = ('module.', '_orig_mod.')
+
+# Longer than any name of a module's tensor.
+_LONGEST_NAME = 500
 
 _STEM = re.compile(r'^(|.*\.)(?:downsample_layers\.0\.0|stem\.0)\.weight$')
 
@@ -35,14 +40,12 @@ class Unwrapped:
         is_ema: Whether they are the moving average.
         other_copy: What is said of a second copy in the checkpoint that was not taken, ''
             if there is none.
-        ignored: Entries beside the tensors, such as counters.
     """
 
     state_dict: dict[str, Tensor]
     wrapper: str
     is_ema: bool = False
     other_copy: str = ''
-    ignored: list[str] = field(default_factory=list)
 
 
 def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
@@ -62,7 +65,8 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
 
     Raises:
         CheckpointMismatch: There is no such copy of the weights.
-        CheckpointUnreadable: There are no weights at all.
+        CheckpointUnreadable: There are no weights at all, or some that no network can have: without a
+            proper name, sparse, quantized, nested or without data.
     """
     entries = [key for key in (*_WRAPPERS, *_EMA_WRAPPERS) if _holds_tensors(checkpoint.get(key))]
     by_hook = 'state_dict' in entries and _holds_tensors(checkpoint.get('ema_state_dict'))
@@ -80,27 +84,32 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
     elif _holds_tensors(checkpoint.get(weights)):
         wrapper = weights
     else:
-        raise CheckpointMismatch(
-            f'The checkpoint has no weights under {weights!r}; it has {", ".join(map(str, checkpoint)) or "nothing"}.'
-        )
+        raise CheckpointMismatch(f'The checkpoint has no weights under {weights!r}; it has {_names(checkpoint)}.')
 
     if wrapper is None and not _holds_tensors(checkpoint):
-        found = ', '.join(map(str, list(checkpoint)[:6])) or 'nothing'
-        raise CheckpointUnreadable(f'The checkpoint holds no weights: found {found}.')
+        if any(isinstance(value, Tensor) for value in checkpoint.values()):
+            raise _unnamed(next(key for key, value in checkpoint.items() if isinstance(value, Tensor)))
+        raise CheckpointUnreadable(
+            f'The checkpoint holds no weights: found {_names(checkpoint)}. Save model.state_dict(), alone or under '
+            'state_dict.'
+        )
     content = checkpoint if wrapper is None else checkpoint[wrapper]
     while wrapper is not None and not _has_direct_tensors(content):  # a wrapper in a wrapper
         content = next(content[key] for key in _WRAPPERS if _holds_tensors(content.get(key)))
 
-    ignored = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     tensors: dict[str, Tensor] = OrderedDict(
         (key, value) for key, value in content.items() if isinstance(value, Tensor)
     )
+    for key, value in tensors.items():
+        if not isinstance(key, str) or len(key) > _LONGEST_NAME or not key.isprintable():
+            raise _unnamed(key)
+        if kind := kind_of_tensor(value):
+            raise unusable(f'{key} is', kind)
     metadata = getattr(content, '_metadata', None)
     if metadata is not None:
         tensors._metadata = metadata  # type: ignore[attr-defined]
     if wrapper == 'ema_state_dict' and 'steps' in tensors:  # mmengine's counter of updates
         del tensors['steps']
-        ignored.append('steps')
 
     other = ''
     if by_hook and wrapper == 'state_dict':
@@ -108,7 +117,7 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
     elif average is not None and wrapper not in (average, None):
         other = f'not used, under {average} (use_ema=True takes it)'
     is_ema = wrapper is not None and wrapper == average
-    return Unwrapped(_strip_outer(tensors), wrapper or '', is_ema, other, ignored)
+    return Unwrapped(_strip_outer(tensors), wrapper or '', is_ema, other)
 
 
 def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
@@ -122,6 +131,28 @@ def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
     """
     roots = {match.group(1) for key in state_dict if (match := _STEM.match(key))}
     return sorted(root for root in roots if any(key.startswith(root + 'stages.') for key in state_dict))
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model that owns the weights, inside wrappers for distribution, augmentation and torch.compile."""
+    while True:
+        if is_model_wrapper(model) or isinstance(model, (BaseTTAModel, nn.DataParallel)):
+            model = model.module  # type: ignore[assignment]
+        elif isinstance(getattr(model, '_orig_mod', None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _names(entries: Mapping[Any, Any]) -> str:
+    return ', '.join(shown(key) for key in list(entries)[:6]) or 'nothing'
+
+
+def _unnamed(key: Any) -> CheckpointUnreadable:
+    return CheckpointUnreadable(
+        f'The checkpoint has a tensor under {shown(key)} ({type(key).__name__}), which is no name of a weight: save '
+        'model.state_dict(), whose keys are names such as stages.0.0.gamma.'
+    )
 
 
 def _holds_tensors(value: Any, depth: int = 2) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from slak_mm._files import replacing
+
+from .errors import CheckpointError, shown
 from .formats import convert_state_dict, to_official
 from .unwrap import find_roots, unwrap
 
@@ -70,25 +71,28 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike, ove
         The file.
 
     Raises:
-        CheckpointError: The file exists, or the format's package is not installed.
-        OSError: It cannot be written.
+        CheckpointError: The file exists or cannot be written, or the format's package is not installed.
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise CheckpointError(f'{path} exists already; --force replaces it.')
+        raise CheckpointError(f'{path} exists already.')
     if not path.parent.is_dir():
         raise CheckpointError(f'There is no folder {path.parent} to write {path.name} into.')
-    part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.part')
     try:
-        if path.suffix == '.safetensors':
-            _write_safetensors(checkpoint, part)
-        else:
-            # A path would let torch name the archive's inner folder after the temporary file.
-            with open(part, 'wb') as file:
-                torch.save(dict(checkpoint), file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        with replacing(path) as part:
+            if path.suffix == '.safetensors':
+                _write_safetensors(checkpoint, part)
+            else:
+                # A path would let torch name the archive's inner folder after the temporary file.
+                with open(part, 'wb') as file:
+                    torch.save(dict(checkpoint), file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and safetensors hide the operating system's errors in their own
+        raise CheckpointError(
+            f'{path} could not be written ({shown(str(error))}): is there room on the disk? What was there before is '
+            'unchanged.'
+        ) from error
     return path
 
 
@@ -98,4 +102,4 @@ def _write_safetensors(checkpoint: Mapping[str, Any], path: Path) -> None:
     except ImportError as error:
         raise CheckpointError('Writing a .safetensors file needs that package: pip install safetensors.') from error
     tensors = unwrap(checkpoint).state_dict
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, str(path))
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, str(path))

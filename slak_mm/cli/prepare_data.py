@@ -8,31 +8,30 @@ there.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
-import http.client
 import json
 import os
 import shutil
+import stat
 import tarfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from mmengine.utils import mkdir_or_exist
+
+from slak_mm._files import DownloadError, Report, download, need_space
+from slak_mm.checkpoints.errors import shown
 
 __all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint', 'prepare']
 
-Report = Callable[[str, int, int], None]
-
-_TIMEOUT = 30  # seconds without an answer
 _CHUNK = 1 << 20
-_ATTEMPTS = 5  # in a row without a byte
 _DOWNLOADS = '.downloads'
 
 
@@ -327,17 +326,24 @@ def prepare(
     if check(name, root, data_sets) is None:
         return folder
     downloads = Path(root, _DOWNLOADS)
-    mkdir_or_exist(downloads)
-    with _only_process(downloads / f'{name}.lock'):
-        for part in data_set.parts:
-            _prepare_part(data_set, part, folder, downloads, report)
-        missing = check(name, root, data_sets)
-        if missing is not None:
-            raise DataError(f'{name} is not complete: {missing}.')
-        if not keep_archives:
-            for archive in (archive for part in data_set.parts for archive in part.archives):
-                (downloads / archive.filename).unlink(missing_ok=True)
-    (downloads / f'{name}.lock').unlink(missing_ok=True)
+    try:
+        mkdir_or_exist(downloads)
+    except OSError as error:
+        raise DataError(f'{downloads} cannot be created ({error.strerror}): choose another --root.') from error
+    lock = downloads / f'{name}.lock'
+    try:
+        with FileLock(lock, timeout=0):
+            for part in data_set.parts:
+                _prepare_part(data_set, part, folder, downloads, report)
+            missing = check(name, root, data_sets)
+            if missing is not None:
+                raise DataError(f'{name} is not complete: {missing}.')
+            if not keep_archives:
+                for archive in (archive for part in data_set.parts for archive in part.archives):
+                    (downloads / archive.filename).unlink(missing_ok=True)
+    except Timeout as error:
+        raise DataError(f'Another process is preparing this data set (it holds {lock}).') from error
+    lock.unlink(missing_ok=True)  # whoever opened it meanwhile finds the data set complete
     with contextlib.suppress(OSError):
         downloads.rmdir()  # unless it still has something
     return folder
@@ -386,110 +392,18 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _only_process(path: Path) -> Iterator[None]:
-    """Hold a lock that the system takes back when the process ends in whatever way."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with path.open('w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f'Another process is preparing this data set (it holds {path}).') from error
-        yield
-
-
 # -------------------------------------------------------------------------------- downloading
 
 
 def _download(archive: Archive, folder: Path, report: Report) -> Path:
     """Get an archive into a folder, unless it is there."""
     path = folder / archive.filename
-    if path.is_file():
-        return path
-    part = path.with_name(f'{path.name}.part')
-    problem: Exception | None = None
-    for url in archive.urls:
-        failures = 0
-        while failures < _ATTEMPTS:
-            before = part.stat().st_size if part.is_file() else 0
-            try:
-                _transfer(url, part, report)
-                break
-            except urllib.error.HTTPError as error:
-                problem = error
-                if error.code < 500:
-                    failures = _ATTEMPTS
-            except (OSError, http.client.HTTPException) as error:
-                problem = error
-            after = part.stat().st_size if part.is_file() else 0
-            failures = failures + 1 if after <= before else 0
-            if failures < _ATTEMPTS:
-                time.sleep(min(2**failures, 30) / 4)
-        else:
-            continue
-        break
-    else:
-        reason = getattr(problem, 'reason', None) or problem
-        kept = ', or try again later: what was downloaded is kept' if part.exists() else ''
-        raise DataError(
-            f'{" and ".join(archive.urls)} could not be downloaded ({reason}). Get it with a '
-            f'browser or on another machine and put it at {path}{kept}.'
-        )
-    _verify(part, archive, report)
-    os.replace(part, path)
-    part.with_suffix('.json').unlink(missing_ok=True)
-    return path
-
-
-def _transfer(url: str, part: Path, report: Report) -> None:
-    """Download to the end, from where the file ends on if the server has the same file still."""
-    notes = part.with_suffix('.json')  # which file the beginning is from
-    headers = {'User-Agent': 'slak_mm'}
-    offset = part.stat().st_size if part.is_file() else 0
-    if offset:
-        try:
-            validator = json.loads(notes.read_text())['validator']
-        except (OSError, ValueError, KeyError):
-            validator = ''
-        # Without a validator the beginning may be from another file: begin again.
-        headers.update({'Range': f'bytes={offset}-', 'If-Range': validator} if validator else {})
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        if error.headers.get('Content-Range') == f'bytes */{offset}':
-            return  # there is nothing behind the end
-        part.unlink()
-        raise ConnectionError('the server has another file now') from error
-    with answer:
-        if 'html' in answer.headers.get('Content-Type', ''):
-            raise urllib.error.HTTPError(url, 404, 'an HTML page was sent', answer.headers, None)
-        is_rest = answer.status == 206 and answer.headers.get('Content-Range', '').startswith(f'bytes {offset}-')
-        if answer.status == 206 and not is_rest:
-            part.unlink()
-            raise ConnectionError('the server sent another part than it was asked for')
-        offset = offset if is_rest else 0
-        length = answer.headers.get('Content-Length')
-        total = offset + int(length) if length else 0
-        if total:
-            # Unpacked, images take as much space again.
-            _need_space(part.parent, 2 * total - offset, f'{part.stem} and what is in it')
-        etag = answer.headers.get('ETag') or ''
-        strong = etag if etag.startswith('"') else answer.headers.get('Last-Modified') or ''
-        notes.write_text(json.dumps(dict(url=url, validator=strong)))
-        with part.open('ab' if is_rest else 'wb') as out:
-            done = offset
-            while chunk := answer.read(_CHUNK):
-                out.write(chunk)
-                done += len(chunk)
-                report(part.stem, done, total)
-    if total and done != total:
-        raise ConnectionError(f'the connection ended after {done} of {total} bytes')
+        # Unpacked, images take as much space again.
+        download(archive.urls, path, verify=lambda part: _verify(part, archive, report), report=report, room=2)
+    except DownloadError as error:
+        raise DataError(str(error)) from error
+    return path
 
 
 def _verify(part: Path, archive: Archive, report: Report) -> None:
@@ -504,7 +418,6 @@ def _verify(part: Path, archive: Archive, report: Report) -> None:
             done += len(chunk)
             report(f'{kind} of {archive.filename}', done, total)
     if digest.hexdigest() != expected:
-        part.unlink()
         raise DataError(
             f'The download of {archive.urls[0]} has the {kind} {digest.hexdigest()}, the '
             f'published file has {expected}: it was damaged on the way or is another file. It '
@@ -512,53 +425,82 @@ def _verify(part: Path, archive: Archive, report: Report) -> None:
         )
 
 
-def _need_space(folder: Path, size: int, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise DataError(
-            f'{what} need {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left: make '
-            'room, or choose another --root.'
-        )
-
-
 # ---------------------------------------------------------------------------------- unpacking
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file or folder in an archive."""
+
+    name: str
+    size: int
+    is_file: bool
+    is_folder: bool
+    open: Callable[[], IO[bytes] | None]
+
+
+@contextlib.contextmanager
+def _members(path: Path) -> Iterator[list[_Member]]:
+    """What is in an archive, zip or tar."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            if any(info.flag_bits & 1 for info in infos):
+                raise DataError(f'{path} is encrypted, the published archive is not. Delete it and try again.')
+            kinds = [stat.S_IFMT(info.external_attr >> 16) for info in infos]
+            yield [
+                _Member(
+                    info.filename,
+                    info.file_size,
+                    kind in (0, stat.S_IFREG) and not info.is_dir(),
+                    kind in (0, stat.S_IFDIR) and info.is_dir(),
+                    functools.partial(archive.open, info),
+                )
+                for info, kind in zip(infos, kinds)
+            ]
+    else:
+        with tarfile.open(path) as tar:
+            yield [_Member(m.name, m.size, m.isfile(), m.isdir(), functools.partial(tar.extractfile, m)) for m in tar]
 
 
 def _unpack(path: Path, folder: Path, report: Report) -> None:
     """Unpack an archive of plain files and folders, all of which stay in the folder."""
-    what = f'unpacking {path.name}'
+    name = ''
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                infos = archive.infolist()
-                _refuse_escapes(path, [info.filename for info in infos])
-                _need_space(folder, sum(info.file_size for info in infos), f'The files of {path}')
-                for number, info in enumerate(infos, 1):
-                    archive.extract(info, folder)
-                    report(what, number, len(infos))
-            return
-        # Read twice: an archive is refused as a whole, before anything of it is written.
-        with tarfile.open(path) as tar:
-            members = tar.getmembers()
-            strange = [m.name for m in members if not (m.isfile() or m.isdir())]
-            if strange:
-                raise DataError(f'{path} was refused: {strange[0]} in it is neither a file nor a folder.')
-            _refuse_escapes(path, [m.name for m in members])
-            _need_space(folder, sum(m.size for m in members), f'The files of {path}')
-            # Newer versions of Python check again.
-            options: dict[str, Any] = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
+        with _members(path) as members:
+            # An archive is refused as a whole, before anything of it is written.
+            for member in members:
+                _refuse_escape(path, member)
+            need_space(folder, sum(member.size for member in members), f'The files of {path}')
             for number, member in enumerate(members, 1):
-                tar.extract(member, folder, set_attrs=False, **options)
-                report(what, number, len(members))
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                name = member.name
+                target = folder / name
+                mkdir_or_exist(target if member.is_folder else target.parent)
+                if member.is_file:
+                    with member.open() as source, target.open('wb') as out:  # type: ignore[union-attr]
+                        shutil.copyfileobj(source, out, _CHUNK)
+                report(f'unpacking {path.name}', number, len(members))
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
         path.unlink()
-        raise DataError(f'{path} is damaged or no archive ({error}). It was deleted; try again.') from error
+        raise DataError(f'{path} is damaged or no archive ({shown(str(error))}). It was deleted; try again.') from error
+    except DownloadError as error:
+        raise DataError(str(error)) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            remedy = 'Make room, or choose another --root.'
+        else:
+            remedy = 'The archive is not the one that was published: delete it and try again.'
+        raise DataError(
+            f'{shown(name)} in {path} cannot be unpacked to {folder}: {error.strerror}. {remedy}'
+        ) from error
 
 
-def _refuse_escapes(path: Path, names: list[str]) -> None:
-    for name in names:
-        parts = PurePosixPath(name.replace('\\', '/'))
-        if parts.is_absolute() or '..' in parts.parts or ':' in name:
-            raise DataError(
-                f'{path} was refused: {name} in it would be written outside the folder that it is unpacked in.'
-            )
+def _refuse_escape(path: Path, member: _Member) -> None:
+    name = member.name
+    if not (member.is_file or member.is_folder):
+        raise DataError(f'{path} was refused: {shown(name)} in it is neither a file nor a folder.')
+    parts = PurePosixPath(name.replace('\\', '/'))
+    if parts.is_absolute() or '..' in parts.parts or ':' in name or '\0' in name:
+        raise DataError(
+            f'{path} was refused: {shown(name)} in it would be written outside the folder that it is unpacked in.'
+        )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from mmengine.dist import get_rank, is_distributed
 
+from slak_mm.engine.loader import safe_reader
 from slak_mm.engine.samples import DataError
 
 from .errors import explain
@@ -17,6 +18,9 @@ from .errors import explain
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a command line and leave the process with its exit code.
+
+    Whatever reads a checkpoint meanwhile, in mmengine and the libraries on it too, does so with this
+    package's reader (:func:`slak_mm.engine.loader.safe_reader`).
 
     What a user can cause (:class:`ConfigOverrideError`, ``CheckpointError``, and what
     :func:`explain` knows) ends in one sentence on stderr and exit code 1; with
@@ -28,7 +32,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
     """
     code = 1
     try:
-        code = main() or 0
+        with safe_reader():
+            code = main() or 0
     except Exception as error:
         message = explain(error)
         if message is None:

@@ -4,23 +4,15 @@ import re
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
-from slak_mm.checkpoints import CheckpointMismatch, LoadReport, find_backbones, prepare_checkpoint
+from slak_mm.checkpoints import CheckpointMismatch, LoadReport, find_backbones, prepare_checkpoint, unwrap_model
 
-__all__ = ['SPARSITY_KEY', 'StrictCheckpointHook', 'load_whole_model', 'unwrap_model']
+__all__ = ['SPARSITY_KEY', 'StrictCheckpointHook', 'load_whole_model']
 
 #: Entry of a checkpoint with the state of ``SparsityHook``.
 SPARSITY_KEY = 'sparsity'
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """The model that owns the weights, inside wrappers for distribution and augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module  # type: ignore[assignment]
-    return model
 
 
 def load_whole_model(model: nn.Module, checkpoint: dict, source: str) -> LoadReport | None:

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from slak_mm.checkpoints import CheckpointMismatch, find_backbones, unwrap
+from slak_mm.checkpoints import CheckpointMismatch, find_backbones, unwrap, unwrap_model
 from slak_mm.sparsity import (
     PRESETS,
     DenseWeights,
@@ -31,7 +31,7 @@ from slak_mm.sparsity import (
     snip_gradients,
 )
 
-from .hooks import SPARSITY_KEY, unwrap_model
+from .hooks import SPARSITY_KEY
 from .reproducible import seed_everything
 
 __all__ = ['SparsityHook', 'finalize_checkpoint', 'saved_masks']

@@ -112,9 +112,12 @@ def masks_from_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
         (filters, 1, 1, 1). Parameters without a mask are left out.
 
     Raises:
-        SparsityError: A mask does not have the bytes that its shape takes.
+        SparsityError: A mask does not have the bytes that its shape takes, or the state is another thing.
     """
-    return {name: unpack_mask(entry['bits'], entry['shape']) for name, entry in state['masks'].items()}
+    try:
+        return {name: unpack_mask(entry['bits'], entry['shape']) for name, entry in state['masks'].items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise SparsityError('the sparsity state has no masks in the form that this code reads') from error
 
 
 def masks_hash(masks: Mapping[str, Tensor]) -> str:

@@ -60,14 +60,19 @@ def layer_sparsity(state_dict: Mapping[str, Tensor]) -> list[LayerSparsity]:
         state_dict: Tensors by name.
 
     Returns:
-        One for each floating-point tensor with two or more dimensions, in
+        One for each floating-point tensor with entries and two or more dimensions, in
         the order of the state dict.
     """
     return [
-        LayerSparsity(name, tuple(value.shape), value.numel() - int(value.count_nonzero()), value.numel())
+        LayerSparsity(name, tuple(value.shape), value.numel() - int(_countable(value).count_nonzero()), value.numel())
         for name, value in state_dict.items()
-        if value.dim() >= 2 and value.is_floating_point()
+        if value.dim() >= 2 and value.numel() and value.is_floating_point()
     ]
+
+
+def _countable(value: Tensor) -> Tensor:
+    """Eight-bit numbers as others, since torch does not count zeros among them."""
+    return value.float() if value.element_size() == 1 else value
 
 
 def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

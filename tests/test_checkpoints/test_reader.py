@@ -2,14 +2,17 @@ import argparse
 import hashlib
 import http.server
 import io
+import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter, OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 import slak_mm
+from slak_mm import _files
 from slak_mm.checkpoints import (
     ZOO,
     CheckpointError,
@@ -34,11 +38,11 @@ from slak_mm.checkpoints import (
 WEIGHTS = {'a.weight': torch.arange(6.0).reshape(2, 3), 'a.bias': torch.ones(2)}
 
 
-@pytest.fixture(params=['weights_only', 'restricted'])
+@pytest.fixture(params=['weights_only', 'old_torch'])
 def route(request, monkeypatch):
-    """Both ways of reading: torch's list, extended, and the reader for torch before 2.5."""
+    """Both ways of reading: torch's list, extended, and the reader for torch before 2.6."""
     if request.param == 'weights_only' and not reader._EXTENSIBLE:
-        pytest.skip('torch before 2.5 cannot extend its list')
+        pytest.skip('torch before 2.6 cannot extend its list')
     monkeypatch.setattr(reader, '_EXTENSIBLE', request.param == 'weights_only')
     return request.param
 
@@ -114,9 +118,40 @@ def test_safetensors(tmp_path):
     assert_same(read_checkpoint(tmp_path / 'x.safetensors'))
     (tmp_path / 'renamed.pth').write_bytes((tmp_path / 'x.safetensors').read_bytes())
     assert_same(read_checkpoint(tmp_path / 'renamed.pth'))
-    (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'x.safetensors').read_bytes()[:-5])
-    with pytest.raises(CheckpointUnreadable, match='not an intact safetensors'):
-        read_checkpoint(tmp_path / 'cut.safetensors')
+
+
+def named_bytes(table, data=bytes(8)):
+    header = table.encode() if isinstance(table, str) else json.dumps(table).encode()
+    return len(header).to_bytes(8, 'little') + header + data
+
+
+def entry(begin, end, shape=(2,), dtype='F32'):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=[begin, end])
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        named_bytes({'w': entry(0, 8)})[:-3],
+        named_bytes({'w': entry(0, 8)}, bytes(9)),
+        named_bytes({'w': entry(4, 8, (1,))}),
+        named_bytes({'a': entry(0, 8), 'b': entry(4, 8, (1,))}),
+        named_bytes({'w': entry(0, 8, (10**9,))}),
+        named_bytes({'w': entry(0, 8 << 40)}),
+        named_bytes({'w': entry(0, 8, dtype='\x1b[31m' * 1000)}),
+        named_bytes('{' * 10**5),
+        (1 << 62).to_bytes(8, 'little') + b'{}',
+    ],
+    ids=['cut', 'too long', 'gap', 'overlap', 'shape', 'beyond', 'dtype', 'nested', 'header'],
+)
+def test_damaged_safetensors(tmp_path, content):
+    pytest.importorskip('safetensors')
+    (tmp_path / 'x.safetensors').write_bytes(named_bytes({'w': entry(0, 8)}))
+    assert read_checkpoint(tmp_path / 'x.safetensors')['w'].tolist() == [0, 0]
+    (tmp_path / 'x.safetensors').write_bytes(content)
+    with pytest.raises(CheckpointUnreadable, match='not an intact safetensors') as error:
+        read_checkpoint(tmp_path / 'x.safetensors')
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 def test_mapping_is_passed_through():
@@ -187,13 +222,20 @@ def test_pickles_that_run_code(tmp_path, route, kind, zipped):
     assert error.value.global_name.endswith(wanted) and wanted in str(error.value)
 
 
-def raw_pickle(tmp_path, data):
-    """A file in torch's zip format around a hand-written pickle."""
-    torch.save(WEIGHTS, tmp_path / 'good.pth')
-    with zipfile.ZipFile(tmp_path / 'good.pth') as old, zipfile.ZipFile(tmp_path / 'bad.pth', 'w') as new:
-        for item in old.infolist():
-            is_pickle = item.filename.endswith('data.pkl')
-            new.writestr(item.filename, data if is_pickle else old.read(item))
+def raw_pickle(tmp_path, data, storage=b'\0' * 4, compression=zipfile.ZIP_STORED):
+    """A file in torch's zip format around a hand-written pickle and one storage."""
+    with zipfile.ZipFile(tmp_path / 'bad.pth', 'w', compression) as archive:
+        for name, content in {'data.pkl': data, 'byteorder': b'little', 'version': b'3\n', 'data/0': storage}.items():
+            archive.writestr(f'bad/{name}', content)
+    return tmp_path / 'bad.pth'
+
+
+def raw_legacy(tmp_path, data, storage=b'\0' * 4):
+    """The same in torch's older format: five pickles, then the storage behind its count of numbers."""
+    header = b''.join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}))
+    count = (len(storage) // 4).to_bytes(8, 'little')
+    keys = pickle.dumps(['0'], 2)
+    (tmp_path / 'bad.pth').write_bytes(header + data.replace(b'tQ', b'NtQ') + keys + count + storage)
     return tmp_path / 'bad.pth'
 
 
@@ -219,6 +261,204 @@ def test_hand_written_pickles(tmp_path, route, data, monkeypatch):
         read_checkpoint(raw_pickle(tmp_path, data))
     assert not (tmp_path / 'victim').exists()
     assert not hasattr(argparse.Namespace, 'foo')
+
+
+# Small files that ask for much. The functions below write pickles of protocol 2.
+
+
+def text(value):
+    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
+
+def number(value):
+    return b'\x8a\x09' + value.to_bytes(9, 'little', signed=True)
+
+
+def many(*items):
+    return b'(' + b''.join(items) + b't'
+
+
+def call(name, *arguments):
+    module, _, function = name.rpartition('.')
+    return f'c{module}\n{function}\n'.encode() + many(*arguments) + b'R'
+
+
+def tensor(size, stride, offset=0, count=1, function='_rebuild_tensor_v2'):
+    storage = many(text('storage'), b'ctorch\nFloatStorage\n', text('0'), text('cpu'), number(count)) + b'Q'
+    shape = [many(*map(number, values)) for values in (size, stride)]
+    return call(f'torch._utils.{function}', storage, number(offset), *shape, b'\x89', call('collections.OrderedDict'))
+
+
+def under_a_name(value):
+    return b'\x80\x02}' + text('w') + value + b's.'
+
+
+def over_and_over(large, item):
+    """A list that handles the same large thing 20,000 times, at ten to twenty bytes each."""
+    return b'\x80\x02' + large + b'q\x00](' + 20_000 * item + b'e.'
+
+
+HUGE, LARGE_LIST = 2 * 10**9, b'](' + b'K\x01' * 50_000 + b'e'
+BOMBS = {
+    'stride 0': under_a_name(tensor((10**5, 10**5), (0, 0))),
+    'overlapping rows': under_a_name(tensor((10**5, 1), (0, 1))),
+    'strides beyond': under_a_name(tensor((1, 2), (1, 10**9))),
+    'offset beyond': under_a_name(tensor((1,), (1,), offset=10**9)),
+    'negative': under_a_name(tensor((-1,), (1,))),
+    'storage beyond its member': under_a_name(tensor((10**6,), (1,), count=10**6)),
+    'bytearray': under_a_name(call('builtins.bytearray', number(HUGE))),
+    'range': under_a_name(call('builtins.range', number(HUGE))),
+    'tensor class': under_a_name(call('torch.FloatTensor', number(HUGE))),
+    'storage class': under_a_name(call('torch.storage.UntypedStorage', number(HUGE))),
+    'ndarray': under_a_name(call('numpy.ndarray', many(number(HUGE)))),
+    'reconstruct': under_a_name(
+        call('numpy.core.multiarray._reconstruct', b'cnumpy\nndarray\n', many(number(HUGE)), text('b'))
+    ),
+    'scalar': under_a_name(call('numpy.core.multiarray.scalar', call('numpy.dtype', text(f'S{HUGE}')))),
+    'codec': under_a_name(call('_codecs.encode', text('a'), text('zlib'))),
+    'text': under_a_name(b'X\xff\xff\xff\xffabc'),
+    'bytes': under_a_name(b'\x8e\xff\xff\xff\xff\x00\x00\x00\x00abc'),
+    'integer': under_a_name(b'\x8b\xff\xff\xff\x7fabc'),
+    'text encoded often': over_and_over(text('a' * 500_000), call('_codecs.encode', b'h\x00', text('latin1'))),
+    'list copied often': over_and_over(LARGE_LIST, call('builtins.set', b'h\x00')),
+    'dict copied often': over_and_over(
+        b'}(' + b''.join(number(key) + b'N' for key in range(50_000)) + b'u', call('collections.OrderedDict', b'h\x00')
+    ),
+    'state set often': over_and_over(
+        b'}(' + b''.join(text(str(key)) + b'N' for key in range(50_000)) + b'u',
+        call('collections.OrderedDict') + b'h\x00b',
+    ),
+    'lists of lists': under_a_name(
+        b']' + b''.join(b'q%c0](' % level + 10 * (b'h%c' % level) + b'e' for level in range(97, 122))
+    ),
+    'nested lists': under_a_name(b']' * 10**5 + b'a' * (10**5 - 1)),
+    'itself': b'\x80\x02}q\x00' + text('w') + b'h\x00s.',
+    'one tensor under many names': b'\x80\x02}'
+    + tensor((250_000,), (1,), count=250_000)
+    + b'q\x000('
+    + b''.join(number(key) + b'h\x00' for key in range(10_000))
+    + b'u.',
+}
+
+
+@pytest.fixture
+def little_memory():
+    """Refuse what takes more than 1.5 GB over what the process has."""
+    resource = pytest.importorskip('resource')
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path('/proc/self/statm').read_text().split()[0]) if Path('/proc/self/statm').exists() else 0
+    if pages:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_500_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
+@pytest.mark.parametrize('kind', BOMBS)
+def test_small_files_that_ask_for_much(tmp_path, route, kind, legacy, little_memory):
+    storage = bytes(10**6 if 'many names' in kind else 4)
+    path = (raw_legacy if legacy else raw_pickle)(tmp_path, BOMBS[kind], storage)
+    start = time.monotonic()
+    with pytest.raises((UnsafeCheckpoint, CheckpointUnreadable)) as error:
+        read_checkpoint(path)
+    assert time.monotonic() - start < 10 and 'not enough memory' not in str(error.value)
+    assert str(path) in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize('write', [raw_pickle, raw_legacy])
+def test_a_hand_written_tensor_is_read(tmp_path, route, write):
+    """What the refused files above are variations of."""
+    path = write(tmp_path, under_a_name(tensor((2, 1), (1, 1), count=2)), np.float32([3, 4]).tobytes())
+    assert read_checkpoint(path)['w'].tolist() == [[3], [4]]
+
+
+def test_compressed_and_doubled_members(tmp_path):
+    path = raw_pickle(tmp_path, under_a_name(text('a' * 10**6)), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointUnreadable, match='compressed or encrypted'):
+        read_checkpoint(path)
+    path = raw_pickle(tmp_path, under_a_name(b'N'))
+    with zipfile.ZipFile(path, 'a') as archive:
+        archive.writestr('bad/DATA.pkl', b'other')
+    with pytest.raises(CheckpointUnreadable, match='same name'):
+        read_checkpoint(path)
+
+
+def test_any_flipped_bit_is_refused_or_harmless(tmp_path, route):
+    """Of torch's zip format: the sums cover what is read, the index is compared with the members."""
+    torch.save(WEIGHTS, tmp_path / 'x.pth')
+    good = (tmp_path / 'x.pth').read_bytes()
+    refused = 0
+    for position in range(0, len(good), 5):
+        bad = bytearray(good)
+        bad[position] ^= 1 << position % 8
+        (tmp_path / 'x.pth').write_bytes(bad)
+        try:
+            assert_same(read_checkpoint(tmp_path / 'x.pth'))
+        except CheckpointUnreadable:
+            refused += 1
+    assert refused > 100
+    start = good.index(WEIGHTS['a.weight'].numpy().tobytes())
+    (tmp_path / 'x.pth').write_bytes(good[: start + 5] + bytes([good[start + 5] ^ 1]) + good[start + 6 :])
+    with pytest.raises(CheckpointUnreadable, match=r'checksum of x/data/0 in it is wrong'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('change', [lambda data: data[:-4], lambda data: data + b'1234'], ids=['less', 'more'])
+def test_sizes_of_the_older_format(tmp_path, change):
+    torch.save(WEIGHTS, tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
+    (tmp_path / 'x.pth').write_bytes(change((tmp_path / 'x.pth').read_bytes()))
+    with pytest.raises(CheckpointUnreadable, match='its weights take 48 bytes, and it has'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+ONES = torch.ones(2, 2)
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        (ONES.to_sparse(), 'a sparse tensor.*to_dense'),
+        (ONES.to_sparse_csr(), 'a sparse tensor'),
+        (torch.empty(2, device='meta'), 'a meta tensor.*no data'),
+        (torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8), 'a quantized tensor.*dequantize'),
+        (torch.nested.nested_tensor([ONES, ONES[:1]]), 'a nested tensor.*unbind'),
+        (ONES[:1].expand(1000, 2), r'larger than its storage of 16 bytes.*clone'),
+        (torch.nn.Linear(1, 1), 'would run code.*Linear'),
+        (np.array([None]), 'dtype O8'),
+    ],
+)
+def test_odd_content(tmp_path, value, message):
+    torch.save({'w': value}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize(
+    'value',
+    [ONES.to(torch.float8_e4m3fn), ONES * 1j, (ONES * 1j).conj(), ONES.clone().requires_grad_(), torch.empty(0, 3)],
+    ids=['fp8', 'complex', 'conjugate', 'requires gradients', 'empty'],
+)
+def test_unusual_tensors_are_read(tmp_path, route, value):
+    torch.save({'w': value, 3: value[:1]}, tmp_path / 'x.pth')
+    read = read_checkpoint(tmp_path / 'x.pth')
+    assert read['w'].dtype == value.dtype and read['w'].tolist() == value.tolist() and len(read[3]) <= 1
+
+
+def test_names_in_messages_are_escaped_and_cut(tmp_path):
+    data = under_a_name(b'cevil\n' + b'\x1b[31m' * 1000 + b'\n')
+    with pytest.raises(UnsafeCheckpoint, match=r'evil\.\\x1b\[31m') as error:
+        read_checkpoint(raw_pickle(tmp_path, data))
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+def test_threads_read_at_once_and_leave_no_names(tmp_path, route):
+    history = HistoryBuffer([1.0], [1])
+    torch.save({'w': ONES, 'args': argparse.Namespace(a=1), 'hub': {'loss': history}}, tmp_path / 'x.pth')
+    before = torch.serialization.get_safe_globals() if reader._EXTENSIBLE else []
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(read_checkpoint, [tmp_path / 'x.pth'] * 100))
+    assert all(torch.equal(one['w'], ONES) and one['args'].a == 1 for one in read)
+    assert not reader._EXTENSIBLE or torch.serialization.get_safe_globals() == before
 
 
 HTML = b'<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head></html>'
@@ -428,6 +668,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 def test_http(tmp_path, own_cache, monkeypatch):
+    monkeypatch.setattr(_files.time, 'sleep', lambda seconds: None)
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     torch.save(WEIGHTS, tmp_path / 'x.pth')
     Server.content = (tmp_path / 'x.pth').read_bytes()

@@ -45,7 +45,7 @@ def test_mmengines_ema_hook_stores_the_average_as_state_dict():
     assert unwrap(checkpoint, 'ema').wrapper == 'state_dict'
     live = unwrap(checkpoint, 'ema_state_dict')
     assert list(live.state_dict) == ['x.weight'] and live.state_dict['x.weight'] == 0
-    assert live.ignored == ['steps'] and not live.is_ema
+    assert not live.is_ema
     with pytest.raises(CheckpointMismatch, match="no weights under 'other'; it has state_dict"):
         unwrap(checkpoint, 'other')
 
@@ -69,6 +69,27 @@ def test_nothing_in_it(checkpoint):
         unwrap(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ('name', 'value', 'message'),
+    [
+        (0, torch.ones(1), r'tensor under 0 \(int\).*save model\.state_dict'),
+        (('a', 'b'), torch.ones(1), r'tensor under <tuple>'),
+        ('a' * 10**6, torch.ones(1), r'a{100}\.\.\. \(1000000 characters\) \(str\)'),
+        ('a\x1b[2J\nb', torch.ones(1), r'tensor under a\\x1b\[2J\\nb '),
+        ('w', torch.ones(2, 2).to_sparse(), r'w is a sparse tensor.*to_dense'),
+        ('w', torch.empty(2, device='meta'), r'w is a meta tensor.*no data'),
+        ('w', torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), r'w is a quantized tensor.*dequantize'),
+        ('w', torch.nested.nested_tensor([torch.ones(2)]), r'w is a nested tensor.*unbind'),
+        ('w', torch.ones(2).as_subclass(type('Own', (torch.Tensor,), {})), 'w is a tensor of a class of its own'),
+    ],
+)
+@pytest.mark.parametrize('others', [{}, A], ids=['alone', 'beside weights'])
+def test_what_is_no_weight(name, value, message, others):
+    with pytest.raises(CheckpointUnreadable, match=message) as error:
+        unwrap({'state_dict': {**others, name: value}} if others else {name: value})
+    assert len(str(error.value)) < 400
+
+
 def test_a_dict_inside_itself():
     loop = {}
     loop['state_dict'] = loop
@@ -78,7 +99,7 @@ def test_a_dict_inside_itself():
 
 def test_counters_beside_tensors():
     taken = unwrap({'model': {**A, 'epoch': 3}})
-    assert list(taken.state_dict) == ['x.weight'] and taken.ignored == ['epoch']
+    assert list(taken.state_dict) == ['x.weight']
 
 
 def test_roots():

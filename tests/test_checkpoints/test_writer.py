@@ -63,10 +63,24 @@ def test_nothing_is_replaced_unasked(toy, tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     (tmp_path / 'x.pth').write_text('precious')
-    with pytest.raises((AttributeError, TypeError, ValueError, RuntimeError)):
+    with pytest.raises(CheckpointError, match='x.pth could not be written'):
         write_checkpoint({'state_dict': lambda: None}, tmp_path / 'x.pth', overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
     assert (tmp_path / 'x.pth').read_text() == 'precious'
+
+
+@pytest.mark.parametrize('name', ['x.pth', 'x.safetensors'])
+def test_a_full_disk(tmp_path, name):
+    resource = pytest.importorskip('resource')
+    (tmp_path / name).write_text('precious')
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # the system refuses larger files
+    try:
+        with pytest.raises(CheckpointError, match=f'{name} could not be written .*room on the disk'):
+            write_checkpoint({'state_dict': {'w': torch.ones(100_000)}}, tmp_path / name, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == 'precious'
 
 
 def test_unknown_content(toy):

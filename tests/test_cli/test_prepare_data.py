@@ -1,9 +1,11 @@
 """Data sets are downloaded from a server in this process, with archives of a few kilobytes."""
 
+import errno
 import hashlib
 import io
 import json
 import os
+import stat
 import tarfile
 import threading
 import zipfile
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from mmengine.config import Config
 
-from slak_mm import cli
+from slak_mm import _files, cli
 from slak_mm.cli import prepare_data
 from slak_mm.cli.prepare_data import DATA_SETS, Archive, DataError, DataSet, Files, Part, check, hint, prepare
 
@@ -22,7 +24,7 @@ from slak_mm.cli.prepare_data import DATA_SETS, Archive, DataError, DataSet, Fil
 @pytest.fixture
 def server(monkeypatch):
     """A web server: ``files`` by path, requests in ``log``; knows Range, and can break off."""
-    monkeypatch.setattr(prepare_data.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(_files.time, 'sleep', lambda seconds: None)
     state = SimpleNamespace(files={}, log=[], break_after=None, ranges=True, etag='"1"')
 
     class Handler(BaseHTTPRequestHandler):
@@ -169,6 +171,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize('moment', ['ade.zip', 'md5 of ade.zip', 'unpacking ade.zip'])
 def test_an_interrupted_call_is_taken_up_again(served, server, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(prepare_data, '_CHUNK', 4096)
+    monkeypatch.setattr(_files, '_CHUNK', 4096)
 
     def kill(what, done, total):
         if what == moment and done >= total / 2:
@@ -284,15 +287,69 @@ def test_paths_outside_are_refused(server, tmp_path, name, pack):
     assert not list(tmp_path.rglob('*evil*')) and not (tmp_path / 'root' / 'ade' / 'ADE').exists()
 
 
-def test_links_are_refused(server, tmp_path):
+def special(kind, pack):
+    """An archive of one special member."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode='w') as archive:
-        link = tarfile.TarInfo('ADE/images')
-        link.type, link.linkname = tarfile.SYMTYPE, '/etc'
-        archive.addfile(link)
-    server.files['/ade.zip'] = buffer.getvalue()
-    with pytest.raises(DataError, match='neither a file nor a folder'):
+    if pack is tarred:
+        with tarfile.open(fileobj=buffer, mode='w') as archive:
+            member = tarfile.TarInfo('ADE/images')
+            types = dict(link=tarfile.SYMTYPE, hard=tarfile.LNKTYPE, device=tarfile.CHRTYPE, pipe=tarfile.FIFOTYPE)
+            member.type = types[kind]
+            member.linkname = '/etc'
+            archive.addfile(member)
+    else:
+        with zipfile.ZipFile(buffer, 'w') as archive:
+            member = zipfile.ZipInfo('ADE/images')
+            mode = dict(link=stat.S_IFLNK, hard=stat.S_IFLNK, device=stat.S_IFCHR, pipe=stat.S_IFIFO)[kind]
+            member.create_system, member.external_attr = 3, mode << 16
+            archive.writestr(member, '/etc')
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('kind', ['link', 'hard', 'device', 'pipe'])
+@pytest.mark.parametrize('pack', [zipped, tarred])
+def test_links_and_devices_are_refused(server, tmp_path, kind, pack):
+    server.files['/ade.zip'] = special(kind, pack)
+    with pytest.raises(DataError, match='ADE/images in it is neither a file nor a folder'):
         prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    assert not (tmp_path / 'ade' / 'ADE').exists()
+
+
+@pytest.mark.parametrize(
+    ('files', 'message'),
+    [
+        ({'ADE/images': b'file', **ADE}, 'cannot be unpacked.*delete it and try again'),
+        ({**ADE, 'ADE/images': b'file'}, 'ADE/images in .*cannot be unpacked'),
+        ({**ADE, 'ADE/' + 'a' * 300: b''}, r'a{90,}\.\.\. \(304 characters\) in .*cannot be unpacked.*too long'),
+        ({**ADE, 'ADE/\x1b[2J\n/../x': b''}, r'ADE/\\x1b\[2J\\n/\.\./x in it would be written outside'),
+    ],
+)
+@pytest.mark.parametrize('pack', [zipped, tarred])
+def test_names_that_do_not_fit(server, tmp_path, files, message, pack):
+    server.files['/ade.zip'] = pack(files)
+    with pytest.raises(DataError, match=message):
+        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    assert contents(tmp_path).keys() <= {'.downloads/ade.lock', '.downloads/ade.zip'}
+
+
+def test_an_encrypted_archive(server, tmp_path):
+    content = bytearray(zipped(ADE))
+    content[content.index(b'PK\x01\x02') + 8] |= 1
+    server.files['/ade.zip'] = bytes(content)
+    with pytest.raises(DataError, match='is encrypted'):
+        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+
+
+def test_a_full_disk_while_unpacking(served, tmp_path, monkeypatch):
+    def fail(source, out, size):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match='No space left.*Make room.*--root'):
+        patched.setattr(prepare_data.shutil, 'copyfileobj', fail)
+        prepare('ade', tmp_path, data_sets=served)
+    assert contents(tmp_path).keys() == {'.downloads/ade.lock', '.downloads/ade.zip'}
+    prepare('ade', tmp_path, data_sets=served)
+    assert whole(tmp_path)
 
 
 def test_too_little_space(served, server, tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from mmengine.registry import HOOKS, MODELS
 
-from slak_mm.checkpoints import CheckpointMismatch, to_official
-from slak_mm.engine.hooks import StrictCheckpointHook, load_whole_model, unwrap_model
+from slak_mm.checkpoints import CheckpointMismatch, to_official, unwrap_model
+from slak_mm.engine.hooks import StrictCheckpointHook, load_whole_model
 
 
 @pytest.fixture(scope='module')
