@@ -33,7 +33,7 @@ TAG = f'cp{sys.version_info.major}{sys.version_info.minor}'
 PLATFORM = re.sub(r'\W+', '_', f'{platform.system()}_{platform.machine()}').lower()
 COMPONENTS = 'torch torchvision numpy cv2 mmengine.runner mmcv mmseg.apis mmdet timm slak_mm'.split()
 CHECK = """
-import importlib, sys
+import importlib, logging, sys; logging.disable()
 for name in sys.argv[1:]:
     importlib.import_module(name)
     print(f'  {name:<15} {sys.modules[name.split(".")[0]].__version__}', flush=True)
