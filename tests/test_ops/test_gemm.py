@@ -97,6 +97,6 @@ def test_products_over_all_taps_at_once(monkeypatch):
     """How half precision is computed on a GPU."""
     x = torch.randn(2, 3, 12, 100, generator=torch.Generator().manual_seed(1)).double()
     matrices = gemm.toeplitz_matrices(kernels()[1].double(), 100, 64, torch.float64)
-    one_by_one = gemm._rows_times_matrices(x, matrices, 9, 64, joint=False)
-    at_once = gemm._rows_times_matrices(x, matrices, 9, 64, joint=True)
+    one_by_one = gemm._rows_times_matrices(x, matrices, 9, 64, joint=False, dtype=torch.float64)
+    at_once = gemm._rows_times_matrices(x, matrices, 9, 64, joint=True, dtype=torch.float64)
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-12)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..csrc import CompileError, load_library
+from . import cpu
 from .layout import memory_format
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -58,10 +59,9 @@ class _Problem(ctypes.Structure):
 
 def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
     """Say why this backend cannot run on these tensors, or None if it can."""
-    if x.device.type != 'cpu':
-        return f'the input is on {x.device.type}, not on cpu'
-    if x.dtype not in _DTYPES:
-        return f'dtype {x.dtype} is not one of float32, float64, bfloat16'
+    reason = cpu.unavailable_reason(x, kernels)
+    if reason is not None:
+        return reason
     if len(kernels) > _MAX_BRANCHES:
         return f'{len(kernels)} kernels are more than {_MAX_BRANCHES}'
     library = _library()

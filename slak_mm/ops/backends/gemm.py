@@ -119,7 +119,9 @@ def _convolve_long(x: Tensor, kernel: Tensor, out: Tensor, accumulate: bool, kee
         part = matrices[group] if matrices is not None else toeplitz_matrices(kernel[group], w, tile, dtype)
         # In half precision each addition to the result would be rounded. On a CPU, where it is
         # not used, the additions are cheaper than the copy.
-        y = _rows_times_matrices(x[:, group].to(dtype), part, kernel.shape[2], tile, joint=x.device.type != 'cpu')
+        y = _rows_times_matrices(
+            x[:, group].to(dtype), part, kernel.shape[2], tile, joint=x.device.type != 'cpu', dtype=out.dtype
+        )
         if accumulate:
             out[:, group] += y.to(out.dtype)
         else:
@@ -173,8 +175,20 @@ def toeplitz_matrices(kernel: Tensor, width: int, tile: int, dtype: torch.dtype)
     return line.unfold(-1, tile, 1).flip(-1)
 
 
-def _rows_times_matrices(x: Tensor, matrices: Tensor, length: int, tile: int, joint: bool) -> Tensor:
-    """Convolve (N, C, H, W) with wide kernels, given as Toeplitz matrices.
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a batched matrix product; unrounded to float32 where PyTorch can (from 2.8 on, CUDA)."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    elif a.device.type == 'cuda' and 'dtype' in torch.ops.aten.bmm.overloads():
+        out.copy_(torch.bmm(a, b, out_dtype=out.dtype))
+    else:
+        out.copy_(torch.bmm(a, b))
+
+
+def _rows_times_matrices(
+    x: Tensor, matrices: Tensor, length: int, tile: int, joint: bool, dtype: torch.dtype
+) -> Tensor:
+    """Convolve (N, C, H, W) with wide kernels, given as Toeplitz matrices, into ``dtype``.
 
     With ``joint`` the products of all kernel rows are one product, else they are added up.
     """
@@ -188,13 +202,13 @@ def _rows_times_matrices(x: Tensor, matrices: Tensor, length: int, tile: int, jo
     rows = F.pad(x.transpose(0, 1), (*sides, margin, margin)).flatten(1, 2)
     count = rows.shape[1] - 2 * margin
     width = -(-w // tile) * tile
-    y = rows.new_empty(c, count + 2 * margin, width)
+    y = rows.new_empty(c, count + 2 * margin, width, dtype=dtype if joint else None)
     inputs = matrices.shape[2]
     for first in range(0, width, tile):
         into = y[:, :count, first : first + tile]
         seen = [rows[:, i : i + count, first : first + inputs] for i in range(taps)]
         if joint:
-            torch.bmm(torch.cat(seen, dim=-1), matrices.flatten(1, 2), out=into)
+            _multiply(torch.cat(seen, dim=-1), matrices.flatten(1, 2), into)
             continue
         torch.bmm(seen[0], matrices[:, 0], out=into)
         for i in range(1, taps):
@@ -254,9 +268,8 @@ def _gradient_of_rows(x: Tensor, grad: Tensor, taps: int, length: int, tile: int
         for first in range(0, w, tile):
             seen = rows[:, i : i + count, first : first + inputs].transpose(1, 2)
             given = grads[:, :count, first : first + tile]
-            # Products of one tile after the other are added up in float32 at least.
-            product = torch.bmm(seen, given)
-            product = product.float() if product.element_size() < 4 else product
+            product = x.new_empty(c, inputs, tile, dtype=reference.sum_dtype(x.dtype))
+            _multiply(seen, given, product)
             pairs = product if pairs is None else pairs.add_(product)
         assert pairs is not None
         if not is_tiled:
