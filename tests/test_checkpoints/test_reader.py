@@ -536,6 +536,12 @@ def test_wrong_content(tmp_path, route):
         read_checkpoint(tmp_path / 'script.pt')
 
 
+@pytest.mark.parametrize('path', ['a' * 300, 'a/' * 3000, 'a\0b', '~nobody_of_that_name/x.pth'])
+def test_impossible_paths(path):
+    with pytest.raises(CheckpointNotFound, match='There is no file'):
+        read_checkpoint(path)
+
+
 def test_missing_and_folder(tmp_path):
     with pytest.raises(CheckpointNotFound, match='no file nowhere/x.pth'):
         read_checkpoint('nowhere/x.pth')
