@@ -90,7 +90,7 @@ def kind_of_tensor(tensor: torch.Tensor) -> str:
         return 'quantized'
     if tensor.device.type == 'meta':
         return 'meta'
-    return '' if type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) else 'distributed'
+    return '' if type(tensor) in (torch.Tensor, torch.nn.Parameter) else 'distributed'
 
 
 def unusable(what: str, kind: str) -> CheckpointUnreadable:

@@ -115,14 +115,15 @@ def resolve(source: str | os.PathLike) -> Path:
     """
     text = os.fspath(source)
     is_local = not text.lower().startswith(_SCHEMES)
-    path = Path(text).expanduser()
+    path = Path(text)
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:  # a name too long, or with a null character
-        raise CheckpointNotFound(f'There is no file {shown(text)}: {error}.') from error
-    if is_local and is_file:
+        path = path.expanduser()
+        is_file, is_folder = (path.is_file(), path.is_dir()) if is_local else (False, False)
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, no such user
+        raise CheckpointNotFound(f'There is no file {shown(text)}: {shown(str(error))}.') from error
+    if is_file:
         return path
-    if is_local and is_folder:
+    if is_folder:
         inside = sorted(p.name for p in path.iterdir() if p.suffix in ('.pth', '.pt'))[:3]
         hint = f', for instance one of: {", ".join(inside)}' if inside else ''
         raise CheckpointUnreadable(f'{text} is a folder: name a file in it{hint}.')

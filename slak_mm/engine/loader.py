@@ -11,6 +11,7 @@ from typing import Any
 from mmengine import fileio
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import (
+    _get_mmengine_home,
     get_deprecated_model_names,
     get_external_models,
     get_mmcls_models,
@@ -75,7 +76,8 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
         address = _TABLES[scheme]().get(name)
         if address is None:
             raise CheckpointNotFound(f'mmengine has no address for {filename}: name a file or an http address.')
-        checkpoint = read_checkpoint(address)
+        # What users add to mmengine's table may be files in its folder.
+        checkpoint = read_checkpoint(address if '://' in address else os.path.join(_get_mmengine_home(), address))
         if scheme == 'mmcls':  # of a classifier, for its backbone
             weights = checkpoint.get('state_dict', checkpoint)
             prefix = 'backbone.'

@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -535,6 +536,12 @@ def test_wrong_content(tmp_path, route):
         read_checkpoint(tmp_path / 'script.pt')
 
 
+@pytest.mark.parametrize('path', ['a' * 300, 'a/' * 3000, 'a\0b', '~nobody_of_that_name/x.pth'])
+def test_impossible_paths(path):
+    with pytest.raises(CheckpointNotFound, match='There is no file'):
+        read_checkpoint(path)
+
+
 def test_missing_and_folder(tmp_path):
     with pytest.raises(CheckpointNotFound, match='no file nowhere/x.pth'):
         read_checkpoint('nowhere/x.pth')
@@ -652,8 +659,10 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 class Server(http.server.BaseHTTPRequestHandler):
     content = b''
+    asked: ClassVar = []
 
     def do_GET(self):
+        self.asked.append(self.path)
         if self.path == '/missing':
             self.send_error(404)
             return
@@ -680,7 +689,10 @@ def test_http(tmp_path, own_cache, monkeypatch):
         with pytest.raises((CheckpointUnreadable, CheckpointNotFound), match='ended after|could not be downloaded'):
             read_checkpoint(f'{address}/cut')
         assert not list(own_cache.iterdir())
-        assert_same(read_checkpoint(f'{address}/x.pth'))
+        with ThreadPoolExecutor(4) as pool:
+            for read in pool.map(read_checkpoint, [f'{address}/x.pth'] * 4):
+                assert_same(read)
+        assert Server.asked.count('/x.pth') == 1  # the others waited for the one
         server.shutdown()
     assert list(own_cache.iterdir()) == [cached_path(f'{address}/x.pth')]
 

@@ -142,6 +142,40 @@ def test_inspect_shows_masks_and_draws(tmp_path, run, trained):
     )
 
 
+def test_texts_of_a_file_are_escaped_and_cut(tmp_path, run):
+    torch.save({'state_dict': {'w': torch.ones(2, 2)}, '\x1b[2J\n': 0, 'a' * 10_000: 0, 7: 0}, tmp_path / 'x.pth')
+    text = run('inspect', 'x.pth')
+    assert rf'state_dict, \x1b[2J\n, {"a" * 100}... (10000 characters), 7' in text
+    assert text.replace('\n', '').isprintable()
+
+
+@pytest.mark.parametrize(
+    ('weights', 'zeros'),
+    [
+        (torch.eye(4).to(torch.float8_e4m3fn), '75.00%'),
+        (torch.eye(4).requires_grad_(), '75.00%'),
+        (torch.eye(4) * 1j, None),
+        (torch.empty(0, 4), None),
+        (torch.ones(()), None),
+    ],
+    ids=['fp8', 'requires gradients', 'complex', 'empty', 'scalar'],
+)
+def test_odd_weights(tmp_path, run, weights, zeros):
+    torch.save({'w': weights}, tmp_path / 'x.pth')
+    assert (cells(run('inspect', 'x.pth')).get('w') or [None])[-1] == zeros
+    if zeros is None:
+        assert 'no weights with two or more dimensions' in run('inspect', 'x.pth', '--picture', 'x.png', code=1)
+
+
+@pytest.mark.parametrize('state', ['text', {'masks': {'w': 3}}, {'masks': [1]}, [1]])
+@pytest.mark.parametrize('command', ['inspect', 'finalize'])
+def test_damaged_masks(tmp_path, run, command, state):
+    torch.save({'state_dict': {'w': torch.ones(2, 2)}, 'sparsity': state}, tmp_path / 'x.pth')
+    arguments = ['x.pth'] if command == 'inspect' else ['x.pth', 'out.pth']
+    assert 'the sparsity state has no masks' in run(command, *arguments, code=1)
+    assert not (tmp_path / 'out.pth').exists()
+
+
 def test_inspect_of_another_network(tmp_path, run):
     weight = torch.ones(4, 4)
     weight[0] = 0
