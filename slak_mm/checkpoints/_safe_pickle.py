@@ -1,7 +1,7 @@
 """Which Python objects a checkpoint may contain, and the reader for torch before 2.5.
 
 ``torch.load(weights_only=True)`` reads tensors and plain containers. Real checkpoints hold a
-little more: the official SLaK files an ``argparse.Namespace`` under ``args``, files written by
+little more: official files an ``argparse.Namespace`` under ``args``, files written by
 mmengine log histories and numpy values under ``message_hub``. :func:`safe_objects` lists what is
 needed to read these and nothing else.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .errors import CheckpointMismatch, CheckpointUnreadable
 
-__all__ = ['Unwrapped', 'find_roots', 'unwrap']
+__all__ = ['Unwrapped', 'unwrap']
 
 # Where frameworks keep the weights, in the order in which the official loaders look.
 _WRAPPERS = ('state_dict', 'model', 'module')
@@ -20,8 +19,6 @@ _WRAPPERS = ('state_dict', 'model', 'module')
 _EMA_WRAPPERS = ('model_ema', 'state_dict_ema')
 # Put in front of every name by DistributedDataParallel and torch.compile.
 _OUTER_PREFIXES = ('module.', '_orig_mod.')
-
-_STEM = re.compile(r'^(|.*\.)(?:downsample_layers\.0\.0|stem\.0)\.weight$')
 
 
 @dataclass
@@ -109,19 +106,6 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
         other = f'not used, under {average} (use_ema=True takes it)'
     is_ema = wrapper is not None and wrapper == average
     return Unwrapped(_strip_outer(tensors), wrapper or '', is_ema, other, ignored)
-
-
-def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
-    """Prefixes below which a backbone of a known layout lies.
-
-    Args:
-        state_dict: Tensors by name.
-
-    Returns:
-        For instance ``['']`` for a bare backbone or ``['backbone.']``.
-    """
-    roots = {match.group(1) for key in state_dict if (match := _STEM.match(key))}
-    return sorted(root for root in roots if any(key.startswith(root + 'stages.') for key in state_dict))
 
 
 def _holds_tensors(value: Any, depth: int = 2) -> bool:

@@ -8,11 +8,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
 from slak_mm._config import model_of, type_name, walk
+from slak_mm.models import registered_backbones
 
 from .errors import ConfigOverrideError
-
-#: Backbones of this package, whose ``norm_cfg`` is SyncBN where the config says nothing.
-OUR_BACKBONES = ('SLaK', 'ShiftWise')
 
 
 def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_available) -> None:
@@ -40,7 +38,7 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
         )
     changed = 0
     for node in walk(model_of(cfg)):
-        if type_name(node) in OUR_BACKBONES:
+        if type_name(node) in registered_backbones():  # whose norm_cfg is SyncBN by default
             node.setdefault('norm_cfg', ConfigDict(type='SyncBN', requires_grad=True))
     for node in walk([cfg.model, cfg.get('norm_cfg')]):
         if type_name(node) in ('SyncBN', 'MMSyncBN'):

@@ -10,8 +10,8 @@ from mmengine.runner import find_latest_checkpoint
 from slak_mm._config import model_of, type_name, walk
 from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import resolve
+from slak_mm.models import registered_backbones
 
-from .device import OUR_BACKBONES
 from .errors import ConfigOverrideError
 
 
@@ -98,7 +98,7 @@ def check_weights(cfg: Config, config_path: str) -> None:
             f'so this run would start from random ones. {advice}'
         )
     backbone = model_of(cfg).get('backbone') or {}
-    ours = type_name(backbone) in OUR_BACKBONES
+    ours = type_name(backbone) in registered_backbones()
     for place, source in sources:
         foreign = not (ours and '.backbone.' in place)
         if source.startswith(_FRAMEWORK_SCHEMES) or (foreign and '://' in source):

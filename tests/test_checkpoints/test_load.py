@@ -312,7 +312,7 @@ def test_message_names_keys_shapes_and_counts(toy):
 def test_other_projects_weights(toy, segmentor):
     model = toy.backbone()
     resnet = {'conv1.weight': torch.ones(1), 'layer1.0.conv1.weight': torch.ones(1)}
-    refused(toy, model, resnet, 'no SLaK.* or ConvNeXt backbone')
+    refused(toy, model, resnet, 'no SLaK, ConvNeXt or ShiftWise backbone')
     convnext = to_official(
         toy.backbone(
             kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, branch_norm=False, conv_bias=True
