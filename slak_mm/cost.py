@@ -4,7 +4,7 @@ FLOPs are multiply-adds of convolutions and linear layers, as the papers count t
 counted by PyTorch's ``FlopCounterMode`` on the meta device, which computes shapes and no values.
 
 Detectors with region heads are counted with 1000 proposals and, for masks, 100 boxes, as
-``get_flops`` of mmdet 2 did: this gives the published figures of ConvNeXt.
+``get_flops`` of mmdet 2 did: this gives the figures that Liu et al. publish (CVPR 2022).
 """
 
 from __future__ import annotations

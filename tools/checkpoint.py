@@ -107,7 +107,7 @@ def run_inspect(args: argparse.Namespace) -> None:
             print(f'unknown     {len(notes.unrecognized)} names: {", ".join(notes.unrecognized[:4])}')
         print_sparsity(part, {k[len(root) :]: v for k, v in masks.items() if k.startswith(root)})
     if not roots:
-        print(f'\nbackbone    no {known_backbones()}; all weights of the file:')
+        print(f'\nbackbone    none of {known_backbones()}; all weights of the file:')
         print_sparsity(taken.state_dict, masks)
     if args.picture:
         parts = {

@@ -75,7 +75,7 @@ def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: b
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     _run(
-        'slak_cross_forward',
+        'slak_mm_cross_forward',
         x,
         [x],
         results,
@@ -94,7 +94,7 @@ def backward(
     if needs_x:
         grad_x = torch.empty_like(x, memory_format=memory_format(x))
         _run(
-            'slak_cross_forward',
+            'slak_mm_cross_forward',
             x,
             grads,
             [grad_x],
@@ -104,7 +104,7 @@ def backward(
     if needs_kernels:
         grad_kernels = tuple(torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)
         _run(
-            'slak_cross_kernel_gradient',
+            'slak_mm_cross_kernel_gradient',
             x,
             [x, *grads],
             [],
@@ -159,7 +159,7 @@ def _library() -> ctypes.CDLL | str:
         library = load_library('cross_dwconv')
     except CompileError as error:
         return str(error)
-    if library.slak_problem_bytes() != ctypes.sizeof(_Problem):
+    if library.slak_mm_problem_bytes() != ctypes.sizeof(_Problem):
         return 'the compiled operator does not fit this version of the package'
     return library
 
