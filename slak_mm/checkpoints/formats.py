@@ -82,7 +82,7 @@ def convert_state_dict(
         if new != key:
             notes.renamed[key] = new
         converted[new] = value
-    return _with_metadata(tables.finish(converted, prefix, notes), state_dict), notes
+    return with_metadata(tables.finish(converted, prefix, notes), state_dict), notes
 
 
 def to_official(
@@ -128,7 +128,7 @@ def to_official(
                 )
             new = prefix + name
         official[new] = value
-    return _with_metadata(official, state_dict)
+    return with_metadata(official, state_dict)
 
 
 def refuse_unrecognized(notes: ConversionNotes) -> None:
@@ -148,7 +148,7 @@ def _family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def _with_metadata(converted: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+def with_metadata(converted: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the versions of modules that ``Module.state_dict`` records beside the tensors."""
     metadata = getattr(source, '_metadata', None)
     if metadata is None:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, CheckpointMismatch
 from .families import FamilyMember, describe, find_roots, known_backbones
-from .formats import ConversionNotes, convert_state_dict
+from .formats import ConversionNotes, convert_state_dict, with_metadata
 from .reader import log_report, read_checkpoint
 from .unwrap import Unwrapped, unwrap
 from .values import check_dense, check_values
@@ -52,6 +53,30 @@ _Shapes = tuple[str, tuple[int, ...], tuple[int, ...]]
 _HARMLESS = (
     (re.compile(r'^data_preprocessor\.(mean|std)$'), 'constants of the data preprocessor'),
     (re.compile(r'^ema_\w+$'), 'moving average as mmdet 2.x keeps it'),
+)
+
+# Causes of a mismatch that no argument of the backbone explains; the first that applies is said.
+_REST = (
+    "strict=False, of load_pretrained or StrictCheckpointHook, loads all that fits, and prefix='backbone.' the "
+    'backbone only'
+)
+_OTHER_CAUSES = (
+    (
+        lambda mismatch: mismatch.is_in_heads and mismatch.classes,
+        'the backbone fits, but the heads are for another number of classes ({0.classes[0]} in the checkpoint, '
+        f'{{0.classes[1]}} in the model); {_REST}',
+    ),
+    (
+        lambda mismatch: mismatch.is_in_heads,
+        f'the backbone fits, but the checkpoint is of a model with other heads ({{0.groups}}); {_REST}',
+    ),
+    (
+        lambda mismatch: mismatch.is_in_norms,
+        'the model returns other stages, or has output norms where the checkpoint has none: set out_indices '
+        'and out_norm',
+    ),
+    # Alike as far as constructor arguments go.
+    (lambda mismatch: mismatch.is_incomplete, 'the checkpoint is incomplete, some tensors are not in it'),
 )
 
 
@@ -453,7 +478,7 @@ class _Planner:
             for pattern, reason in _HARMLESS:
                 if key not in self.expected and pattern.match(key):
                     self.dropped[key] = reason
-        source = _keep_metadata(((k, v) for k, v in source.items() if k not in self.dropped), source)
+        source = with_metadata({k: v for k, v in source.items() if k not in self.dropped}, source)
         check_dense(source, self.label)
         roots = find_roots(source)
         if not roots:
@@ -585,29 +610,15 @@ class _Planner:
         """Causes outside the backbone's constructor arguments."""
         affected = [*missing, *unexpected, *(shape[0] for shape in shapes)]
         in_backbone = [key for key in affected if self._is_backbone(key)]
-        if not in_backbone:
-            classes = [(s[1][0], s[2][0]) for s in shapes if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
-            if classes and len(shapes) == len(affected):
-                what = (
-                    f'the heads are for another number of classes ({classes[0][0]} in the '
-                    f'checkpoint, {classes[0][1]} in the model)'
-                )
-            else:
-                what = f'the checkpoint is of a model with other heads ({_groups(affected)})'
-            return [
-                f'the backbone fits, but {what}; strict=False, of load_pretrained or StrictCheckpointHook, loads '
-                "all that fits, and prefix='backbone.' the backbone only"
-            ]
-        norms = [key for key in in_backbone if re.search(r'(^|\.)norm\d+\.\w+$', key)]
-        if len(norms) == len(affected):
-            return [
-                'the model returns other stages, or has output norms where the checkpoint '
-                'has none: set out_indices and out_norm'
-            ]
-        # Alike as far as constructor arguments go: the file itself is incomplete.
-        if missing and not unexpected and not shapes:
-            return ['the checkpoint is incomplete, some tensors are not in it']
-        return []
+        classes = [(s[1][0], s[2][0]) for s in shapes if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
+        mismatch = SimpleNamespace(
+            is_in_heads=not in_backbone,
+            classes=classes[0] if classes and len(shapes) == len(affected) else None,
+            groups=_groups(affected),
+            is_in_norms=all(re.search(r'(^|\.)norm\d+\.\w+$', key) for key in affected),
+            is_incomplete=not unexpected and not shapes,
+        )
+        return [sentence.format(mismatch) for applies, sentence in _OTHER_CAUSES if applies(mismatch)][:1]
 
     def _headline(self, backbone: str = '') -> str:
         where = f' (its {backbone})' if backbone else ''
@@ -703,14 +714,6 @@ def _adapt_stem(state_dict: dict[str, Tensor], expected: Mapping[str, Tensor], k
         how = f'repeated for images of {channels} channels and scaled by 3/{channels}'
     state_dict[key] = exact.to(weight.dtype)
     return [f'the 3 channels of the first convolution were {how}']
-
-
-def _keep_metadata(items: Iterable[tuple[str, Tensor]], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    result = OrderedDict(items)
-    metadata = getattr(source, '_metadata', None)
-    if metadata is not None:
-        result._metadata = metadata  # type: ignore[attr-defined]
-    return result
 
 
 def _skeleton(model: nn.Module) -> nn.Module | None:

@@ -19,7 +19,9 @@ def check_dense(state_dict: Mapping[str, Tensor], label: str) -> None:
     """Raise CheckpointError for tensors that are no plain arrays of numbers."""
     found: dict[tuple[str, str], list[str]] = {}
     for key, value in state_dict.items():
-        if value.is_quantized or (value.is_floating_point() and value.itemsize < 2):
+        if not isinstance(value, Tensor):
+            form = 'entries that are no tensors', 'Save model.state_dict(), and nothing beside it.'
+        elif value.is_quantized or (value.is_floating_point() and value.itemsize < 2):
             form = 'quantized values', 'Save the weights before they were quantized.'
         elif value.is_nested or value.layout is not torch.strided:
             form = 'sparse or nested tensors', 'Call to_dense() on them and save the file again.'

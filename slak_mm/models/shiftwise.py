@@ -36,7 +36,7 @@ from slak_mm.checkpoints import (
 )
 from slak_mm.ops import cross_dwconv2d
 from slak_mm.ops.shift_tables import assemble_kernels, ghost_channels, num_filters, shift_table_error, shift_tables
-from slak_mm.sparsity import PRESETS, SELECTIONS
+from slak_mm.sparsity import PRESETS, SELECTIONS, path_groups
 
 from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, num_masked
 from .layers import (
@@ -53,7 +53,6 @@ from .linear import has_hooks, linear
 from .slak import SLaKBlock
 
 _TABLES = ('shifts', 'picks', 'rep', 'ghost')
-_PATH = re.compile(r'(.*large_kernel\.)filters\.(\d+)\.weight$')
 
 
 class ShiftWiseConv(LargeKernelLayer):
@@ -534,43 +533,23 @@ def fit_paths(state_dict: Mapping[str, Any], num_paths: int, prefix: str = '') -
         prefix: Leave names alone that do not begin with it. Defaults to ''.
 
     Returns:
-        The state dict, its order kept, and a sentence on what was done, '' if
-        nothing was.
+        The state dict, and a sentence on what was done, '' if nothing was.
     """
-    fitted: dict[str, Any] = {}
-    remark = ''
-    paths_of = _paths(state_dict)
-    for key, value in state_dict.items():
-        match = _PATH.match(key) if key.startswith(prefix) else None
-        paths = paths_of[match.group(1)] if match else {}
-        found = len(paths)
-        same_shape = len({tuple(path.shape) for path in paths.values()}) == 1
-        if match is None or found == num_paths or 1 not in (found, num_paths) or not same_shape:
-            fitted[key] = value
+    fitted, remark = dict(state_dict), ''
+    for layer, names in path_groups(key for key in state_dict if key.startswith(prefix)).items():
+        paths = [fitted[name] for name in names]
+        if len(names) == num_paths or 1 not in (len(names), num_paths) or len({path.shape for path in paths}) > 1:
             continue
-        first = f'{match.group(1)}filters.0.weight'
-        if first in fitted:
-            continue  # summed before
-        merged = sum(list(paths.values())[1:], start=value)
-        fitted[first] = merged
-        for p in range(1, num_paths):
-            fitted[f'{match.group(1)}filters.{p}.weight'] = torch.zeros_like(merged)
+        for name in names[1:]:
+            del fitted[name]
+        fitted[names[0]] = merged = sum(paths[1:], start=paths[0])
+        fitted.update((f'{layer}.{p}.weight', torch.zeros_like(merged)) for p in range(1, num_paths))
         remark = (
-            f'the {found} filter paths of the checkpoint were summed into one'
-            if found > 1
+            f'the {len(names)} filter paths of the checkpoint were summed into one'
+            if len(names) > 1
             else f'the single filter path of the checkpoint became the first of {num_paths}; the others are zero'
         )
     return fitted, remark
-
-
-def _paths(state_dict: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
-    """Filters of each operator by their number."""
-    paths: dict[str, dict[int, Any]] = {}
-    for key, value in state_dict.items():
-        match = _PATH.match(key)
-        if match:
-            paths.setdefault(match.group(1), {})[int(match.group(2))] = value
-    return paths
 
 
 def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[dict[str, Any], str]:

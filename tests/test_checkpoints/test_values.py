@@ -28,6 +28,8 @@ BAD = {
     'nested': lambda t: torch.nested.nested_tensor([t]),
     'meta': lambda t: t.to('meta'),
 }
+# Left out of the weights of a file, which then lack one.
+NO_TENSORS = {'numbers': lambda t: t.tolist(), 'nothing': lambda t: None}
 
 
 def inside(model):
@@ -68,6 +70,14 @@ def refused(toy, door, model, weights, error=CheckpointError):
 @doors
 @pytest.mark.parametrize('spoil', BAD.values(), ids=BAD)
 def test_one_bad_tensor_and_nothing_is_loaded(toy, door, spoil):
+    weights = toy.official(classifier=False)
+    weights[KEY] = spoil(weights[KEY])
+    refused(toy, door, toy.backbone(), weights)
+
+
+@pytest.mark.parametrize('spoil', NO_TENSORS.values(), ids=NO_TENSORS)
+@pytest.mark.parametrize('door', [door for name, door in DOORS.items() if name != 'not strict'])
+def test_one_entry_that_is_no_tensor(toy, door, spoil):
     weights = toy.official(classifier=False)
     weights[KEY] = spoil(weights[KEY])
     refused(toy, door, toy.backbone(), weights)
