@@ -299,9 +299,10 @@ def _finish(state_dict: dict[str, Any], prefix: str, notes: ConversionNotes) -> 
         shape = tuple(getattr(value, 'shape', ()))
         if len(shape) == 4 and shape[2:] == (1, 1) and re.search(r'\.pwconv[12]\.weight$', key):
             value = value.flatten(1)
+        new = key
         if is_classifier and key.startswith(f'{prefix}norm3.'):
-            notes.renamed[key] = key = key.replace('norm3.', 'norm.')
-        finished[key] = value
+            new = notes.renamed[key] = f'{prefix}norm.{key.removeprefix(f"{prefix}norm3.")}'
+        finished[new] = value
     return finished
 
 
@@ -354,25 +355,6 @@ def _imagenet(
     return ModelInfo(name, url, 'classification', backbone, source, figures=figures, counted=counted)
 
 
-def _upernet(letter: str, url: str, arch: str, miou: float, params: float, flops: float) -> ModelInfo:
-    return ModelInfo(
-        f'upernet_slak_{letter}_ade20k_160k',
-        url,
-        'segmentation',
-        _network(arch),
-        _README,
-        f'upernet_slak_{letter}_ade20k.py',
-        dict(miou_percent=miou, params_m=params, flops_g=flops),
-        'no_large_kernels',
-    )
-
-
-def _cascade(schedule: str, url: str | None, config: str, box_ap: float, mask_ap: float) -> ModelInfo:
-    figures = dict(box_ap_percent=box_ap, mask_ap_percent=mask_ap)
-    name = f'cascade_mask_rcnn_slak_t_coco_{schedule}'
-    return ModelInfo(name, url, 'detection', _network('tiny'), _README, config, figures)
-
-
 # fmt: off
 _MODELS = (
     # The published weights have about 40 % zeros, and the figures count the others.
@@ -393,12 +375,17 @@ _MODELS = (
     # does, the weights are refused and the error says so.
     _imagenet('convnext_l2s_t_in1k_300e', _SURF.format('cR6KLvxjlUshUQA'), _convnext('tiny'), 83.1, 29, 4.5),
     _imagenet('convnext_l2s_s_in1k_300e', _SURF.format('PYqL3rVff3Nu2sP'), _convnext('small'), 84.3, 50, 8.7),
-    _upernet('t', _SURF.format('cc6Pqb7IZaecWMv'), 'tiny', 47.6, 65, 936),
-    _upernet('s', _SURF.format('HMLBXtKUDY6wyFF'), 'small', 49.4, 91, 1028),
-    _upernet('b', _SURF.format('JDZ6dMBMZDxUHQG'), 'base', 50.0, 135, 1172),
+    ModelInfo('upernet_slak_t_ade20k_160k', _SURF.format('cc6Pqb7IZaecWMv'), 'segmentation', _network('tiny'), _README,
+              'upernet_slak_t_ade20k.py', dict(miou_percent=47.6, params_m=65, flops_g=936), 'no_large_kernels'),
+    ModelInfo('upernet_slak_s_ade20k_160k', _SURF.format('HMLBXtKUDY6wyFF'), 'segmentation', _network('small'), _README,
+              'upernet_slak_s_ade20k.py', dict(miou_percent=49.4, params_m=91, flops_g=1028), 'no_large_kernels'),
+    ModelInfo('upernet_slak_b_ade20k_160k', _SURF.format('JDZ6dMBMZDxUHQG'), 'segmentation', _network('base'), _README,
+              'upernet_slak_b_ade20k.py', dict(miou_percent=50.0, params_m=135, flops_g=1172), 'no_large_kernels'),
     # From the weights of 120 epochs, and from those of 300.
-    _cascade('1x', _SURF.format('2IvPyGgSTT2RvPu'), 'cascade_mask_rcnn_slak_t_coco_1x.py', 48.4, 41.8),
-    _cascade('3x', None, 'cascade_mask_rcnn_slak_t_coco.py', 51.3, 44.3),
+    ModelInfo('cascade_mask_rcnn_slak_t_coco_1x', _SURF.format('2IvPyGgSTT2RvPu'), 'detection', _network('tiny'),
+              _README, 'cascade_mask_rcnn_slak_t_coco_1x.py', dict(box_ap_percent=48.4, mask_ap_percent=41.8)),
+    ModelInfo('cascade_mask_rcnn_slak_t_coco_3x', None, 'detection', _network('tiny'), _README,
+              'cascade_mask_rcnn_slak_t_coco.py', dict(box_ap_percent=51.3, mask_ap_percent=44.3)),
     _imagenet('convnext_t_in1k_300e', _CONVNEXT_FILES + 'convnext_tiny_1k_224_ema.pth', _convnext('tiny'),
               82.1, 28, 4.5, _CONVNEXT_README),
     _imagenet('convnext_s_in1k_300e', _CONVNEXT_FILES + 'convnext_small_1k_224_ema.pth', _convnext('small'),
