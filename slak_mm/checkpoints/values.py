@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _DAMAGED = 'The training it comes from diverged or the file is damaged.'
 _NO_WEIGHTS = 'These are no weights that were trained for it: look for the file that they were made from.'
 
 
-def check_dense(state_dict: Mapping[str, Tensor], label: str) -> None:
+def check_dense(state_dict: Mapping[str, Any], label: str) -> None:
     """Raise CheckpointError for tensors that are no plain arrays of numbers."""
     found: dict[tuple[str, str], list[str]] = {}
     for key, value in state_dict.items():
