@@ -4,7 +4,7 @@ FLOPs are multiply-adds of convolutions and linear layers, as the papers count t
 counted by PyTorch's ``FlopCounterMode`` on the meta device, which computes shapes and no values.
 
 Detectors with region heads are counted with 1000 proposals and, for masks, 100 boxes, as
-``get_flops`` of mmdet 2 did: this gives the published figures of ConvNeXt.
+``get_flops`` of mmdet 2 did: this gives the figures that Liu et al. publish (CVPR 2022).
 """
 
 from __future__ import annotations
@@ -23,76 +23,17 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm import cli
-from slak_mm.checkpoints import ZOO, prepare_checkpoint, read_checkpoint
+from slak_mm._config import framework, type_name
+from slak_mm.checkpoints import CONVENTIONS, PUBLISHED, ZOO, Published, prepare_checkpoint, read_checkpoint
 from slak_mm.cli import ConfigOverrideError
-from slak_mm.models.shiftwise import ShiftWiseConv
-from slak_mm.models.slak import LargeKernelConv
-from slak_mm.ops.shift_tables import assemble_kernels, shift_tables
+from slak_mm.models import LargeKernelBackbone, LargeKernelLayer
+from slak_mm.models.base import num_masked
 
-__all__ = ['CONVENTIONS', 'DEFAULT_SIZES', 'PUBLISHED', 'SPARSITY', 'Cost', 'Published', 'count']
+__all__ = ['DEFAULT_SIZES', 'Cost', 'count']
 
 #: Height and width of the image by task, as published.
 DEFAULT_SIZES = dict(classification=(224, 224), segmentation=(512, 2048), detection=(800, 1280))
-#: Fraction of masked weights in the published networks: of all convolutions and linear layers of
-#: SLaK, of ShiftWise's small filters.
-SPARSITY = dict(SLaK=0.4, ShiftWise=0.3)
 _PROPOSALS = dict(bbox=1000, mask=100)
-
-
-@dataclass(frozen=True)
-class Published:
-    """Published figures of a network.
-
-    Attributes:
-        parameters_m: Millions.
-        flops_g: Multiply-adds, 10^9.
-        counted: How they were counted, a key of :data:`CONVENTIONS`.
-        source: Where they are from.
-    """
-
-    parameters_m: float
-    flops_g: float
-    counted: str
-    source: str
-
-
-#: What the published figures count, found by comparing them with all ways to count.
-CONVENTIONS = dict(
-    all='all weights',
-    nonzero='non-zero weights. Here every layer is equally sparse; the published masks are not '
-    '(SNIP), which costs as many parameters and fewer FLOPs: the densities that SNIP gives for '
-    'random weights and images come to 5.02, 9.73 and 16.96 G for SLaK-T, -S and -B',
-    no_large_kernels='the counter of mmcv did not know the large kernels, a CUDA operator of the '
-    'official code: their FLOPs are missing, and their masked weights count as parameters. PeLK '
-    '(CVPR 2024, table 2) counts non-zero weights and all FLOPs of SLaK-T, -S and -B: 64, 89 and '
-    '131 M, 957, 1057 and 1210 G',
-    filters='all weights, with the paths of each layer merged to one, and the small filters '
-    'applied to the map as in the official code. The kernels assembled from them, with which is '
-    'convolved here, have about twice as many multiply-adds',
-    filters_det='as for segmentation with ShiftWise (merged paths, small filters), and fewer '
-    'parameters for a reason that is not published; the difference is that of the '
-    'squeeze-excite layers (1.59 M in -T, 2.96 M in -S) to 0.1 %',
-)
-
-_CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
-_SHIFTWISE_PAPER = 'ShiftWise, tables of ADE20K and COCO'
-
-#: Published figures by the stem of a config, beside those of the zoo.
-PUBLISHED: dict[str, Published] = {
-    'upernet_convnext_t_ade20k': Published(60, 939, 'all', _CONVNEXT_PAPER),
-    'upernet_shiftwise_t_ade20k': Published(61.73, 948, 'filters', _SHIFTWISE_PAPER),
-    'upernet_shiftwise_s_ade20k': Published(87.5, 1039, 'filters', _SHIFTWISE_PAPER),
-    'cascade_mask_rcnn_convnext_t_coco': Published(86, 741, 'all', _CONVNEXT_PAPER),
-    'cascade_mask_rcnn_shiftwise_t_coco': Published(86.89, 751, 'filters_det', _SHIFTWISE_PAPER),
-    'cascade_mask_rcnn_shiftwise_s_coco': Published(110.48, 839, 'filters_det', _SHIFTWISE_PAPER),
-}
-for _info in ZOO.values():
-    if 'flops_g' in _info.figures:
-        _sparse = _info.name.startswith(('slak', 'upernet_slak'))
-        _counted = 'all' if not _sparse else ('nonzero' if _info.task == 'classification' else 'no_large_kernels')
-        PUBLISHED[Path(_info.config).stem or _info.name] = Published(
-            _info.figures['params_m'], _info.figures['flops_g'], _counted, _info.source
-        )
 
 
 @dataclass
@@ -109,9 +50,9 @@ class Cost:
         masked_flops: Multiply-adds with masked weights.
         large_flops: Multiply-adds of the large depthwise kernels.
         masked_large_flops: Those of them with masked weights.
-        path_parameters: Parameters of ShiftWise's paths beyond the first of each layer.
-        filter_flops: Multiply-adds of the large kernels if ShiftWise's small filters were
-            applied to the map instead; 0 for networks without them.
+        path_parameters: Parameters of parallel paths beyond the first of each large-kernel layer.
+        filter_flops: Multiply-adds of the large kernels if the small filters that they are made
+            up of were applied to the map instead; 0 for networks without them.
         parts: Multiply-adds of backbone, neck and heads.
         masks: Where the masks are from.
         published: Published figures, if there are any for this size.
@@ -134,17 +75,7 @@ class Cost:
 
     def as_published(self) -> tuple[int, int]:
         """Parameters and FLOPs counted in the way of :attr:`published`."""
-        counted = self.published.counted if self.published else 'all'
-        if counted.startswith('filters'):
-            return (self.parameters - self.path_parameters, self.flops - self.large_flops + self.filter_flops)
-        if counted == 'all':
-            return self.parameters, self.flops
-        parameters = self.parameters - self.masked_parameters
-        flops = self.flops - self.masked_flops
-        if counted == 'no_large_kernels':
-            parameters += self.masked_large_parameters
-            flops -= self.large_flops - self.masked_large_flops
-        return parameters, flops
+        return CONVENTIONS[self.published.counted if self.published else 'all'].count(self)
 
 
 # ---------------------------------------------------------------------------------- counting
@@ -202,7 +133,7 @@ def _uses(backbone: nn.Module, image: Tensor) -> dict[str, int]:
     inside: set[nn.Module] = set()
     for name, module in backbone.named_modules():
         names = [f'{name}.weight']
-        if isinstance(module, (LargeKernelConv, ShiftWiseConv)):
+        if isinstance(module, LargeKernelLayer):
             inside.update(module.modules())
             names = [f'{name}.{own}' for own, parameter in module.named_parameters() if parameter.dim() > 2]
         elif not isinstance(module, (_ConvNd, nn.Linear)) or module in inside:
@@ -222,8 +153,8 @@ def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost
     Args:
         cost: With name and size; changed in place.
         model: On the meta device, in eval mode, with a ``backbone``.
-        masked: Number of zeros of weights of the backbone; for ShiftWise's filters
-            tensors that are zero where the filters are masked.
+        masked: Number of zeros of weights of the backbone; for filters that large kernels are
+            made up of, tensors that are zero where they are masked.
     """
     channels = next((layer.in_channels for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
     image = torch.empty(1, channels, *cost.size, device='meta')
@@ -231,48 +162,21 @@ def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost
     cost.flops = sum(cost.parts.values())
     cost.parameters = sum(p.numel() for p in model.parameters())
     uses = _uses(model.backbone, image)
-    weights = dict(model.backbone.named_parameters())
-    zeros = {name: _num_zeros(masked[name]) for name in uses if name in masked}
+    zeros = {name: num_masked(masked[name]) for name in uses if name in masked}
     cost.masked_parameters = sum(zeros.values())
     for name, layer in model.backbone.named_modules():
-        if isinstance(layer, LargeKernelConv):
-            names = [own for own in uses if own.startswith(f'{name}.')]
-            cost.large_flops += sum(weights[own].numel() * uses[own] for own in names)
-            cost.masked_large_parameters += sum(zeros.get(own, 0) for own in names)
-            cost.masked_large_flops += sum(zeros.pop(own, 0) * uses[own] for own in names)
-        elif isinstance(layer, ShiftWiseConv) and not layer.deploy:
+        if isinstance(layer, LargeKernelLayer):
             names = [own for own in uses if own.startswith(f'{name}.')]
             pixels = uses[names[0]]
-            cost.large_flops += pixels * _kernel_elements(layer)
-            cost.filter_flops += pixels * weights[names[0]].numel()
-            cost.path_parameters += sum(weights[own].numel() for own in names[1:])
-            if all(own in masked for own in names):
-                filters = [torch.as_tensor(masked[own]) for own in names]
-                cost.masked_large_flops += pixels * _num_zero_taps(layer, filters)
+            own_masks = {own.removeprefix(f'{name}.'): masked[own] for own in names if own in masked}
+            kernel = layer.cost(own_masks)
+            cost.large_flops += pixels * kernel.elements
+            cost.masked_large_flops += pixels * kernel.masked_elements
+            cost.filter_flops += pixels * kernel.filter_elements
+            cost.path_parameters += kernel.path_parameters
             cost.masked_large_parameters += sum(zeros.pop(own, 0) for own in names)
     cost.masked_flops = cost.masked_large_flops + sum(count * uses[name] for name, count in zeros.items())
     return cost
-
-
-def _kernel_elements(layer: ShiftWiseConv) -> int:
-    """Elements of the assembled kernels, which the operator makes symmetric by zero taps."""
-    tall, _, small = layer.kernels()
-    channels, length, short = tall.shape
-    reach = max(layer.kernel_size // 2, length - 1 - layer.kernel_size // 2)
-    return 2 * channels * (2 * reach + 1) * short + small.numel()
-
-
-def _num_zeros(masked: int | Tensor) -> int:
-    return masked if isinstance(masked, int) else masked.numel() - int(masked.count_nonzero())
-
-
-def _num_zero_taps(layer: ShiftWiseConv, filters: list[Tensor]) -> int:
-    """Elements of the assembled kernels that no filter reaches which is not masked."""
-    # Counted, not added: filters of opposite signs do not make a zero.
-    kept = torch.stack([(path != 0).float() for path in filters]).sum(0)
-    channels, num_reps = layer.picks.shape
-    tables = shift_tables(channels, layer.kernel_size, layer.small_kernel, num_reps)
-    return sum(_num_zeros(kernel) for kernel in assemble_kernels(kept, *tables, layer.kernel_size))
 
 
 # ------------------------------------------------------------------------------------- models
@@ -308,8 +212,8 @@ def count(
             :data:`DEFAULT_SIZES`.
         checkpoint: Take the masks from its zeros.
         sparsity: Fraction of masked weights. Default: what the config's
-            ``SparsityHook`` says, else that of the published weights, :data:`SPARSITY`; 0 for
-            ConvNeXt and foreign backbones.
+            ``SparsityHook`` says, else that of the published weights; 0 for networks that were
+            trained densely and foreign backbones.
         distribution: 'uniform', the same in every layer, or 'erk' (Evci et al., ICML
             2020). Default: 'uniform'.
 
@@ -336,7 +240,7 @@ def count(
             model: Any = _Classifier(dict(info.backbone, norm_cfg=dict(type='BN')))
     else:
         cfg = cli.load_config(name)
-        scope = cfg.get('default_scope')
+        scope = framework(cfg)
         task, key = 'detection' if scope == 'mmdet' else 'segmentation', Path(name).stem
         cli.remove_weights(cfg)
         cli.adapt_to_device(cfg, has_gpu=lambda: False)
@@ -382,30 +286,29 @@ def _zeros_of(model: nn.Module, source: str | os.PathLike) -> dict[str, int | Te
 def _usual_sparsity(backbone: nn.Module, cfg: Config | None) -> float:
     """The sparsity that a config's hook names, or that of the published weights."""
     for hook in cfg.get('custom_hooks') or [] if cfg is not None else []:
-        if hook.get('type') == 'SparsityHook':
+        if type_name(hook) == 'SparsityHook':
             named = hook.get('sparsity', (hook.get('from_scratch') or {}).get('sparsity'))
             if named is not None:
                 return float(named)
-    if not getattr(backbone, 'decomposed', True):
-        return 0.0
-    return SPARSITY.get(type(backbone).__name__, 0.0)
+    recipe = backbone.recipe if isinstance(backbone, LargeKernelBackbone) else None
+    return recipe['sparsity'] if recipe else 0.0
 
 
 def _drawn_masks(backbone: nn.Module, sparsity: float, distribution: str) -> dict[str, int | Tensor]:
-    """As many zeros as masks of that sparsity have; whole filters for ShiftWise."""
+    """As many zeros as masks of that sparsity have; whole filters where the published ones do."""
     if not 0 <= sparsity < 1:
         raise ConfigOverrideError(f'--sparsity must be from 0 to below 1, got {sparsity:g}.')
     if sparsity == 0:
         return {}
     from slak_mm import sparsity as sparse
 
-    is_shiftwise = type(backbone).__name__ == 'ShiftWise'
-    chosen = sparse.select_parameters(backbone, 'shiftwise_filters' if is_shiftwise else 'backbone')
+    recipe = (backbone.recipe if isinstance(backbone, LargeKernelBackbone) else None) or {}
+    chosen = sparse.select_parameters(backbone, recipe.get('selection', 'all'))
     shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
     densities = (
         dict.fromkeys(shapes, 1 - sparsity) if distribution == 'uniform' else sparse.erk_densities(shapes, sparsity)
     )
-    if not is_shiftwise:
+    if not recipe.get('per_filter'):
         return {name: round((1 - density) * chosen[name].numel()) for name, density in densities.items()}
     generator = torch.Generator().manual_seed(0)
     masked: dict[str, int | Tensor] = {}

@@ -9,8 +9,10 @@ from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm import cost as module
+from slak_mm.checkpoints import CONVENTIONS, PUBLISHED
 from slak_mm.cli import ConfigOverrideError
-from slak_mm.cost import PUBLISHED, Cost, Published, count
+from slak_mm.cost import Cost, count
+from slak_mm.models.base import num_masked
 from slak_mm.models.shiftwise import ShiftWiseConv
 from slak_mm.ops import cross_dwconv2d
 
@@ -204,10 +206,10 @@ def test_masked_filters_are_the_zeros_of_the_kernels():
         for path in layer.filters:
             path.weight.copy_(torch.rand(path.weight.shape, generator=generator) * kept + 0)
     zeros = sum(int((kernel == 0).sum()) for kernel in layer.kernels())
-    assert 0 < zeros == module._num_zero_taps(layer, [p.weight.detach() for p in layer.filters])
+    assert 0 < zeros == layer.num_zero_taps([p.weight.detach() for p in layer.filters])
     # A filter that another path still has takes no tap away.
     mixed = [layer.filters[0].weight.detach(), torch.ones_like(layer.filters[1].weight)]
-    assert module._num_zero_taps(layer, mixed) == 0
+    assert layer.num_zero_taps(mixed) == 0
 
 
 def test_shiftwise_parts():
@@ -254,7 +256,7 @@ def test_drawn_masks_have_their_sparsity(distribution):
         backbone = classifier(kind).backbone
         masked = module._drawn_masks(backbone, 0.4, distribution)
         assert masked and all(names in name for name in masked)
-        zeros = sum(module._num_zeros(value) for value in masked.values())
+        zeros = sum(num_masked(value) for value in masked.values())
         total = sum(p.numel() for name, p in backbone.named_parameters() if name in masked)
         # ShiftWise's are drawn.
         assert zeros / total == pytest.approx(0.4, abs=0.002 if kind == 'slak' else 0.05)
@@ -303,4 +305,4 @@ def test_tool(call_tool, tmp_path):
 
 def test_published_figures_name_their_convention():
     for published in PUBLISHED.values():
-        assert isinstance(published, Published) and published.counted in module.CONVENTIONS
+        assert published.counted in CONVENTIONS

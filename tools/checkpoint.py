@@ -28,6 +28,7 @@ from slak_mm.checkpoints import (
     convert_state_dict,
     describe,
     find_roots,
+    known_backbones,
     read_checkpoint,
     unwrap,
     write_checkpoint,
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
     convert.add_argument('checkpoint', help='path, address or zoo name')
     convert.add_argument('out', help='file to write; .safetensors writes that format')
-    spellings = dict.fromkeys(c for family in FAMILIES.values() for c in family.columns if c != 'merged')
+    spellings = dict.fromkeys(spelling for family in FAMILIES.values() for spelling in family.spellings)
     convert.add_argument(
         '--to', choices=['ours', 'official', *spellings], default='ours', help='whose names to write (default: ours)'
     )
@@ -109,7 +110,7 @@ def run_inspect(args: argparse.Namespace) -> None:
             print(f'unknown     {len(notes.unrecognized)} names: {", ".join(notes.unrecognized[:4])}')
         print_sparsity(part, {k[len(root) :]: v for k, v in masks.items() if k.startswith(root)})
     if not roots:
-        print('\nbackbone    none of SLaK, ShiftWise or ConvNeXt; all weights of the file:')
+        print(f'\nbackbone    none of {known_backbones()}; all weights of the file:')
         print_sparsity(taken.state_dict, masks)
     if args.picture:
         parts = {

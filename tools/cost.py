@@ -21,10 +21,10 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from slak_mm import cli
-from slak_mm.checkpoints import ZOO
+from slak_mm.checkpoints import CONVENTIONS, ZOO
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.cli.tables import table
-from slak_mm.cost import CONVENTIONS, Cost, count
+from slak_mm.cost import Cost, count
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
@@ -101,7 +101,7 @@ def main() -> None:
     if notes:
         print('\nWhat the published figures count (whole millions of parameters are often cut off, not rounded):')
         for number, key in enumerate(notes, 1):
-            print(f'  {number}. {CONVENTIONS[key]}.')
+            print(f'  {number}. {CONVENTIONS[key].text}.')
     if args.parts:
         print()
         for cost in costs:
@@ -127,7 +127,7 @@ def row(cost: Cost, notes: list[str]) -> list[str]:
     )
     if cost.published is None:
         return [*texts, '', '', '', '']
-    if cost.masks == 'none' and cost.published.counted in ('nonzero', 'no_large_kernels'):
+    if cost.masks == 'none' and CONVENTIONS[cost.published.counted].needs_masks:
         return [
             *texts,
             f'{cost.published.parameters_m:g} / {cost.published.flops_g:g}',

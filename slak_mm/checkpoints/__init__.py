@@ -3,47 +3,76 @@
 from __future__ import annotations
 
 from .errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, CheckpointUnreadable, UnsafeCheckpoint
-from .formats import FAMILIES, ConversionNotes, Family, convert_state_dict, detect_family, detect_format, to_official
-from .load import LoadReport, find_backbones, load_pretrained, prepare_checkpoint
+from .families import (
+    FAMILIES,
+    Family,
+    FamilyMember,
+    describe,
+    detect_family,
+    detect_format,
+    find_roots,
+    known_backbones,
+    register_family,
+)
+from .formats import ConversionNotes, convert_state_dict, to_official
+from .load import (
+    LoadReport,
+    convert_on_load,
+    find_backbones,
+    load_foreign,
+    load_pretrained,
+    prepare_checkpoint,
+    prepare_state_dict,
+)
 from .reader import cache_dir, cached_path, fetch, read_checkpoint
-from .shiftwise import fit_paths, merge_paths
-from .unwrap import Unwrapped, find_roots, unwrap, unwrap_model
-from .variants import Variant, describe, likely_causes
+from .unwrap import Unwrapped, unwrap, unwrap_model
+from .variants import Cause, Sizes, Variant, differs, likely_causes
 from .writer import convert_checkpoint, write_checkpoint
-from .zoo import ZOO, ModelInfo, find_model, normalize_url, zoo_table
+from .zoo import CONVENTIONS, PUBLISHED, ZOO, Convention, ModelInfo, Published, find_model, normalize_url, zoo_table
 
 __all__ = [
+    'CONVENTIONS',
     'FAMILIES',
+    'PUBLISHED',
     'ZOO',
+    'Cause',
     'CheckpointError',
     'CheckpointMismatch',
     'CheckpointNotFound',
     'CheckpointUnreadable',
+    'Convention',
     'ConversionNotes',
     'Family',
+    'FamilyMember',
     'LoadReport',
     'ModelInfo',
+    'Published',
+    'Sizes',
     'UnsafeCheckpoint',
     'Unwrapped',
     'Variant',
     'cache_dir',
     'cached_path',
     'convert_checkpoint',
+    'convert_on_load',
     'convert_state_dict',
     'describe',
     'detect_family',
     'detect_format',
+    'differs',
     'fetch',
     'find_backbones',
     'find_model',
     'find_roots',
-    'fit_paths',
+    'known_backbones',
     'likely_causes',
+    'load_foreign',
     'load_pretrained',
-    'merge_paths',
     'normalize_url',
     'prepare_checkpoint',
+    'prepare_state_dict',
     'read_checkpoint',
+    'register_family',
     'to_official',
     'unwrap',
     'unwrap_model',

@@ -10,18 +10,30 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, CheckpointMismatch
-from .formats import ConversionNotes, convert_state_dict
+from .families import FamilyMember, describe, find_roots, known_backbones
+from .formats import ConversionNotes, convert_state_dict, with_metadata
 from .reader import log_report, read_checkpoint
-from .unwrap import Unwrapped, find_roots, unwrap, unwrap_model
-from .variants import Variant, describe, likely_causes
+from .unwrap import Unwrapped, unwrap, unwrap_model
+from .values import check_dense, check_values
+from .variants import Variant, likely_causes
 
-__all__ = ['LoadReport', 'find_backbones', 'load_pretrained', 'prepare_checkpoint']
+__all__ = [
+    'LoadReport',
+    'convert_for',
+    'convert_on_load',
+    'find_backbones',
+    'load_foreign',
+    'load_pretrained',
+    'prepare_checkpoint',
+    'prepare_state_dict',
+]
 
 _HEAD = 'classification head and final norm'
 _UNUSED_NORM = 'output norm of a stage that the model does not return'
@@ -29,11 +41,41 @@ _COUNTER = 'counter of a batch norm that the model does not have'
 _NOT_BACKBONE = 'not part of the backbone'
 _OUTSIDE_PREFIX = 'not below the given prefix'
 
+_STEM = 'downsample_layers.0.0.weight'
+# In the metadata of a backbone's part of a state dict that :func:`convert_for` has made.
+_CONVERTED = 'slak_mm_converted'
+# Name, shape in the checkpoint, shape in the model.
+_Shapes = tuple[str, tuple[int, ...], tuple[int, ...]]
+
 # Left in a state dict by data preprocessors of release candidates, and by the EMA hook of
 # mmdet 2.x, which kept its average as flat buffers beside the weights.
 _HARMLESS = (
     (re.compile(r'^data_preprocessor\.(mean|std)$'), 'constants of the data preprocessor'),
     (re.compile(r'^ema_\w+$'), 'moving average as mmdet 2.x keeps it'),
+)
+
+# Causes of a mismatch that no argument of the backbone explains; the first that applies is said.
+_REST = (
+    "strict=False, of load_pretrained or StrictCheckpointHook, loads all that fits, and prefix='backbone.' the "
+    'backbone only'
+)
+_OTHER_CAUSES = (
+    (
+        lambda mismatch: mismatch.is_in_heads and mismatch.classes,
+        'the backbone fits, but the heads are for another number of classes ({0.classes[0]} in the checkpoint, '
+        f'{{0.classes[1]}} in the model); {_REST}',
+    ),
+    (
+        lambda mismatch: mismatch.is_in_heads,
+        f'the backbone fits, but the checkpoint is of a model with other heads ({{0.groups}}); {_REST}',
+    ),
+    (
+        lambda mismatch: mismatch.is_in_norms,
+        'the model returns other stages, or has output norms where the checkpoint has none: set out_indices '
+        'and out_norm',
+    ),
+    # Alike as far as constructor arguments go.
+    (lambda mismatch: mismatch.is_incomplete, 'the checkpoint is incomplete, some tensors are not in it'),
 )
 
 
@@ -224,7 +266,116 @@ def prepare_checkpoint(
     return plan.report
 
 
-def find_backbones(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def prepare_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Mapping[str, Any]:
+    """Convert and check what a backbone's ``load_state_dict`` was given.
+
+    Args:
+        backbone: The backbone.
+        state_dict: Tensors by our or official names.
+        strict: Whether names must be those of the backbone. Defaults to ``True``.
+
+    Returns:
+        What it can load.
+
+    Raises:
+        CheckpointError: It does not fit, or holds values that mean nothing to the backbone.
+    """
+    metadata = getattr(state_dict, '_metadata', None) or {}
+    return state_dict if metadata.get('', {}).get(_CONVERTED) else _fit_exactly(backbone, state_dict, '', strict)
+
+
+def convert_on_load(
+    backbone: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
+    """Convert a backbone's part of a whole model's state dict; a hook that runs before it is loaded.
+
+    Names that are missing or left over are found by the caller, who alone knows what is allowed.
+
+    Raises:
+        CheckpointError: As :func:`prepare_state_dict`.
+    """
+    if local_metadata.get(_CONVERTED):
+        return
+    own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    converted = _fit_exactly(backbone, own, prefix, strict=False)
+    for key in own:
+        del state_dict[key]
+    state_dict.update(converted)
+
+
+def _fit_exactly(backbone: Any, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> dict[str, Any]:
+    label = 'The state dict'
+    check_dense(state_dict, label)
+    converted, _, _ = convert_for(backbone, state_dict, prefix)
+    expected = backbone.state_dict(prefix=prefix)
+    shapes = _other_shapes(converted, expected)
+    missing = [key for key in expected if key not in converted and not key.endswith('.num_batches_tracked')]
+    unexpected = [key for key in converted if key not in expected]
+    if shapes or (strict and (missing or unexpected)):
+        causes = likely_causes(describe(_below(converted, prefix)), describe(backbone.state_dict()))
+        raise CheckpointMismatch(
+            f'{label} does not fit {type(backbone).__name__}.', missing, unexpected, shapes, causes
+        )
+    check_values(converted, expected, label)
+    return converted
+
+
+def convert_for(
+    backbone: FamilyMember, state_dict: Mapping[str, Any], prefix: str = ''
+) -> tuple[dict[str, Any], ConversionNotes, list[str]]:
+    """The conversion that every way of loading goes through, once.
+
+    Args:
+        backbone: The backbone that the tensors are meant for.
+        state_dict: Tensors by any known names.
+        prefix: Prefix of the backbone's names. Defaults to ''.
+
+    Returns:
+        Tensors by our names, marked so that the backbone does not convert them again; what was
+        renamed; and sentences on what was fitted.
+
+    Raises:
+        CheckpointMismatch: A tensor cannot belong to the backbone.
+    """
+    converted, notes = convert_state_dict(state_dict, prefix, backbone.family.name)
+    remarks = backbone.complete_state_dict(converted, prefix)
+    result = OrderedDict(converted)
+    metadata = OrderedDict(getattr(state_dict, '_metadata', None) or {})
+    metadata[prefix[:-1]] = {**metadata.get(prefix[:-1], {}), _CONVERTED: True}
+    result._metadata = metadata  # type: ignore[attr-defined]
+    return result, notes, remarks
+
+
+def load_foreign(model: nn.Module, checkpoint: Mapping[str, Any], label: str, dry: bool = False) -> None:
+    """Load a model without a backbone of this package strictly, or leave it as it is.
+
+    Its loading hooks may rename, so that PyTorch compares, on a copy without memory first.
+
+    Args:
+        model: A framework's own model.
+        checkpoint: Content of a checkpoint file.
+        label: Name of the file for messages.
+        dry: Whether to check only. Defaults to ``False``.
+
+    Raises:
+        CheckpointError: It does not fit, or holds values that mean nothing to the model.
+    """
+    weights = unwrap(checkpoint).state_dict
+    check_dense(weights, label)
+    check_values(weights, model.state_dict(), label)
+    for target in (_skeleton(model), None if dry else model):
+        if target is None:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # torch warns that copying to meta does nothing
+                target.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()[1:]]
+            raise CheckpointMismatch(f'{label} does not fit {type(model).__name__}: {" ".join(lines)[:600]}') from error
+
+
+def find_backbones(model: nn.Module) -> list[tuple[str, Any]]:
     """Find the backbones of this project in a model.
 
     Args:
@@ -233,11 +384,7 @@ def find_backbones(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Returns:
         Dotted name ('' for the module itself) and backbone.
     """
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, 'checkpoint_family', None), str)
-    ]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FamilyMember)]
 
 
 @dataclass
@@ -265,20 +412,28 @@ class _Planner:
                 f'{type(self.model).__name__} is on the meta device, where '
                 'nothing can be loaded: call to_empty(device=...) first.'
             )
-
-    def plan(self, taken: Unwrapped, prefix: str | None, require_heads: bool = False) -> _Plan:
         self.dropped: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
         self.new: list[str] = []
         self.causes: list[str] = []
         self.remarks: list[str] = []
+
+    def plan(self, taken: Unwrapped, prefix: str | None, require_heads: bool = False) -> _Plan:
         source, roots = self._source(taken, prefix)
         whole = prefix is None and self._is_whole(source, roots)
+        # A whole model is to go on as it was, or to be tested: with the images that it had.
+        adapt = not require_heads
         if whole:
-            candidate, notes, theirs = self._whole_candidate(source)
+            candidate = source
+            for name, backbone in self.backbones:
+                candidate, notes, theirs = self._fit(candidate, name, backbone, name + '.', whole, adapt)
         else:
-            candidate, notes, theirs = self._backbone_candidate(source, roots)
-            if require_heads and len(self.new) > len(self._output_norms()):
+            root = self._root(source, roots)
+            name, backbone = self.backbones[0]
+            part = {(name + '.' if name else '') + key: value for key, value in _below(source, root).items()}
+            candidate, notes, theirs = self._fit(part, name, backbone, root, whole, adapt)
+            self.new += [*(() if theirs.output_norms else self._output_norms()), *self._outside()]
+            if require_heads and self._outside():
                 raise CheckpointMismatch(
                     f'{self.label} holds only a backbone, and {type(self.model).__name__} has '
                     f'more to it ({_groups(self._outside())}): give the checkpoint of a trained '
@@ -299,8 +454,8 @@ class _Planner:
             other_copy=taken.other_copy,
         )
         if missing or unexpected or shapes:
-            self._settle(report, candidate, missing, unexpected, shapes, whole)
-        _refuse_non_finite(candidate, self.label)
+            self._settle(report, candidate, missing, unexpected, shapes)
+        check_values(candidate, self.expected, self.label)
         report.loaded = [key for key in candidate if key in self.expected]
         report.zeros = self._count_zeros(candidate)
         return _Plan(self.model, candidate, report)
@@ -311,7 +466,7 @@ class _Planner:
         source = taken.state_dict
         if prefix is not None:
             prefix = prefix if prefix.endswith('.') or not prefix else prefix + '.'
-            inside = {k[len(prefix) :]: v for k, v in source.items() if k.startswith(prefix)}
+            inside = _below(source, prefix)
             if not inside:
                 raise CheckpointMismatch(
                     f'{self.label} has no tensors below the prefix {prefix!r}; it has {_groups(source)}.'
@@ -322,16 +477,14 @@ class _Planner:
             for pattern, reason in _HARMLESS:
                 if key not in self.expected and pattern.match(key):
                     self.dropped[key] = reason
-        source = _keep_metadata(((k, v) for k, v in source.items() if k not in self.dropped), source)
+        source = with_metadata({k: v for k, v in source.items() if k not in self.dropped}, source)
+        check_dense(source, self.label)
         roots = find_roots(source)
         if not roots:
             raise CheckpointMismatch(
                 f'{self.label} does not fit {type(self.model).__name__}.',
                 unexpected=list(source),
-                causes=[
-                    'it holds no SLaK, ShiftWise or ConvNeXt backbone: no tensor is called '
-                    'downsample_layers.0.0.weight, but there are ' + _groups(source)
-                ],
+                causes=[f'it holds no {known_backbones()} backbone, but {_groups(source)}'],
             )
         return source, roots
 
@@ -352,37 +505,15 @@ class _Planner:
                 f'{self.label} does not fit {type(self.model).__name__}.',
                 unexpected=rest,
                 causes=[
-                    (
-                        f'the backbone is called {", ".join(absent)} in the model and '
-                        f'{", ".join(root.rstrip(".") for root in roots) or "nothing"} in the '
-                        'checkpoint; prefix= takes the backbone only'
-                    )
+                    f'the backbone is called {", ".join(absent)} in the model and '
+                    f'{", ".join(root.rstrip(".") for root in roots) or "nothing"} in the '
+                    'checkpoint; prefix= takes the backbone only'
                 ],
             )
         return True
 
-    def _whole_candidate(self, source: dict[str, Tensor]) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
-        candidate: dict[str, Tensor] = source
-        unwanted: set[str] = set()
-        for name, backbone in self.backbones:
-            prefix = name + '.'
-            candidate, notes = convert_state_dict(candidate, prefix, _family(backbone))
-            self.renamed.update(notes.renamed)
-            self.remarks += _complete(backbone, candidate, prefix)
-            part = _below(candidate, prefix)
-            theirs = self._check_variant(part, name, backbone)
-            old_names = {new: old for old, new in notes.renamed.items()}
-            for key in part:
-                reason = _HEAD if _is_classification(key) else _COUNTER if key.endswith('.num_batches_tracked') else ''
-                if reason and prefix + key not in self.expected:
-                    unwanted.add(prefix + key)
-                    self._drop(old_names.get(prefix + key, prefix + key), reason)
-        candidate = _keep_metadata(((k, v) for k, v in candidate.items() if k not in unwanted), candidate)
-        return candidate, notes, theirs
-
-    def _backbone_candidate(
-        self, source: dict[str, Tensor], roots: list[str]
-    ) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
+    def _root(self, source: Mapping[str, Tensor], roots: list[str]) -> str:
+        """Prefix of the one backbone of the source that goes into the one of the model."""
         if len(self.backbones) > 1:
             names = ', '.join(name for name, _ in self.backbones)
             raise CheckpointMismatch(
@@ -397,60 +528,48 @@ class _Planner:
         self.dropped.update(
             (key, _NOT_BACKBONE) for key in source if not key.startswith(root) and key not in self.dropped
         )
-        name, backbone = self.backbones[0]
+        return root
+
+    def _fit(
+        self, source: Mapping[str, Tensor], name: str, backbone: Any, root: str, whole: bool, adapt: bool
+    ) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
+        """Convert the part of one backbone, and drop what it has no use for.
+
+        Args:
+            source: Tensors, those of the backbone below its name in the model.
+            name: That name.
+            backbone: The backbone.
+            root: The prefix that it had in the checkpoint.
+            whole: Whether a whole model is loaded.
+            adapt: Whether the stem may be fitted to other images.
+        """
         prefix = name + '.' if name else ''
-        part, notes = convert_state_dict(_below(source, root), family=_family(backbone))
-        self.renamed.update((root + old, prefix + new) for old, new in notes.renamed.items())
-        self.remarks += _complete(backbone, part, '')
-        theirs = self._check_variant(part, name, backbone)
-        old_names = {new: old for old, new in notes.renamed.items()}
-        candidate: dict[str, Tensor] = OrderedDict()
-        for key, value in part.items():
-            reason = ''
-            if prefix + key not in self.expected:
-                reason = (
-                    _HEAD
-                    if _is_classification(key)
-                    else _UNUSED_NORM
-                    if re.match(r'norm\d+\.', key)
-                    else _COUNTER
-                    if key.endswith('.num_batches_tracked')
-                    else ''
-                )
+        candidate, notes, remarks = convert_for(backbone, source, prefix)
+        theirs = describe(_below(candidate, prefix))
+        old_names = {new: root + old[len(prefix) :] for old, new in notes.renamed.items()}
+        self.renamed.update((old, new) for new, old in old_names.items())
+        for key in [key for key in candidate if key.startswith(prefix) and key not in self.expected]:
+            reason = _why_dropped(key[len(prefix) :], whole)
             if reason:
-                self._drop(root + old_names.get(key, key), reason)
-            else:
-                candidate[prefix + key] = value
-        if not theirs.output_norms:
-            self.new += self._output_norms()
-        self.new += self._outside()
+                del candidate[key]
+                self._drop(old_names.get(key, root + key[len(prefix) :]), reason)
+        self.remarks += remarks + (_adapt_stem(candidate, self.expected, prefix + _STEM) if adapt else [])
+        part, ours = describe(_below(candidate, prefix)), describe(backbone.state_dict())
+        causes = likely_causes(part, ours)
+        self.causes += causes
+        # Loading the tensors that happen to fit would be of no use to anybody.
+        if part.deploy != ours.deploy or part.family not in (ours.family, 'unknown'):
+            raise CheckpointMismatch(self._headline(name), causes=causes)
         return candidate, notes, theirs
 
     def _drop(self, key: str, reason: str) -> None:
         self.dropped[key] = reason
         self.renamed.pop(key, None)
 
-    def _check_variant(self, part: Mapping[str, Tensor], name: str, backbone: nn.Module) -> Variant:
-        theirs = describe(part)
-        ours = describe(backbone.state_dict())
-        causes = likely_causes(theirs, ours)
-        self.causes += causes
-        # Loading the tensors that happen to fit would be of no use to anybody.
-        hopeless = theirs.deploy != ours.deploy or theirs.family != ours.family
-        if hopeless and theirs.family != 'unknown':
-            raise CheckpointMismatch(self._headline(name), causes=causes)
-        return theirs
-
     # The comparison
 
-    def _compare(
-        self, candidate: Mapping[str, Tensor]
-    ) -> tuple[list[str], list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-        shapes = [
-            (key, tuple(value.shape), tuple(self.expected[key].shape))
-            for key, value in candidate.items()
-            if key in self.expected and value.shape != self.expected[key].shape
-        ]
+    def _compare(self, candidate: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[_Shapes]]:
+        shapes = _other_shapes(candidate, self.expected)
         missing = [key for key in self.expected if key not in candidate]
         unexpected = [key for key in candidate if key not in self.expected]
         new = set(self.new)
@@ -469,14 +588,13 @@ class _Planner:
         candidate: dict[str, Tensor],
         missing: list[str],
         unexpected: list[str],
-        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-        whole: bool,
+        shapes: list[_Shapes],
     ) -> None:
         """Refuse, or without ``strict`` reduce the candidate to what fits."""
         others = [shape[0] for shape in shapes]
         old_names = {new: old for old, new in self.renamed.items()}
         unexpected_old = [old_names.get(key, key) for key in unexpected]
-        causes = self.causes or self._other_causes(missing, unexpected, shapes, whole)
+        causes = self.causes or self._other_causes(missing, unexpected, shapes)
         backbone_keys = [key for key in candidate if self._is_backbone(key)]
         fits = [key for key in backbone_keys if key in self.expected and key not in others]
         if self.strict or not fits:
@@ -487,37 +605,19 @@ class _Planner:
         for key in unexpected_old:
             self._drop(key, 'not in the model')
 
-    def _other_causes(
-        self,
-        missing: list[str],
-        unexpected: list[str],
-        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-        whole: bool,
-    ) -> list[str]:
+    def _other_causes(self, missing: list[str], unexpected: list[str], shapes: list[_Shapes]) -> list[str]:
+        """Causes outside the backbone's constructor arguments."""
         affected = [*missing, *unexpected, *(shape[0] for shape in shapes)]
         in_backbone = [key for key in affected if self._is_backbone(key)]
-        if not in_backbone:
-            classes = [(s[1][0], s[2][0]) for s in shapes if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
-            if classes and len(shapes) == len(affected):
-                what = (
-                    f'the heads are for another number of classes ({classes[0][0]} in the '
-                    f'checkpoint, {classes[0][1]} in the model)'
-                )
-            else:
-                what = f'the checkpoint is of a model with other heads ({_groups(affected)})'
-            return [f"the backbone fits, but {what}; prefix='backbone.' takes the backbone only"]
-        norms = [key for key in in_backbone if re.search(r'(^|\.)norm\d+\.\w+$', key)]
-        if len(norms) == len(affected):
-            return [
-                (
-                    'the model returns other stages, or has output norms where the checkpoint '
-                    'has none: set out_indices and out_norm'
-                )
-            ]
-        # Alike as far as constructor arguments go: the file itself is incomplete.
-        if missing and not unexpected and not shapes:
-            return ['the checkpoint is incomplete, some tensors are not in it']
-        return []
+        classes = [(s[1][0], s[2][0]) for s in shapes if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
+        mismatch = SimpleNamespace(
+            is_in_heads=not in_backbone,
+            classes=classes[0] if classes and len(shapes) == len(affected) else None,
+            groups=_groups(affected),
+            is_in_norms=all(re.search(r'(^|\.)norm\d+\.\w+$', key) for key in affected),
+            is_incomplete=not unexpected and not shapes,
+        )
+        return [sentence.format(mismatch) for applies, sentence in _OTHER_CAUSES if applies(mismatch)][:1]
 
     def _headline(self, backbone: str = '') -> str:
         where = f' (its {backbone})' if backbone else ''
@@ -543,85 +643,98 @@ class _Planner:
         }
 
     def convert_average(self, average: Mapping[str, Tensor], plan: _Plan) -> dict[str, Tensor]:
-        """Rename the copy of the weights that mmengine's EMAHook stores below ``module.``."""
+        """Convert the copy of the weights that mmengine's EMAHook stores below ``module.``."""
+        check_dense(average, self.label)
         converted: dict[str, Tensor] = dict(average)
         for name, backbone in self.backbones:
-            prefix = f'module.{name}.' if name else 'module.'
-            converted, _ = convert_state_dict(converted, prefix, _family(backbone))
-            _complete(backbone, converted, prefix)
-        if self.strict:
-            wanted = {'module.' + key for key in plan.state_dict}
-            found = {key for key in converted if key.startswith('module.')}
-            if wanted - found:
-                raise CheckpointMismatch(
-                    f'The two copies of the weights in {self.label} (state_dict and '
-                    'ema_state_dict) are not of one model.',
-                    missing=sorted(wanted - found),
-                )
+            converted, _, _ = convert_for(backbone, converted, f'module.{name}.' if name else 'module.')
+        expected = {'module.' + key: value for key, value in self.expected.items()}
+        missing = sorted({'module.' + key for key in plan.state_dict} - converted.keys())
+        shapes = _other_shapes(converted, expected)
+        if self.strict and (missing or shapes):
+            raise CheckpointMismatch(
+                f'The two copies of the weights in {self.label} (state_dict and ema_state_dict) are not of one model.',
+                missing=missing,
+                shape_mismatches=shapes,
+            )
+        check_values(converted, expected, f'{self.label} (its ema_state_dict)')
         return converted
-
-
-def _family(backbone: nn.Module) -> str:
-    return str(backbone.checkpoint_family)
-
-
-def _complete(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
-    """Let the backbone fit what has another form but the same function; change in place."""
-    complete = getattr(backbone, 'complete_state_dict', None)
-    return [] if complete is None else complete(state_dict, prefix)
 
 
 def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return OrderedDict((k[len(prefix) :], v) for k, v in state_dict.items() if k.startswith(prefix))
 
 
-def _is_classification(key: str) -> bool:
-    return key.startswith(('head.', 'norm.'))
+def _other_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[_Shapes]:
+    """Name, shape and expected shape where these differ."""
+    return [
+        (key, tuple(value.shape), tuple(expected[key].shape))
+        for key, value in state_dict.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
 
 
-def _keep_metadata(items: Iterable[tuple[str, Tensor]], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    result = OrderedDict(items)
-    metadata = getattr(source, '_metadata', None)
-    if metadata is not None:
-        result._metadata = metadata  # type: ignore[attr-defined]
-    return result
+def _why_dropped(key: str, whole: bool) -> str:
+    """Why a backbone can do without a tensor that it does not have; '' if it cannot."""
+    if key.startswith(('head.', 'norm.')):
+        return _HEAD
+    if key.endswith('.num_batches_tracked'):
+        return _COUNTER
+    return _UNUSED_NORM if re.match(r'norm\d+\.', key) and not whole else ''
+
+
+def _adapt_stem(state_dict: dict[str, Tensor], expected: Mapping[str, Tensor], key: str) -> list[str]:
+    """Fit the first convolution of a network for RGB to other images, in place.
+
+    As timm's ``in_chans``: the sum of the three for a single channel; else they are repeated, and
+    scaled so that the sum over channels which are alike stays.
+
+    Returns:
+        A sentence on what was done, if anything was.
+    """
+    weight, channels = state_dict.get(key), expected[key].shape[1]
+    if weight is None or weight.dim() != 4 or weight.shape[1] != 3 or channels == 3:
+        return []
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if channels == 1:
+        exact, how = exact.sum(1, keepdim=True), 'summed for images of one channel'
+    else:
+        exact = exact.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+        how = f'repeated for images of {channels} channels and scaled by 3/{channels}'
+    state_dict[key] = exact.to(weight.dtype)
+    return [f'the 3 channels of the first convolution were {how}']
+
+
+def _skeleton(model: nn.Module) -> nn.Module | None:
+    """A copy of a model whose tensors have shapes but no memory; None if it cannot be copied."""
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(torch.empty_like(t, device='meta'), t.requires_grad)
+        if isinstance(t, nn.Parameter)
+        else torch.empty_like(t, device='meta')
+        for t in (*model.parameters(), *model.buffers())
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # noqa: BLE001 - not every third-party head can be copied
+        return None
 
 
 def _dry_run(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]] | None:
     """What ``load_state_dict`` would find missing and unexpected, all loading hooks included.
 
-    Runs on a copy of the model whose tensors have shapes but no memory.
-
     Returns:
-        ``None`` if the model cannot be copied or shapes differ.
+        ``None`` if the model cannot be copied or shapes differ; names alone decide then.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {
-        id(t): nn.Parameter(torch.empty_like(t, device='meta'), t.requires_grad)
-        if isinstance(t, nn.Parameter)
-        else torch.empty_like(t, device='meta')
-        for t in tensors
-    }
+    skeleton = _skeleton(model)
+    if skeleton is None:
+        return None
     try:
-        skeleton = copy.deepcopy(model, memo)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns that copying to meta does nothing
             found = skeleton.load_state_dict(state_dict, strict=False)
-    except Exception:  # noqa: BLE001 - not every third-party head can be copied; names alone decide then
+    except Exception:  # noqa: BLE001 - third-party loading hooks
         return None
     return list(found.missing_keys), list(found.unexpected_keys)
-
-
-def _refuse_non_finite(state_dict: Mapping[str, Tensor], label: str) -> None:
-    broken = [
-        key for key, value in state_dict.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    if broken:
-        shown = ', '.join(broken[: CheckpointMismatch.num_shown])
-        raise CheckpointError(
-            f'{label} holds infinite values or NaN in {len(broken)} tensors: {shown}. The training '
-            'it comes from diverged or the file is damaged. Nothing was loaded.'
-        )
 
 
 def _groups(keys: Iterable[str]) -> str:

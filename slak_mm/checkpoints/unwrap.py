@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ._pickle_check import kind_of_tensor, unusable
 from .errors import CheckpointMismatch, CheckpointUnreadable, shown
 
-__all__ = ['Unwrapped', 'find_roots', 'unwrap', 'unwrap_model']
+__all__ = ['Unwrapped', 'unwrap', 'unwrap_model']
 
 # Where frameworks keep the weights, in the order in which the official loaders look.
 _WRAPPERS = ('state_dict', 'model', 'module')
@@ -25,8 +24,6 @@ _OUTER_PREFIXES = ('module.', '_orig_mod.')
 
 # Longer than any name of a module's tensor.
 _LONGEST_NAME = 500
-
-_STEM = re.compile(r'^(|.*\.)(?:downsample_layers\.0\.0|stem\.0)\.weight$')
 
 
 @dataclass
@@ -118,19 +115,6 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
         other = f'not used, under {average} (use_ema=True takes it)'
     is_ema = wrapper is not None and wrapper == average
     return Unwrapped(_strip_outer(tensors), wrapper or '', is_ema, other)
-
-
-def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
-    """Prefixes below which a backbone of a known layout lies.
-
-    Args:
-        state_dict: Tensors by name.
-
-    Returns:
-        For instance ``['']`` for a bare backbone or ``['backbone.']``.
-    """
-    roots = {match.group(1) for key in state_dict if (match := _STEM.match(key))}
-    return sorted(root for root in roots if any(key.startswith(root + 'stages.') for key in state_dict))
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

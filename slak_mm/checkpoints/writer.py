@@ -13,8 +13,9 @@ import torch
 from slak_mm._files import replacing
 
 from .errors import CheckpointError, shown
-from .formats import convert_state_dict, to_official
-from .unwrap import find_roots, unwrap
+from .families import find_roots, known_backbones
+from .formats import convert_state_dict, refuse_unrecognized, to_official
+from .unwrap import unwrap
 
 __all__ = ['convert_checkpoint', 'write_checkpoint']
 
@@ -40,16 +41,12 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], to: str = 'ours', use_ema:
     source = unwrap(checkpoint, 'ema' if use_ema else 'model').state_dict
     roots = find_roots(source)
     if not roots:
-        raise CheckpointError('The checkpoint holds no SLaK, ShiftWise or ConvNeXt backbone to convert.')
+        raise CheckpointError(f'The checkpoint holds no {known_backbones()} backbone to convert.')
     weights: dict[str, Any] = dict(source)
     for root in roots:
         if to == 'ours':
             weights, notes = convert_state_dict(weights, root)
-            if notes.unrecognized:
-                raise CheckpointError(
-                    f'{notes.unrecognized[0]} (of {len(notes.unrecognized)} such names) is no '
-                    'tensor of a SLaK, ShiftWise or ConvNeXt backbone.'
-                )
+            refuse_unrecognized(notes)
         else:
             weights = to_official(weights, None if to == 'official' else to, root)
     result: dict[str, Any] = {'model' if to != 'ours' and roots == [''] else 'state_dict': OrderedDict(weights)}

@@ -17,7 +17,7 @@ from .arguments import (
 )
 from .config import apply_overrides, load_config, use_test_time_augmentation
 from .data import check_data, dataset_class, set_batch_size, set_data_root, set_num_workers
-from .device import adapt_to_device
+from .device import adapt_to_device, set_amp
 from .errors import ConfigOverrideError, reason
 from .launch import build_model, build_runner, init_distributed
 from .run import leave_process_group, run_tool
@@ -58,6 +58,7 @@ __all__ = [
     'reason',
     'remove_weights',
     'run_tool',
+    'set_amp',
     'set_batch_size',
     'set_crop_size',
     'set_data_root',

@@ -1,13 +1,19 @@
 """Hooks of mmengine's runner."""
 
-import re
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from slak_mm.checkpoints import CheckpointMismatch, LoadReport, find_backbones, prepare_checkpoint, unwrap_model
+from slak_mm.checkpoints import (
+    CheckpointMismatch,
+    LoadReport,
+    find_backbones,
+    load_foreign,
+    prepare_checkpoint,
+    unwrap_model,
+)
 
 __all__ = ['SPARSITY_KEY', 'StrictCheckpointHook', 'load_whole_model']
 
@@ -34,23 +40,12 @@ def load_whole_model(model: nn.Module, checkpoint: dict, source: str) -> LoadRep
     """
     model = unwrap_model(model)
     if not find_backbones(model):
-        _load_foreign(model, checkpoint, source)
+        load_foreign(model, checkpoint, source)
         return None
     report = prepare_checkpoint(model, checkpoint, source=source, require_heads=True)
     # Verified above; what may be missing are counters that old batch norms do not have.
     model.load_state_dict(checkpoint['state_dict'], strict=False)
     return report
-
-
-def _load_foreign(model: nn.Module, checkpoint: dict, source: str) -> None:
-    """Load a framework's own model strictly; its loading hooks may rename, so torch compares."""
-    weights = checkpoint.get('state_dict', checkpoint)
-    weights = {re.sub(r'^module\.', '', key): value for key, value in weights.items()}
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise CheckpointMismatch(f'{source} does not fit {type(model).__name__}: {" ".join(lines)[:600]}') from error
 
 
 @HOOKS.register_module()
@@ -95,4 +90,4 @@ class StrictCheckpointHook(Hook):
         if find_backbones(model):
             prepare_checkpoint(model, checkpoint, strict=self.strict, require_heads=self.require_heads)
         elif self.strict:
-            _load_foreign(model, checkpoint, 'The checkpoint')
+            load_foreign(model, checkpoint, 'The checkpoint', dry=True)

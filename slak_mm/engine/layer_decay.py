@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from mmengine.logging import print_log
@@ -36,8 +35,9 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
     output norms, rest num_layers + 1         num_layers + 1
     ================== ====================== ==============
 
-    as in the official downstream code of SLaK and ShiftWise, which follows ConvNeXt's. Weight
-    decay is off for one-dimensional parameters and biases.
+    as in the official downstream code; a family may number its layers in another way, see
+    :meth:`slak_mm.models.LargeKernelBackbone.layer_id`. Weight decay is off for one-dimensional
+    parameters and biases.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper, with ``optimizer.lr``.
@@ -78,9 +78,8 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         found = [(n, m) for n, m in module.named_modules() if isinstance(m, LargeKernelBackbone)]
         if len(found) != 1:
             raise TypeError(
-                f'{type(self).__name__} needs a model with exactly one SLaK or ShiftWise '
-                f'backbone, but {type(module).__name__} has {len(found)}; choose another '
-                'optim_wrapper.constructor'
+                f'{type(self).__name__} needs a model with exactly one backbone of slak_mm, but '
+                f'{type(module).__name__} has {len(found)}; choose another optim_wrapper.constructor'
             )
         name, backbone = found[0]
         prefix = name + '.' if name else ''
@@ -93,7 +92,7 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
             if not param.requires_grad:
                 continue
             own_name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
-            layer = layer_id(own_name, num_layers, decay_type)
+            layer = backbone.layer_id(own_name, num_layers, decay_type)
             decayed = param.ndim > 1 and not param_name.endswith('.bias')
             if (layer, decayed) not in groups:
                 scale = decay_rate ** (num_layers + 1 - layer)
@@ -116,15 +115,12 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         )
 
     def _num_layers(self, backbone: LargeKernelBackbone) -> int:
-        depths = backbone.depths
-        if len(depths) != 4:
-            raise ValueError(f'layer numbers are defined for four stages, the backbone has {len(depths)}')
-        least = 3 + math.ceil(depths[2] / 3)
+        least = backbone.num_layers()
         num_layers = self.paramwise_cfg.get('num_layers', least)
         layer_wise = self.paramwise_cfg.get('decay_type', 'layer_wise') == 'layer_wise'
         if num_layers < (least if layer_wise else 4):
             raise ValueError(
-                f'paramwise_cfg.num_layers is {num_layers}, but a stage 2 of {depths[2]} blocks '
+                f'paramwise_cfg.num_layers is {num_layers}, but a stage 2 of {backbone.depths[2]} blocks '
                 f'needs at least {least if layer_wise else 4}'
             )
         return num_layers
@@ -147,26 +143,3 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
             '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
             for row in rows
         )
-
-
-def layer_id(name: str, num_layers: int, decay_type: str) -> int:
-    """Number of the layer that a backbone's parameter belongs to.
-
-    Args:
-        name: Parameter name within the backbone, such as ``stages.2.5.norm.weight``; anything
-            else for a parameter outside it.
-        num_layers: L of the table in :class:`LargeKernelLayerDecayConstructor`.
-        decay_type: 'layer_wise' or 'stage_wise'.
-
-    Returns:
-        A number from 0, nearest to the image, to ``num_layers + 1``.
-    """
-    kind, *indices = name.split('.')
-    if kind == 'downsample_layers':
-        return (0, 2, 3, num_layers)[int(indices[0])] if decay_type == 'layer_wise' else 0
-    if kind == 'stages':
-        stage, block = int(indices[0]), int(indices[1])
-        if decay_type == 'stage_wise':
-            return stage + 1
-        return (1, 2, 3 + block // 3, num_layers)[stage]
-    return num_layers + 1

@@ -65,7 +65,7 @@ class SparsityHook(Hook):
 
     Args:
         mode: 'static' keeps the masks; 'set' replaces the smallest weights by
-            random ones (SET, Mocanu et al. 2018, as SLaK and ShiftWise), 'rigl' by those with the
+            random ones (SET, Mocanu et al. 2018), 'rigl' by those with the
             largest gradients (RigL, Evci et al. 2020), 'momentum' by those with the largest
             momentum. Defaults to that of the preset, else 'static'.
         distribution: Where the first masks come from: 'from_weights' takes the
@@ -88,9 +88,9 @@ class SparsityHook(Hook):
         exclude: The same, to leave weights out.
         selection: Selection of
             :func:`~slak_mm.sparsity.select_parameters`: 'backbone', 'large_kernel',
-            'shiftwise_filters' or 'all'. Defaults to that of the preset where it is narrower
+            'all' or that of a family of backbones. Defaults to that of the preset where it is narrower
             than the backbone, else to the backbone.
-        preset: Published training: 'slak_t', 'slak_s', 'slak_b' or 'shiftwise'.
+        preset: Published training, a key of :data:`slak_mm.sparsity.PRESETS`.
             Arguments given beside it have precedence. Defaults to None.
         seed: Seed of all that is drawn. Defaults to 0.
         from_scratch: Arguments that ``tools/train.py --from-scratch`` puts in
@@ -128,9 +128,14 @@ class SparsityHook(Hook):
     ) -> None:
         if preset is not None and preset not in PRESETS:
             raise SparsityError(f'SparsityHook has no preset {preset!r}; there are {", ".join(PRESETS)}.')
-        unknown = set(options) - set(inspect.signature(SparseTraining).parameters)
-        if unknown:
-            raise SparsityError(f'SparsityHook has no argument {min(unknown)!r}; see its documentation.')
+        known = {*inspect.signature(SparseTraining).parameters, 'selection', 'include', 'exclude', 'preset'}
+        known -= {'parameters', 'total_steps'}
+        for place, given_keys in (('', options), ('from_scratch of ', from_scratch or {})):
+            unknown = sorted(set(given_keys) - known)
+            if unknown:
+                raise SparsityError(
+                    f'{place}SparsityHook has no argument {unknown[0]!r}; it takes {", ".join(sorted(known))}.'
+                )
         published = dict(PRESETS[preset]) if preset else {}
         chosen = published.pop('selection', None)
         given = dict(

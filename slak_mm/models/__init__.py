@@ -1,7 +1,15 @@
 """Backbones; importing this package registers them in mmengine's root registry."""
 
-from .base import LargeKernelBackbone, switch_to_deploy
+from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, registered_backbones, switch_to_deploy
 from .shiftwise import ShiftWise
 from .slak import SLaK
 
-__all__ = ['LargeKernelBackbone', 'SLaK', 'ShiftWise', 'switch_to_deploy']
+__all__ = [
+    'KernelCost',
+    'LargeKernelBackbone',
+    'LargeKernelLayer',
+    'SLaK',
+    'ShiftWise',
+    'registered_backbones',
+    'switch_to_deploy',
+]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from slak_mm.checkpoints import convert_state_dict, load_pretrained
+from slak_mm._config import type_name
+from slak_mm.checkpoints import FamilyMember, convert_on_load, load_pretrained, prepare_state_dict
 
 from .layers import LayerNorm2d
 
@@ -18,21 +23,62 @@ from .layers import LayerNorm2d
 # error function behind the draw then returns -inf once in 2 ** 24, and that weight becomes -2.
 _DEFAULT_INIT = [dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, a=-0.1, b=0.1, bias=0.0)]
 
+_PRETRAINED_KEYS = ('type', 'checkpoint', 'prefix', 'map_location')
+"""Keys of ``init_cfg=dict(type='Pretrained', …)``; the last is mmengine's, and has no effect here."""
 
-class LargeKernelBackbone(BaseModule):
+
+@dataclass(frozen=True)
+class KernelCost:
+    """What a large-kernel layer costs.
+
+    Attributes:
+        elements: Multiply-adds for each pixel of its map.
+        masked_elements: Those of them with masked weights.
+        path_parameters: Parameters of parallel paths beyond the first, which can be merged into it.
+        filter_elements: Multiply-adds for each pixel if the small filters that kernels are made up
+            of were applied instead; 0 if there are none.
+    """
+
+    elements: int
+    masked_elements: int = 0
+    path_parameters: int = 0
+    filter_elements: int = 0
+
+
+class LargeKernelLayer(nn.Module):
+    """A layer of large depthwise kernels, whose weights are those with more than two dimensions."""
+
+    def cost(self, masked: Mapping[str, int | Tensor]) -> KernelCost:
+        """Count the multiply-adds for each pixel.
+
+        Args:
+            masked: By the names of the layer's weights how many are masked, or a tensor that is
+                zero where they are.
+        """
+        weights = {name: weight for name, weight in self.named_parameters() if weight.dim() > 2}
+        return KernelCost(
+            sum(weight.numel() for weight in weights.values()),
+            sum(num_masked(masked[name]) for name in weights if name in masked),
+        )
+
+
+def num_masked(mask: int | Tensor) -> int:
+    """Number of weights that are masked."""
+    return mask if isinstance(mask, int) else mask.numel() - int(mask.count_nonzero())
+
+
+class LargeKernelBackbone(FamilyMember, BaseModule):
     """Four stages of residual blocks at strides 4, 8, 16 and 32.
 
-    A subclass sets :attr:`checkpoint_family`, and fills :attr:`downsample_layers` and
+    A subclass sets :attr:`family`, and fills :attr:`downsample_layers` and
     :attr:`stages` (as many of one as of the other) before it calls :meth:`_finish_init`.
 
     Official checkpoints may be loaded with ``load_state_dict`` as they are: their names are
-    converted on the way. :func:`slak_mm.load_pretrained` also checks them.
+    converted on the way, and all is checked before a value is overwritten.
+    :func:`slak_mm.load_pretrained` also drops what the backbone has no use for, and reports.
     """
 
-    checkpoint_family: ClassVar[str]
-    """Table of :mod:`slak_mm.checkpoints` that converts this backbone's official names."""
-
-    arch_settings: ClassVar[dict[str, dict[str, tuple[int, ...]]]]
+    arch_settings: ClassVar[Mapping[str, Mapping[str, Sequence[int]]]]
     """``depths`` and ``dims`` of the named architectures."""
 
     depths: tuple[int, ...]
@@ -40,18 +86,20 @@ class LargeKernelBackbone(BaseModule):
 
     def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-        pretrained = [cfg for cfg in cfgs if cfg.get('type') == 'Pretrained']
-        others = [cfg for cfg in cfgs if cfg.get('type') != 'Pretrained']
+        pretrained = [cfg for cfg in cfgs if type_name(cfg) == 'Pretrained']
+        others = [cfg for cfg in cfgs if type_name(cfg) != 'Pretrained']
         if len(pretrained) > 1:
             raise ValueError(f'init_cfg names {len(pretrained)} checkpoints; give one')
+        for cfg in pretrained:
+            _check_pretrained(cfg)
         super().__init__(init_cfg=others or copy.deepcopy(_DEFAULT_INIT))
         self.pretrained_cfg = copy.deepcopy(pretrained[0]) if pretrained else None
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
-        self._register_load_state_dict_pre_hook(_convert_names, with_module=True)
+        self._register_load_state_dict_pre_hook(convert_on_load, with_module=True)
 
     @classmethod
-    def _parse_arch(cls, arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _parse_arch(cls, arch: str | Mapping) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return depths and dims of a named or free architecture."""
         if isinstance(arch, str):
             if arch not in cls.arch_settings:
@@ -177,6 +225,51 @@ class LargeKernelBackbone(BaseModule):
         """
         return []
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors by our or official names; all of them, or with an error none.
+
+        Raises:
+            CheckpointError: A name (with ``strict``), a shape or a value does not fit.
+        """
+        return super().load_state_dict(prepare_state_dict(self, state_dict, strict), strict, assign)
+
+    @property
+    def recipe(self) -> Mapping[str, Any] | None:
+        """The published sparse training of this network, as :data:`slak_mm.sparsity.PRESETS` has it."""
+        return None
+
+    def num_layers(self) -> int:
+        """Number L of layers for layer-wise learning-rate decay.
+
+        Raises:
+            ValueError: It is not defined for this number of stages.
+        """
+        if len(self.depths) != 4:
+            raise ValueError(f'layer numbers are defined for four stages, the backbone has {len(self.depths)}')
+        return 3 + math.ceil(self.depths[2] / 3)
+
+    def layer_id(self, name: str, num_layers: int, decay_type: str) -> int:
+        """Number of the layer that a parameter belongs to, for learning-rate decay.
+
+        See the table of :class:`slak_mm.engine.LargeKernelLayerDecayConstructor`.
+
+        Args:
+            name: Parameter name within the backbone, such as ``stages.2.5.norm.weight``; anything
+                else for a parameter outside it.
+            num_layers: L of the table.
+            decay_type: 'layer_wise' or 'stage_wise'.
+
+        Returns:
+            A number from 0, nearest to the image, to ``num_layers + 1``.
+        """
+        kind, *indices = name.split('.')
+        if kind == 'downsample_layers':
+            return (0, 2, 3, num_layers)[int(indices[0])] if decay_type == 'layer_wise' else 0
+        if kind == 'stages':
+            stage, block = int(indices[0]), int(indices[1])
+            return (1, 2, 3 + block // 3, num_layers)[stage] if decay_type == 'layer_wise' else stage + 1
+        return num_layers + 1
+
     def train(self, mode: bool = True) -> LargeKernelBackbone:
         """Set train or eval mode; frozen stages stay in eval mode."""
         super().train(mode)
@@ -227,11 +320,21 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     return model
 
 
-def _convert_names(module: LargeKernelBackbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Bring a backbone's part of a state dict into our names, before it is loaded."""
-    own = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-    converted, _notes = convert_state_dict(own, prefix=prefix, family=module.checkpoint_family)
-    module.complete_state_dict(converted, prefix)
-    for key in own:
-        del state_dict[key]
-    state_dict.update(converted)
+def registered_backbones() -> dict[str, type[LargeKernelBackbone]]:
+    """Every backbone of this package's kind that is registered, by its name in configs."""
+    return {
+        name: kind
+        for name, kind in MODELS.module_dict.items()
+        if inspect.isclass(kind) and issubclass(kind, LargeKernelBackbone)
+    }
+
+
+def _check_pretrained(cfg: Mapping[str, Any]) -> None:
+    unknown = sorted(set(cfg) - set(_PRETRAINED_KEYS))
+    if unknown:
+        raise ValueError(
+            f'init_cfg of a checkpoint has the unknown keys {unknown}; it takes {", ".join(_PRETRAINED_KEYS)}. '
+            'It is loaded strictly, and its first convolution is fitted to in_channels'
+        )
+    if not cfg.get('checkpoint'):
+        raise ValueError("init_cfg=dict(type='Pretrained') needs checkpoint=, a path, an address or a zoo name")

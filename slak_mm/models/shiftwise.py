@@ -8,8 +8,10 @@ Universal Perception Large-Kernel ConvNet", CVPR 2024).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +21,24 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slak_mm.checkpoints import CheckpointMismatch, fit_paths
+from slak_mm.checkpoints import (
+    Cause,
+    CheckpointError,
+    CheckpointMismatch,
+    Convention,
+    Family,
+    ModelInfo,
+    Published,
+    Sizes,
+    Variant,
+    differs,
+    register_family,
+)
 from slak_mm.ops import cross_dwconv2d
 from slak_mm.ops.shift_tables import assemble_kernels, ghost_channels, num_filters, shift_table_error, shift_tables
+from slak_mm.sparsity import PRESETS, SELECTIONS, path_groups
 
-from .base import LargeKernelBackbone
+from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, num_masked
 from .layers import (
     PIXELS_AT_ONCE,
     LayerNorm2d,
@@ -40,7 +55,7 @@ from .slak import SLaKBlock
 _TABLES = ('shifts', 'picks', 'rep', 'ghost')
 
 
-class ShiftWiseConv(nn.Module):
+class ShiftWiseConv(LargeKernelLayer):
     """A depthwise convolution with large kernels that are made up of small filters.
 
     The filters of all paths are summed and assembled to a tall, a wide and a small kernel (see
@@ -181,6 +196,27 @@ class ShiftWiseConv(nn.Module):
         del self.filters, self.bn_wide, self.bn_tall, self.bn_small, self.shifts, self.picks
         self.tall, self.wide, self.bias = (nn.Parameter(t) for t in (tall, wide, bias))
         self.deploy = True
+
+    def cost(self, masked: Mapping[str, int | Tensor]) -> KernelCost:
+        """Count the multiply-adds for each pixel, with the assembled kernels and with the filters."""
+        if self.deploy:
+            return super().cost(masked)
+        tall, _, small = self.kernels()
+        channels, length, short = tall.shape
+        # The operator makes the kernels symmetric by zero taps.
+        reach = max(self.kernel_size // 2, length - 1 - self.kernel_size // 2)
+        filters = [path.weight.numel() for path in self.filters]  # type: ignore[union-attr,operator]
+        masks = [masked[name] for i in range(len(filters)) if (name := f'filters.{i}.weight') in masked]
+        zeros = self.num_zero_taps([torch.as_tensor(mask) for mask in masks]) if len(masks) == len(filters) else 0
+        return KernelCost(2 * channels * (2 * reach + 1) * short + small.numel(), zeros, sum(filters[1:]), filters[0])
+
+    def num_zero_taps(self, filters: list[Tensor]) -> int:
+        """Elements of the assembled kernels that no filter reaches which is not masked."""
+        # Counted, not added: filters of opposite signs do not make a zero.
+        kept = torch.stack([(path != 0).float() for path in filters]).sum(0)
+        channels, num_reps = self.picks.shape
+        tables = shift_tables(channels, self.kernel_size, self.small_kernel, num_reps)
+        return sum(num_masked(kernel) for kernel in assemble_kernels(kept, *tables, self.kernel_size))
 
 
 def _select_channels(x: Tensor, index: Tensor) -> Tensor:
@@ -374,6 +410,298 @@ class ShiftWiseBlock(RecomputableBlock):
         self.deploy = True
 
 
+_ARCHS = {
+    'tiny': dict(depths=(3, 3, 18, 3), dims=(80, 160, 320, 640)),
+    'small': dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+    'base': dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+}
+_TINY_OF_VERSION_1 = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+
+
+def _differs_where_known(name: str) -> Callable[[Any, Any], bool]:
+    def condition(theirs: Any, ours: Any) -> bool:
+        values = getattr(theirs, name), getattr(ours, name)
+        return None not in values and values[0] != values[1]
+
+    return condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftWiseVariant(Variant):
+    """Arguments of a :class:`ShiftWise` that its tensors tell.
+
+    ``kernel_sizes`` are in taps, a multiple of ``small_kernel``, which is all that the tensors tell.
+
+    Attributes:
+        version: 1 or 2.
+        num_paths: Filter paths, None where they are folded.
+        num_reps: Random orders of the filters, where the tables are there.
+        convolved: Channels of each stage that are convolved, which are those that are no ghosts.
+    """
+
+    version: int
+    num_paths: int | None
+    num_reps: int | None
+    convolved: Sizes
+
+    title = 'ShiftWise'
+    kernel_unit = ' taps'
+    archs = _ARCHS
+    causes = (
+        Cause(
+            differs('version'),
+            'the checkpoint is of version {theirs.version} of ShiftWise and the model of version '
+            '{ours.version}; set version={theirs.version}',
+            is_final=True,
+        ),
+        Cause(
+            lambda theirs, ours: theirs.convolved != ours.convolved and theirs.dims == ours.dims,
+            'another number of ghost channels: the checkpoint convolves {theirs.convolved} channels, the model '
+            '{ours.convolved}; set ghost_ratio',
+        ),
+        *(
+            Cause(
+                _differs_where_known(name),
+                f'the checkpoint was trained with {name}={{theirs.{name}}}, the model has {{ours.{name}}}; set {name}',
+            )
+            for name in ('num_paths', 'num_reps')
+        ),
+    )
+
+    @classmethod
+    def read(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The attributes of a backbone whose tensors have these shapes, by our names."""
+        facts = super().read(shapes)
+        stages: dict[int, dict[str, tuple[int, ...]]] = {}
+        for key, shape in shapes.items():
+            if match := re.match(r'stages\.(\d+)\.0\.large_kernel\.(.*)$', key):
+                stages.setdefault(int(match[1]), {})[match[2]] = shape
+        convolved, taps = [], []
+        small = num_paths = num_reps = None
+        for _, tensors in sorted(stages.items()):
+            filters = [shape for name, shape in tensors.items() if name.startswith('filters.') and len(shape) == 4]
+            if filters:
+                small, num_paths = filters[0][-1], len(filters)
+            elif 'tall' in tensors:
+                small = tensors['tall'][-1]
+            if 'picks' in tensors:
+                num_reps = tensors['picks'][1]
+            channels = next((tensors[name][0] for name in ('bn_wide.weight', 'picks', 'tall') if name in tensors), None)
+            if channels:
+                convolved.append(channels)
+                if filters and small:
+                    taps.append(filters[0][0] // channels * small)
+        version = 2 if any(re.match(r'stages\.\d+\.\d+\.se\.', key) for key in shapes) else 1
+        archs = _ARCHS if version == 2 else {**_ARCHS, 'tiny': _TINY_OF_VERSION_1}
+        return {
+            **facts,
+            **cls.name_architecture(facts, archs),
+            'version': version,
+            'kernel_sizes': Sizes(taps),
+            'small_kernel': small,
+            'num_paths': num_paths,
+            'num_reps': num_reps,
+            'convolved': Sizes(convolved),
+        }
+
+    def words(self) -> list[str]:
+        """What the variant is, in parts of a sentence."""
+        return [f'ShiftWise version {self.version}', *super().words()]
+
+    def kernel_words(self) -> list[str]:
+        """The large kernels in words."""
+        words = []
+        if self.kernel_sizes:
+            words.append(f'kernels of {self.kernel_sizes} taps from filters of size {self.small_kernel}')
+        if self.convolved:
+            words.append(f'{self.convolved} of the channels convolved')
+        if self.num_paths:
+            words.append(f'{self.num_paths} filter paths' if self.num_paths > 1 else 'one filter path')
+        return words
+
+
+def fit_paths(state_dict: Mapping[str, Any], num_paths: int, prefix: str = '') -> tuple[dict[str, Any], str]:
+    """Bring filter paths to another number, where that leaves the computed function as it is.
+
+    Several paths are summed into one. A single path becomes the first of several, and the others
+    are zero. Several paths are not distributed over another number of them.
+
+    Args:
+        state_dict: Tensors by our names, with any prefix.
+        num_paths: The number wanted.
+        prefix: Leave names alone that do not begin with it. Defaults to ''.
+
+    Returns:
+        The state dict, and a sentence on what was done, '' if nothing was.
+    """
+    fitted, remark = dict(state_dict), ''
+    for layer, names in path_groups(key for key in state_dict if key.startswith(prefix)).items():
+        paths = [fitted[name] for name in names]
+        if len(names) == num_paths or 1 not in (len(names), num_paths) or len({path.shape for path in paths}) > 1:
+            continue
+        for name in names[1:]:
+            del fitted[name]
+        fitted[names[0]] = merged = sum(paths[1:], start=paths[0])
+        fitted.update((f'{layer}.{p}.weight', torch.zeros_like(merged)) for p in range(1, num_paths))
+        remark = (
+            f'the {len(names)} filter paths of the checkpoint were summed into one'
+            if len(names) > 1
+            else f'the single filter path of the checkpoint became the first of {num_paths}; the others are zero'
+        )
+    return fitted, remark
+
+
+def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[dict[str, Any], str]:
+    """Leave out the index tables, which the official code generates, and sum the paths for `LoRA`.
+
+    Raises:
+        CheckpointError: A table is not the one that the official code would generate.
+    """
+    pattern = re.compile(re.escape(prefix) + rf'stages\.\d+\.\d+\.large_kernel\.({"|".join(_TABLES)})$')
+    for key, shifts in state_dict.items():
+        if not (pattern.match(key) and key.endswith('.shifts')):
+            continue
+        operator = key.removesuffix('shifts')
+        names = ('picks', 'rep', 'ghost', 'filters.0.weight')
+        if any(operator + name not in state_dict for name in names):
+            continue
+        picks, rep, ghost, filters = (state_dict[operator + name] for name in names)
+        if not any(
+            _equal((shifts, picks, rep, ghost), tables)
+            for tables in _official_tables(shifts, picks, rep, ghost, filters)
+        ):
+            raise CheckpointError(
+                f'The index tables {operator}* are not those which the official code generates, '
+                'and its checkpoints cannot hold others.'
+            )
+    rest = {key: value for key, value in state_dict.items() if not pattern.match(key)}
+    return (fit_paths(rest, 1, prefix)[0] if spelling == 'LoRA' else rest), spelling
+
+
+def _official_tables(
+    shifts: Tensor, picks: Tensor, rep: Tensor, ghost: Tensor, filters: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """The tables for every kernel size that the greatest shift allows."""
+    small = filters.shape[-1]
+    channels, num_reps = picks.shape
+    half = int(shifts.max()) + small - 1
+    for kernel_size in (2 * half, 2 * half + 1):
+        if kernel_size >= small and (num_filters(kernel_size, small) * channels == filters.shape[0]):
+            yield (
+                *shift_tables(channels, kernel_size, small, num_reps),
+                *ghost_channels(len(rep) + len(ghost), len(ghost)),
+            )
+
+
+def _equal(tables: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(a.shape == b.shape and bool((a.cpu() == b).all()) for a, b in zip(tables, others))
+
+
+def _with_filters(cost: Any) -> tuple[int, int]:
+    return cost.parameters - cost.path_parameters, cost.flops - cost.large_flops + cost.filter_flops
+
+
+_BLOCK = 'stages.{i}.{j}.'
+_LARGE = 'stages.{i}.{j}.large_kernel.'
+_PAPER = 'ShiftWise, tables of ADE20K and COCO'
+
+# `LoRA` is the official code's form after it has merged the filter paths. Names below `ffn` exist
+# in version 2 only, `pwconv1` and `pwconv2` of ours in version 1 only.
+FAMILY = register_family(
+    Family(
+        name='shiftwise',
+        titles=('ShiftWise',),
+        spellings=('LoRAs', 'LoRA'),
+        # fmt: off
+        table=(
+            # ours, LoRAs, LoRA
+            ('downsample_layers.{i}.{j}.', '=', '='),
+            (_LARGE + 'filters.0.weight', _LARGE + 'LoRAs.0.weight', _LARGE + 'LoRA.weight'),
+            (_LARGE + 'filters.{p}.weight', _LARGE + 'LoRAs.{p}.weight', '-'),
+            (_LARGE + 'bn_wide.', _LARGE + 'bn_lora1.', _LARGE + 'bn_lora1.'),
+            (_LARGE + 'bn_tall.', _LARGE + 'bn_lora2.', _LARGE + 'bn_lora2.'),
+            (_LARGE + 'bn_small.', '=', '='),
+            *((_LARGE + table, '-', '-') for table in _TABLES),
+            *((_LARGE + folded, '-', '-') for folded in ('tall', 'wide', 'bias', 'ghost_scale', 'ghost_bias')),
+            (_BLOCK + 'norm.', '=', '='),
+            (_BLOCK + 'se.', '=', '='),
+            (_BLOCK + 'ffn.fc1.', _BLOCK + 'pwconv1.1.', _BLOCK + 'pwconv1.1.'),
+            (_BLOCK + 'ffn.grn.', _BLOCK + 'act.1.', _BLOCK + 'act.1.'),
+            (_BLOCK + 'ffn.fc2.bias', '-', '-'),
+            (_BLOCK + 'ffn.fc2.weight', _BLOCK + 'pwconv2.0.weight', _BLOCK + 'pwconv2.0.weight'),
+            (_BLOCK + 'ffn.norm.', _BLOCK + 'pwconv2.2.', _BLOCK + 'pwconv2.2.'),
+            (_BLOCK + 'pwconv1.', '=', '='),
+            (_BLOCK + 'pwconv2.', '=', '='),
+            (_BLOCK + 'gamma', '=', '='),
+            ('norm{i}.', '=', '='),
+            ('norm.', '=', '='),
+            ('head.', '=', '='),
+        ),
+        # fmt: on
+        formats=(
+            ('shiftwise', r'stages\.\d+\.\d+\.large_kernel\.(LoRAs\.\d+|LoRA)\.weight$', ('LoRAs', 'LoRA')),
+            ('ours-deployed', r'stages\.\d+\.\d+\.large_kernel\.tall$', ()),
+            ('ours', r'stages\.\d+\.\d+\.large_kernel\.filters\.\d+\.weight$', ()),
+        ),
+        variant=ShiftWiseVariant,
+        official=_official,
+        models=(
+            ModelInfo(
+                'shiftwise_t_in1k_300e',
+                'https://drive.google.com/file/d/1U4DOZv5V9_7wJdqdicjp0tCmNIdRNJOc/view',
+                'classification',
+                dict(
+                    type='ShiftWise',
+                    arch='tiny',
+                    version=2,
+                    kernel_sizes=(51, 49, 47, 13),
+                    small_kernel=3,
+                    ghost_ratio=0.23,
+                    num_paths=2,
+                    num_reps=4,
+                ),
+                'https://github.com/lidc54/shift-wiseConv (README)',
+                figures=dict(top1_percent=83.39),
+            ),
+        ),
+        published={
+            'upernet_shiftwise_t_ade20k': Published(61.73, 948, 'filters', _PAPER),
+            'upernet_shiftwise_s_ade20k': Published(87.5, 1039, 'filters', _PAPER),
+            'cascade_mask_rcnn_shiftwise_t_coco': Published(86.89, 751, 'filters_det', _PAPER),
+            'cascade_mask_rcnn_shiftwise_s_coco': Published(110.48, 839, 'filters_det', _PAPER),
+        },
+        conventions=dict(
+            filters=Convention(
+                'all weights, with the paths of each layer merged to one, and the small filters '
+                'applied to the map as in the official code. The kernels assembled from them, with which is '
+                'convolved here, have about twice as many multiply-adds',
+                _with_filters,
+            ),
+            filters_det=Convention(
+                'as for segmentation with ShiftWise (merged paths, small filters), and fewer '
+                'parameters for a reason that is not published; the difference is that of the '
+                'squeeze-excite layers (1.59 M in -T, 2.96 M in -S) to 0.1 %',
+                _with_filters,
+            ),
+        ),
+    )
+)
+SELECTIONS['shiftwise_filters'] = r'large_kernel\.filters\.\d+\.weight$'
+PRESETS['shiftwise'] = dict(
+    mode='set',
+    distribution='snip',
+    sparsity=0.3,
+    stop_fraction=1.0,
+    dense_above=0.99,
+    selection='shiftwise_filters',
+    update_interval=100,
+    prune_rate=0.3,
+    per_filter=True,
+    sparse_gap=131,
+)
+
+
 @MODELS.register_module()
 class ShiftWise(LargeKernelBackbone):
     """ShiftWise backbones, version 1 and 2.
@@ -425,15 +753,8 @@ class ShiftWise(LargeKernelBackbone):
         ValueError: An argument is out of its range; the message names it.
     """
 
-    checkpoint_family = 'shiftwise'
-    arch_settings = {
-        'tiny': dict(depths=(3, 3, 18, 3), dims=(80, 160, 320, 640)),
-        'small': dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
-        'base': dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
-        'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
-    }
-    # Version 2 and 1 differ in one of them.
-    _tiny_of_version_1 = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+    family = FAMILY
+    arch_settings = _ARCHS
 
     def __init__(
         self,
@@ -462,7 +783,7 @@ class ShiftWise(LargeKernelBackbone):
             raise ValueError(f'version must be 1 or 2, got {version!r}')
         self.arch = arch
         self.version = version
-        self.depths, dims = self._parse_arch(self._tiny_of_version_1 if arch == 'tiny' and version == 1 else arch)
+        self.depths, dims = self._parse_arch(_TINY_OF_VERSION_1 if arch == 'tiny' and version == 1 else arch)
         # Version 2 divides the width by four in its squeeze-excite layers.
         self.dims = self._widths(dims, width_factor, least=1 if version == 1 else 4)
         self.kernel_sizes = self._for_each_stage(kernel_sizes)
@@ -514,6 +835,11 @@ class ShiftWise(LargeKernelBackbone):
                 )
             self.stages.append(nn.Sequential(*blocks))
         self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+
+    @property
+    def recipe(self) -> Mapping[str, Any] | None:
+        """The published sparse training of this network."""
+        return PRESETS['shiftwise']
 
     def _smallest_image(self) -> int:
         return super()._smallest_image() if self.version == 1 else 1

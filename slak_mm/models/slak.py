@@ -6,7 +6,10 @@ Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +17,26 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from slak_mm.checkpoints import (
+    Cause,
+    Convention,
+    ConversionNotes,
+    Family,
+    ModelInfo,
+    Published,
+    Variant,
+    differs,
+    register_family,
+)
 from slak_mm.ops import cross_dwconv2d
+from slak_mm.sparsity import PRESETS
 
-from .base import LargeKernelBackbone
+from .base import LargeKernelBackbone, LargeKernelLayer
 from .layers import PIXELS_AT_ONCE, DepthwiseBranch, RecomputableBlock, patch_downsampling, runs_eagerly_on_cpu
 from .linear import has_hooks, linear
 
 
-class LargeKernelConv(nn.Module):
+class LargeKernelConv(LargeKernelLayer):
     """Parallel depthwise convolutions, each with its batch norm, and their sum.
 
     In training form there are up to three of the following branches, in deployed form one
@@ -177,6 +192,303 @@ class SLaKBlock(RecomputableBlock):
         return torch.addcmul(x, y, gamma, out=out)
 
 
+_ARCHS = {
+    'tiny': dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    'small': dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+    'base': dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLaKVariant(Variant):
+    """Arguments of a :class:`SLaK` that its tensors tell.
+
+    Attributes:
+        decomposed: Tall and wide kernels, or a square one; None if there is none.
+        conv_bias: Whether the branches' convolutions have biases.
+    """
+
+    decomposed: bool | None
+    conv_bias: bool
+
+    title = 'SLaK'
+    archs = _ARCHS
+    causes = (
+        Cause(
+            lambda theirs, ours: theirs.is_convnext and not ours.is_convnext,
+            'the checkpoint holds ConvNeXt weights (a biased square kernel without branch norms): build the '
+            'model with {theirs.arguments}',
+            is_final=True,
+        ),
+        Cause(
+            lambda theirs, ours: ours.is_convnext and not theirs.is_convnext,
+            'the model is in ConvNeXt mode and the checkpoint holds SLaK weights: build the model with '
+            '{theirs.arguments}',
+            is_final=True,
+        ),
+        Cause(
+            lambda theirs, ours: ours.decomposed and not theirs.decomposed,
+            'the checkpoint has square kernels (lkb_origin) and the model tall and wide ones, which cannot be '
+            'computed from them: use decomposed=False or other weights',
+        ),
+        Cause(
+            lambda theirs, ours: theirs.decomposed and not ours.decomposed,
+            'the checkpoint has tall and wide kernels (LoRA1, LoRA2) and the model square ones: use decomposed=True',
+        ),
+        Cause(
+            differs('conv_bias'),
+            'the large kernels have biases in one of checkpoint and model and none in the other; set '
+            'conv_bias={theirs.conv_bias}',
+        ),
+    )
+
+    @classmethod
+    def read(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The attributes of a backbone whose tensors have these shapes, by our names."""
+        facts = super().read(shapes)
+        kernels = [
+            (match[1], shape)
+            for key, shape in shapes.items()
+            if (match := re.match(r'stages\.\d+\.\d+\.large_kernel\.(\w+)\.conv\.weight$', key))
+        ]
+        # The folded form keeps no small kernel; it is as long as the rectangles are wide.
+        small = [min(shape[2:]) for name, shape in kernels if name != 'square']
+        return facts | dict(
+            small_kernel=min(small, default=None),
+            decomposed=any(name == 'tall' for name, _ in kernels) if kernels else None,
+            conv_bias=any(re.search(r'large_kernel\.\w+\.conv\.bias$', key) for key in shapes),
+        )
+
+    @property
+    def is_convnext(self) -> bool:
+        """Whether this is ConvNeXt: one square biased kernel without a norm."""
+        return self.decomposed is False and not self.branch_norm and self.conv_bias and self.small_kernel is None
+
+    def words(self) -> list[str]:
+        """What the variant is, in parts of a sentence."""
+        return (['ConvNeXt'] if self.is_convnext else []) + super().words()
+
+    def kernel_words(self) -> list[str]:
+        """The large kernels in words."""
+        form = 'decomposed' if self.decomposed else 'square'
+        small = f' with small {self.small_kernel}' if self.small_kernel else ''
+        return [f'{words} {form}{small}' for words in super().kernel_words()]
+
+    @property
+    def arguments(self) -> str:
+        """What :class:`SLaK` is called with for such weights."""
+        named = f'arch={self.arch!r}, width_factor={self.width_factor:g}, ' if self.arch and self.width_factor else ''
+        return (
+            f'{named}kernel_sizes={tuple(self.kernel_sizes)}, small_kernel={self.small_kernel}, '
+            f'decomposed={self.decomposed}, branch_norm={self.branch_norm}, conv_bias={self.conv_bias}'
+        )
+
+
+def _finish(state_dict: dict[str, Any], prefix: str, notes: ConversionNotes) -> dict[str, Any]:
+    """Read 1x1 convolutions as linear layers, and tell mmpretrain's two kinds of norm apart.
+
+    Its classifiers call the norm after global pooling `norm3`, as downstream code calls the
+    output norm of the last stage. Downstream backbones have the other three as well.
+    """
+    is_classifier = notes.format == 'convnext-mmpretrain' and not any(
+        f'{prefix}norm{i}.weight' in state_dict for i in range(3)
+    )
+    finished = {}
+    for key, value in state_dict.items():
+        shape = tuple(getattr(value, 'shape', ()))
+        if len(shape) == 4 and shape[2:] == (1, 1) and re.search(r'\.pwconv[12]\.weight$', key):
+            value = value.flatten(1)
+        new = key
+        if is_classifier and key.startswith(f'{prefix}norm3.'):
+            new = notes.renamed[key] = f'{prefix}norm.{key.removeprefix(f"{prefix}norm3.")}'
+        finished[new] = value
+    return finished
+
+
+def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[dict[str, Any], str]:
+    """Take the official spelling of folded kernels for them."""
+    folded = re.compile(re.escape(prefix) + r'stages\.\d+\.\d+\.large_kernel\.bias$')
+    return state_dict, 'merged' if any(map(folded.match, state_dict)) else spelling
+
+
+_BLOCK = 'stages.{i}.{j}.'
+_LARGE = 'stages.{i}.{j}.large_kernel.'
+_TIMM = 'stages.{i}.blocks.{j}.'
+
+_README = 'https://github.com/VITA-Group/SLaK (README)'
+_CONVNEXT_README = 'https://github.com/facebookresearch/ConvNeXt (README)'
+_CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
+_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/'
+_DRIVE = 'https://drive.google.com/file/d/{}/view'
+_SURF = 'https://surfdrive.surf.nl/files/index.php/s/{}/download'
+
+
+def _network(arch: str, *kernel_sizes: int) -> dict[str, Any]:
+    return dict(type='SLaK', arch=arch, kernel_sizes=kernel_sizes or (51, 49, 47, 13), small_kernel=5, width_factor=1.3)
+
+
+def _convnext(arch: str) -> dict[str, Any]:
+    return dict(
+        type='SLaK',
+        arch=arch,
+        kernel_sizes=(7, 7, 7, 7),
+        small_kernel=None,
+        decomposed=False,
+        width_factor=1.0,
+        branch_norm=False,
+        conv_bias=True,
+    )
+
+
+def _imagenet(
+    name: str,
+    url: str,
+    backbone: dict[str, Any],
+    top1: float,
+    params: float,
+    flops: float,
+    source: str = _README,
+    counted: str = 'all',
+) -> ModelInfo:
+    figures = dict(top1_percent=top1, params_m=params, flops_g=flops)
+    return ModelInfo(name, url, 'classification', backbone, source, figures=figures, counted=counted)
+
+
+# fmt: off
+_MODELS = (
+    # The published weights have about 40 % zeros, and the figures count the others.
+    _imagenet('slak_t_in1k_300e', _DRIVE.format('1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4'), _network('tiny'),
+              82.5, 30, 5.0, counted='nonzero'),
+    _imagenet('slak_s_in1k_300e', _DRIVE.format('1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe'), _network('small'),
+              83.8, 55, 9.8, counted='nonzero'),
+    _imagenet('slak_b_in1k_300e', _DRIVE.format('1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j'), _network('base'),
+              84.0, 95, 17.1, counted='nonzero'),
+    # Of 31 and 61 the source gives the largest kernel only; the others are the usual reading.
+    _imagenet('slak_t_k31_in1k_120e', _SURF.format('VXzBxFXQdlAQ7h8'), _network('tiny', 31, 29, 27, 13),
+              81.5, 30, 4.8, counted='nonzero'),
+    _imagenet('slak_t_k51_in1k_120e', _SURF.format('WiQYWNclJ9bW5XV'), _network('tiny'),
+              81.6, 30, 5.0, counted='nonzero'),
+    _imagenet('slak_t_k61_in1k_120e', _SURF.format('VpR1te71NmVImJb'), _network('tiny', 61, 59, 57, 13),
+              81.5, 31, 5.2, counted='nonzero'),
+    # Distilled from SLaK. The source does not say whether a norm follows the 7x7 convolution; if it
+    # does, the weights are refused and the error says so.
+    _imagenet('convnext_l2s_t_in1k_300e', _SURF.format('cR6KLvxjlUshUQA'), _convnext('tiny'), 83.1, 29, 4.5),
+    _imagenet('convnext_l2s_s_in1k_300e', _SURF.format('PYqL3rVff3Nu2sP'), _convnext('small'), 84.3, 50, 8.7),
+    ModelInfo('upernet_slak_t_ade20k_160k', _SURF.format('cc6Pqb7IZaecWMv'), 'segmentation', _network('tiny'), _README,
+              'upernet_slak_t_ade20k.py', dict(miou_percent=47.6, params_m=65, flops_g=936), 'no_large_kernels'),
+    ModelInfo('upernet_slak_s_ade20k_160k', _SURF.format('HMLBXtKUDY6wyFF'), 'segmentation', _network('small'), _README,
+              'upernet_slak_s_ade20k.py', dict(miou_percent=49.4, params_m=91, flops_g=1028), 'no_large_kernels'),
+    ModelInfo('upernet_slak_b_ade20k_160k', _SURF.format('JDZ6dMBMZDxUHQG'), 'segmentation', _network('base'), _README,
+              'upernet_slak_b_ade20k.py', dict(miou_percent=50.0, params_m=135, flops_g=1172), 'no_large_kernels'),
+    # From the weights of 120 epochs, and from those of 300.
+    ModelInfo('cascade_mask_rcnn_slak_t_coco_1x', _SURF.format('2IvPyGgSTT2RvPu'), 'detection', _network('tiny'),
+              _README, 'cascade_mask_rcnn_slak_t_coco_1x.py', dict(box_ap_percent=48.4, mask_ap_percent=41.8)),
+    ModelInfo('cascade_mask_rcnn_slak_t_coco_3x', None, 'detection', _network('tiny'), _README,
+              'cascade_mask_rcnn_slak_t_coco.py', dict(box_ap_percent=51.3, mask_ap_percent=44.3)),
+    _imagenet('convnext_t_in1k_300e', _CONVNEXT_FILES + 'convnext_tiny_1k_224_ema.pth', _convnext('tiny'),
+              82.1, 28, 4.5, _CONVNEXT_README),
+    _imagenet('convnext_s_in1k_300e', _CONVNEXT_FILES + 'convnext_small_1k_224_ema.pth', _convnext('small'),
+              83.1, 50, 8.7, _CONVNEXT_README),
+    _imagenet('convnext_b_in1k_300e', _CONVNEXT_FILES + 'convnext_base_1k_224_ema.pth', _convnext('base'),
+              83.8, 89, 15.4, _CONVNEXT_README),
+)
+# fmt: on
+
+# `merged` is the official code's form of a square kernel after re-parameterization. ConvNeXt
+# code bases have a bare biased convolution where SLaK has `lkb_origin`.
+FAMILY = register_family(
+    Family(
+        name='slak',
+        titles=('SLaK', 'ConvNeXt'),
+        spellings=('LoRA', 'Decom', 'merged', 'facebook', 'timm', 'mmpretrain'),
+        # fmt: off
+        table=(
+            # ours, LoRA, Decom, merged, facebook, timm, mmpretrain
+            ('downsample_layers.0.0.', '=', '=', '=', '=', 'stem.0.', '='),
+            ('downsample_layers.0.1.', '=', '=', '=', '=', 'stem.1.', '='),
+            ('downsample_layers.{i}.0.', '=', '=', '=', '=', 'stages.{i}.downsample.0.', '='),
+            ('downsample_layers.{i}.1.', '=', '=', '=', '=', 'stages.{i}.downsample.1.', '='),
+            (_LARGE + 'tall.', _LARGE + 'LoRA1.', _LARGE + 'Decom1.', '-', '-', '-', '-'),
+            (_LARGE + 'wide.', _LARGE + 'LoRA2.', _LARGE + 'Decom2.', '-', '-', '-', '-'),
+            (_LARGE + 'small.', _LARGE + 'small_conv.', _LARGE + 'small_conv.', '-', '-', '-', '-'),
+            (
+                _LARGE + 'square.conv.weight',
+                _LARGE + 'lkb_origin.conv.weight',
+                _LARGE + 'lkb_origin.conv.weight',
+                _LARGE + 'lkb_reparam.weight',
+                _BLOCK + 'dwconv.weight',
+                _TIMM + 'conv_dw.weight',
+                _BLOCK + 'depthwise_conv.weight',
+            ),
+            (
+                _LARGE + 'square.conv.bias',
+                _LARGE + 'lkb_origin.conv.bias',
+                _LARGE + 'lkb_origin.conv.bias',
+                '-',
+                _BLOCK + 'dwconv.bias',
+                _TIMM + 'conv_dw.bias',
+                _BLOCK + 'depthwise_conv.bias',
+            ),
+            (_LARGE + 'square.bn.', _LARGE + 'lkb_origin.bn.', _LARGE + 'lkb_origin.bn.', '-', '-', '-', '-'),
+            (_LARGE + 'bias', '-', '-', _LARGE + 'lkb_reparam.bias', '-', '-', '-'),
+            (_BLOCK + 'norm.', '=', '=', '=', '=', _TIMM + 'norm.', '='),
+            (_BLOCK + 'pwconv1.', '=', '=', '=', '=', _TIMM + 'mlp.fc1.', _BLOCK + 'pointwise_conv1.'),
+            (_BLOCK + 'pwconv2.', '=', '=', '=', '=', _TIMM + 'mlp.fc2.', _BLOCK + 'pointwise_conv2.'),
+            (_BLOCK + 'gamma', '=', '=', '=', '=', _TIMM + 'gamma', '='),
+            ('norm{i}.', '=', '=', '=', '=', '=', '='),
+            ('norm.weight', '=', '=', '=', '=', 'head.norm.weight', '='),
+            ('norm.bias', '=', '=', '=', '=', 'head.norm.bias', '='),
+            ('head.weight', '=', '=', '=', '=', 'head.fc.weight', 'head.fc.weight'),
+            ('head.bias', '=', '=', '=', '=', 'head.fc.bias', 'head.fc.bias'),
+        ),
+        # fmt: on
+        formats=(
+            ('official-LoRA', r'stages\.\d+\.\d+\.large_kernel\.LoRA[12]\.', ('LoRA',)),
+            ('official-Decom', r'stages\.\d+\.\d+\.large_kernel\.Decom[12]\.', ('Decom',)),
+            ('official-merged', r'stages\.\d+\.\d+\.large_kernel\.lkb_reparam\.', ('merged', 'LoRA')),
+            ('official-lkb', r'stages\.\d+\.\d+\.large_kernel\.lkb_origin\.', ('LoRA',)),
+            ('ours-deployed', r'stages\.\d+\.\d+\.large_kernel\.bias$', ()),
+            ('ours', r'stages\.\d+\.\d+\.large_kernel\.(tall|wide|square)\.conv\.', ()),
+            ('convnext-timm', r'stages\.\d+\.blocks\.\d+\.conv_dw\.', ('timm',)),
+            ('convnext-mmpretrain', r'stages\.\d+\.\d+\.depthwise_conv\.', ('mmpretrain',)),
+            ('convnext-facebook', r'stages\.\d+\.\d+\.dwconv\.', ('facebook',)),
+        ),
+        variant=SLaKVariant,
+        finish=_finish,
+        official=_official,
+        models=_MODELS,
+        published={
+            'upernet_convnext_t_ade20k': Published(60, 939, 'all', _CONVNEXT_PAPER),
+            'cascade_mask_rcnn_convnext_t_coco': Published(86, 741, 'all', _CONVNEXT_PAPER),
+        },
+        conventions=dict(
+            nonzero=Convention(
+                'non-zero weights. Here every layer is equally sparse; the published masks are not '
+                '(SNIP), which costs as many parameters and fewer FLOPs: the densities that SNIP gives for '
+                'random weights and images come to 5.02, 9.73 and 16.96 G for SLaK-T, -S and -B',
+                lambda cost: (cost.parameters - cost.masked_parameters, cost.flops - cost.masked_flops),
+                needs_masks=True,
+            ),
+            no_large_kernels=Convention(
+                'the counter of mmcv did not know the large kernels, a CUDA operator of the '
+                'official code: their FLOPs are missing, and their masked weights count as parameters. PeLK '
+                '(CVPR 2024, table 2) counts non-zero weights and all FLOPs of SLaK-T, -S and -B: 64, 89 and '
+                '131 M, 957, 1057 and 1210 G',
+                lambda cost: (
+                    cost.parameters - cost.masked_parameters + cost.masked_large_parameters,
+                    cost.flops - cost.masked_flops - cost.large_flops + cost.masked_large_flops,
+                ),
+                needs_masks=True,
+            ),
+        ),
+    )
+)
+_RECIPE = dict(mode='set', distribution='snip', sparsity=0.4, stop_fraction=1.0, dense_above=0.99, selection='all')
+PRESETS['slak_t'] = dict(_RECIPE, update_interval=2000, prune_rate=0.5)
+PRESETS['slak_s'] = PRESETS['slak_b'] = dict(_RECIPE, update_interval=100, prune_rate=0.3)
+
+
 @MODELS.register_module()
 class SLaK(LargeKernelBackbone):
     """SLaK, and with other arguments RepLKNet-like and ConvNeXt backbones.
@@ -223,13 +535,8 @@ class SLaK(LargeKernelBackbone):
         ValueError: An argument is out of its range; the message names it.
     """
 
-    checkpoint_family = 'slak'
-    arch_settings = {
-        'tiny': dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
-        'small': dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
-        'base': dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
-        'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
-    }
+    family = FAMILY
+    arch_settings = _ARCHS
 
     def __init__(
         self,
@@ -288,6 +595,11 @@ class SLaK(LargeKernelBackbone):
             ]
             self.stages.append(nn.Sequential(*blocks))
         self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+
+    @property
+    def recipe(self) -> Mapping[str, Any] | None:
+        """The published sparse training of this network; ConvNeXt is dense."""
+        return PRESETS['slak_t'] if self.decomposed else None
 
 
 def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool) -> None:

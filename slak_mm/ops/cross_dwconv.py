@@ -1,7 +1,7 @@
 """The cross-shaped depthwise convolution under every large-kernel block.
 
-SLaK (Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity",
-ICLR 2023, section 4) replaces an M x M kernel by two parallel rectangular ones, M x N and N x M,
+Liu et al. ("More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity",
+ICLR 2023, section 4) replace an M x M kernel by two parallel rectangular ones, M x N and N x M,
 beside a small N x N one.
 """
 

@@ -1,6 +1,6 @@
-"""Index tables of ShiftWise, and the kernels that equal its shifted sums.
+"""Index tables for shifted sums of small convolutions, and the large kernels that equal these.
 
-Li et al., "ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect", CVPR 2025,
+Li et al., CVPR 2025 (https://arxiv.org/abs/2401.12736),
 convolve each channel with nk = ceil(K / s) small s x s filters and add up the results, each
 shifted by a table. A convolution whose result is shifted is a convolution with the shifted
 kernel, also at the borders (the official code pads by s - 1 before it shifts). So the sum over

@@ -119,7 +119,7 @@ def snip_densities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, f
     """Share of each layer's scores above a threshold that all layers have in common.
 
     The threshold is the n-th largest of the N scores, ``n = int(N * (1 - sparsity))``; scores
-    above it count, as in the official code of SLaK and ShiftWise.
+    above it count, as in the code of Liu et al. (ICLR 2023).
 
     Args:
         scores: By layer, of any shape; see :func:`snip_scores`.

@@ -4,7 +4,7 @@ Every function takes and gives boolean masks, True for an active entry, of one l
 be of any shape, as long as the mask has the same: a weight each, or a filter each.
 
 With ``exact=True`` the numbers of removed and added entries are equations and ties are decided by
-position, the first in row-major order first. ``exact=False`` follows the official code of SLaK, in
+position, the first in row-major order first. ``exact=False`` follows the code of Liu et al. (ICLR 2023), in
 which ties with masked entries make fewer go, and random growth adds the right number on average.
 """
 

@@ -5,37 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from .errors import SparsityError
 
 __all__ = ['FINAL_PRUNE_RATE', 'PRESETS', 'UpdateSchedule', 'cosine_prune_rate']
 
-#: What the rate falls to, in the official code of SLaK and ShiftWise.
+#: What the rate falls to, in the published trainings.
 FINAL_PRUNE_RATE = 0.005
 
-_SLAK: dict[str, Any] = dict(mode='set', distribution='snip', sparsity=0.4, stop_fraction=1.0, dense_above=0.99)
-
-#: Arguments of :class:`~slak_mm.sparsity.SparseTraining` for the published trainings, and under
-#: ``selection`` the preset of :func:`~slak_mm.sparsity.select_parameters`. Their numbers of
-#: non-zero weights are exact; ``sampling='bernoulli'`` draws them as the official code does.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        'slak_t': dict(_SLAK, selection='all', update_interval=2000, prune_rate=0.5),
-        'slak_s': dict(_SLAK, selection='all', update_interval=100, prune_rate=0.3),
-        'slak_b': dict(_SLAK, selection='all', update_interval=100, prune_rate=0.3),
-        'shiftwise': dict(
-            _SLAK,
-            selection='shiftwise_filters',
-            sparsity=0.3,
-            update_interval=100,
-            prune_rate=0.3,
-            per_filter=True,
-            sparse_gap=131,
-        ),
-    }
-)
+#: Arguments of :class:`~slak_mm.sparsity.SparseTraining` for published trainings, and under
+#: ``selection`` the preset of :func:`~slak_mm.sparsity.select_parameters`; each family of backbones
+#: adds its own. Their numbers of non-zero weights are exact; ``sampling='bernoulli'`` draws them as
+#: the official code does.
+PRESETS: dict[str, Mapping[str, Any]] = {}
 
 
 def cosine_prune_rate(step: int, total_steps: int, initial: float, final: float = FINAL_PRUNE_RATE) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -13,12 +13,12 @@ from .errors import SparsityError
 __all__ = ['SELECTIONS', 'path_groups', 'select_parameters']
 
 
-#: Names that each selection keeps, among the weights of convolutions and linear layers.
-SELECTIONS: Mapping[str, str] = {
+#: Names that each selection keeps, among the weights of convolutions and linear layers. Families of
+#: backbones add their own.
+SELECTIONS: dict[str, str] = {
     'all': '',
-    # SLaK's `only_L`: the rectangular kernels without the small square one beside them.
+    # Liu et al. call it `only_L`: the rectangular kernels without the small square one beside them.
     'large_kernel': r'large_kernel\.((tall|wide|square)\.conv|filters\.\d+)\.weight$',
-    'shiftwise_filters': r'large_kernel\.filters\.\d+\.weight$',
 }
 
 _BLOCK = re.compile(r'^(?P<root>.*?)stages\.\d+\.\d+\.large_kernel\.')
@@ -39,10 +39,10 @@ def select_parameters(
 
     Args:
         model: The network. Names are those of its ``named_parameters()``.
-        preset: ``'all'`` (SLaK's choice), ``'backbone'`` (all within the large-kernel backbones of
-            the model, the choice of the official downstream code), ``'large_kernel'`` (tall, wide
-            and square kernels, and ShiftWise's filters; SLaK's option ``only_L``) or
-            ``'shiftwise_filters'``. Default: ``'all'``.
+        preset: ``'all'``, ``'backbone'`` (all within the large-kernel backbones of the model, the
+            choice of the official downstream code), ``'large_kernel'`` (tall, wide and square
+            kernels, and the filters that kernels are made up of) or another of
+            :data:`SELECTIONS`. Default: ``'all'``.
         include: Regular expressions; a parameter is kept if one is found in its name, or is the
             name of its module's type, such as ``'Linear'``. Default: all are kept.
         exclude: The same, to leave parameters out.
@@ -104,7 +104,7 @@ def _matches(name: str, type_name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def path_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group the names of ShiftWise's filters by operator.
+    """Group the names of the filters that large kernels are made up of by operator.
 
     Args:
         names: Parameter names.

@@ -65,7 +65,7 @@ class SparseTraining:
     After every optimizer step the weights that are pruned, and all of the optimizer's state that
     belongs to them, are positive zero bit for bit. Weights that an update brings in start from
     zero with zero state. A weight that an update removes and brings back at once, which the rules
-    of SLaK and RigL allow, keeps its value: it never was inactive.
+    of Liu et al. and of RigL allow, keeps its value: it never was inactive.
 
     Args:
         parameters: Weights by name, as :func:`~slak_mm.sparsity.select_parameters` returns them.
@@ -90,10 +90,10 @@ class SparseTraining:
             are random, as in the official code, which also takes active zeros for pruned ones.
             ``'magnitude'``, ``'saliency'``: exact numbers, at first where weights, or SNIP scores,
             are largest. Default: ``'exact'``.
-        per_filter: One entry of the mask for each filter in place of each weight, for ShiftWise's
-            filters (names like ``large_kernel.filters.0.weight``), the same for all paths at the
-            start and after aligned updates. Other parameters are masked weight by weight.
-            Default: False.
+        per_filter: One entry of the mask for each filter in place of each weight, for the filters
+            that large kernels are made up of (names like ``large_kernel.filters.0.weight``), the
+            same for all paths at the start and after aligned updates. Other parameters are masked
+            weight by weight. Default: False.
         sparse_gap: Every so many updates is aligned: filters are ranked by the sum over the
             paths, which get one mask. In other updates each path is on its own. Default: 1.
         dense_above: A layer that starts with at least this density gets no mask and stays dense.
@@ -646,9 +646,7 @@ def _make_layers(parameters: Mapping[str, nn.Parameter], per_filter: bool) -> li
     """A layer for each parameter, or for all paths of an operator if masks are per filter."""
     groups = path_groups(parameters) if per_filter else {}
     if per_filter and not groups:
-        raise SparsityError(
-            'per_filter=True, but no selected parameter is a filter of ShiftWise (….large_kernel.filters.0.weight)'
-        )
+        raise SparsityError('per_filter=True, but no selected parameter is a filter (….large_kernel.filters.0.weight)')
     in_group = {name for names in groups.values() for name in names}
     layers = [
         Layer(name, {path: parameters[path] for path in names}, per_filter=True) for name, names in groups.items()

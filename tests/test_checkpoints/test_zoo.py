@@ -35,7 +35,6 @@ def test_entries_are_consistent():
         assert name == info.name and re.fullmatch(r'[a-z0-9_]+', name)
         assert info.source and info.figures
         assert info.task in ('classification', 'segmentation', 'detection')
-        assert info.size is None or info.size > 0
         assert info.sha256 is None or re.fullmatch('[0-9a-f]{64}', info.sha256)
 
 

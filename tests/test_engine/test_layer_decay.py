@@ -138,7 +138,7 @@ def test_needs_a_learning_rate():
 
 
 def test_needs_our_backbone():
-    with pytest.raises(TypeError, match='exactly one SLaK or ShiftWise backbone, but Linear has 0'):
+    with pytest.raises(TypeError, match='exactly one backbone of slak_mm, but Linear has 0'):
         build(nn.Linear(2, 2), decay_rate=0.9)
 
 

@@ -566,7 +566,12 @@ def test_the_optimizer_is_let_go(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'arguments,message', [(dict(preset='slak_x'), 'no preset .*slak_t'), (dict(no_such=1), "no argument 'no_such'")]
+    'arguments,message',
+    [
+        (dict(preset='slak_x'), 'no preset .*slak_t'),
+        (dict(no_such=1), "no argument 'no_such'"),
+        (dict(from_scratch=dict(sparsty=0.4)), "from_scratch of .* no argument 'sparsty'; it takes .*sparsity"),
+    ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(SparsityError, match=message):

@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         tables = {k: v for k, v in own.items() if k.endswith(('shifts', 'picks', 'rep', 'ghost'))}
         for ours, value in own.items():
             if ours not in tables:
-                (theirs,) = to_official({ours: value}, family=self.backbone.checkpoint_family)
+                (theirs,) = to_official({ours: value}, family=self.backbone.family.name)
                 self.official[f'backbone.{ours}'] = theirs
         self.official |= {k: k for k in self.state_dict() if not k.startswith('backbone.')}
         with torch.no_grad():

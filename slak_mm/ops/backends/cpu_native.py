@@ -73,7 +73,7 @@ def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: b
     layout = memory_format(x)
     results = [torch.empty_like(x, memory_format=layout) for _ in range(1 if reduce else len(kernels))]
     _run(
-        'slak_cross_forward',
+        'slak_mm_cross_forward',
         x,
         [x],
         results,
@@ -92,7 +92,7 @@ def backward(
     if needs_x:
         grad_x = torch.empty_like(x, memory_format=memory_format(x))
         _run(
-            'slak_cross_forward',
+            'slak_mm_cross_forward',
             x,
             grads,
             [grad_x],
@@ -102,7 +102,7 @@ def backward(
     if needs_kernels:
         grad_kernels = tuple(torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)
         _run(
-            'slak_cross_kernel_gradient',
+            'slak_mm_cross_kernel_gradient',
             x,
             [x, *grads],
             [],
@@ -164,7 +164,7 @@ def _library() -> ctypes.CDLL | str:
         library = load_library('cross_dwconv')
     except CompileError as error:
         return str(error)
-    if library.slak_problem_bytes() != ctypes.sizeof(_Problem):
+    if library.slak_mm_problem_bytes() != ctypes.sizeof(_Problem):
         return 'the compiled operator does not fit this version of the package'
     return library
 

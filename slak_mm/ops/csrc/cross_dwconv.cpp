@@ -997,7 +997,7 @@ int run(const SlakProblem& problem) {
 extern "C" {
 
 // Both return 0, or 1 if there is not enough memory, or 2 for an unknown dtype.
-int slak_cross_forward(const SlakProblem* problem) { return run<Forward>(*problem); }
-int slak_cross_kernel_gradient(const SlakProblem* problem) { return run<KernelGradient>(*problem); }
-int slak_problem_bytes() { return int(sizeof(SlakProblem)); }
+int slak_mm_cross_forward(const SlakProblem* problem) { return run<Forward>(*problem); }
+int slak_mm_cross_kernel_gradient(const SlakProblem* problem) { return run<KernelGradient>(*problem); }
+int slak_mm_problem_bytes() { return int(sizeof(SlakProblem)); }
 }
