@@ -8,16 +8,18 @@ PyTorch's FLOP counter sees the plain convolutions, which it has formulas for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._context import is_compiling, is_counted, is_observed
-from .backends import BACKENDS, choose_backend, forced_backend, measured, reference
-from .backends.layout import memory_format
+from ._context import is_compiling, is_counted, is_observed, is_transformed
+from .backends import BACKENDS, choose_backend, forced_backend, measured, reference, use_backend
+from .backends.layout import in_memory, memory_format
 
 HAS_LIBRARY = hasattr(torch.library, 'register_autograd')
 """Whether this torch can register the operator (from 2.4 on)."""
@@ -27,14 +29,16 @@ def apply(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: boo
     """Convolve ``x`` with every kernel, or sum up; see :mod:`slak_mm.ops.backends`."""
     if _wants_plain_graph():
         return reference.forward(x, kernels, bias, reduce)
-    if HAS_LIBRARY and is_observed(x):
+    if is_observed(x, *kernels, *(() if bias is None else (bias,))):
+        if not HAS_LIBRARY:
+            return reference.forward(x, kernels, bias, reduce)
         return torch.ops.slak_mm.cross_dwconv2d(x, list(kernels), bias, reduce)
     return _CrossDwconv2d.apply(x, bias, reduce, *kernels)
 
 
 def _wants_plain_graph() -> bool:
-    """Whether a graph is recorded that knows PyTorch's convolutions only."""
-    if torch.jit.is_tracing() or is_counted():
+    """Whether something looks on that knows PyTorch's convolutions only."""
+    if is_transformed() or torch.jit.is_tracing() or is_counted():
         return True
     return HAS_LIBRARY and is_compiling() and (torch.onnx.is_in_onnx_export() or forced_backend() == 'reference')
 
@@ -45,6 +49,8 @@ def _wants_plain_graph() -> bool:
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> list[Tensor]:
     """Run the chosen backend."""
     layout = memory_format(x)
+    x, *kernels = (in_memory(t) for t in (x, *kernels))
+    bias = None if bias is None else in_memory(bias)
     if x.numel() == 0:
         return [torch.empty_like(x, memory_format=layout) for _ in range(_count(kernels, reduce))]
     name = _chosen(x, kernels, 'forward')
@@ -62,6 +68,8 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the chosen backend's backward; what is not needed is an empty tensor or list."""
     layout = memory_format(x)
+    grads = [in_memory(grad) for grad in grads]
+    x, *kernels = (in_memory(t) for t in (x, *kernels))
     if x.numel() == 0:
         grad_x: Tensor | None = torch.empty_like(x, memory_format=layout)
         grad_kernels: Sequence[Tensor] | None = [torch.zeros_like(k) for k in kernels]
@@ -94,6 +102,7 @@ def _may_replace(name: str, x: Tensor, error: Exception) -> bool:
 
 
 _named: set[tuple[str, torch.dtype, str]] = set()
+_named_lock = threading.Lock()
 
 
 def _chosen(x: Tensor, kernels: Sequence[Tensor], operation: Any) -> str:
@@ -101,7 +110,10 @@ def _chosen(x: Tensor, kernels: Sequence[Tensor], operation: Any) -> str:
     name = choose_backend(x, kernels, operation)
     key = (x.device.type, x.dtype, name)
     if key not in _named:
-        _named.add(key)
+        with _named_lock:
+            if key in _named:
+                return name
+            _named.add(key)
         reasons = []
         for other, backend in BACKENDS.items():
             if other == name:
@@ -133,50 +145,43 @@ class _CrossDwconv2d(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, _, _, *kernels = inputs
-        ctx.save_for_backward(x, *kernels)
+        _setup_context(ctx, (x, kernels), output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        needs_x, needs_kernels = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
-        x, *kernels = ctx.saved_tensors
-        of_x, of_kernels, of_bias = _gradients(
-            x, kernels, grads, needs_x, needs_kernels, ctx.needs_input_grad[1], backward
-        )
-        return of_x, of_bias, None, *of_kernels
+        needs_x, needs_bias, _, *needs_kernels = ctx.needs_input_grad
+        grad_x, grad_kernels, grad_bias = _gradients(ctx, grads, needs_x, any(needs_kernels), needs_bias, backward)
+        return grad_x, grad_bias, None, *grad_kernels
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, kernels, *_ = inputs
+    ctx.save_for_backward(x, *kernels)
+    ctx.forced = forced_backend()  # autograd may run the backward pass in a thread of its own
 
 
 def _gradients(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    needs_x: bool,
-    needs_kernels: bool,
-    needs_bias: bool,
-    run: Any,
+    ctx: Any, grads: Sequence[Tensor | None], needs_x: bool, needs_kernels: bool, needs_bias: bool, run: Any
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
     """Gradients of the input, of every kernel and of the bias.
 
     Branches whose result is not used have no gradient and are left out.
     """
+    x, *kernels = ctx.saved_tensors
     is_sum = len(grads) < len(kernels)
     used = [i for i in range(len(kernels)) if grads[0 if is_sum else i] is not None]
-    of_kernels: list[Tensor | None] = [None] * len(kernels)
-    if not used:
-        return None, of_kernels, None
     given = [g for g in grads if g is not None]
-    of_bias = given[0].sum((0, 2, 3)) if needs_bias else None
-    if not needs_x and not needs_kernels:
-        return None, of_kernels, of_bias
-    operands = (x, [kernels[i] for i in used], given, needs_x, needs_kernels)
-    if torch.is_grad_enabled():  # the gradients are to be differentiated again
-        of_x, some = reference.backward(*operands)
-    else:
-        of_x, some = run(*operands)
-    if needs_kernels and some is not None:
-        for i, of_kernel in zip(used, some):
-            of_kernels[i] = of_kernel
-    return of_x if needs_x else None, of_kernels, of_bias
+    grad_x: Tensor | None = None
+    grad_kernels: list[Tensor | None] = [None] * len(kernels)
+    if used and (needs_x or needs_kernels):
+        if torch.is_grad_enabled() or is_transformed(*given):  # the gradients are to be differentiated again
+            run = reference.backward
+        with use_backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
+            grad_x, some = run(x, [kernels[i] for i in used], given, needs_x, needs_kernels)
+        for i, grad_kernel in zip(used, some if needs_kernels else ()):
+            grad_kernels[i] = grad_kernel
+    return (grad_x if needs_x else None, grad_kernels, given[0].sum((0, 2, 3)) if used and needs_bias else None)
 
 
 # -------------------------------------------------------------------------------- registration
@@ -196,18 +201,10 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, kernels, _, _ = inputs
-    ctx.save_for_backward(x, *kernels)
-
-
 def _backward_of_operator(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     needs_x, needs_kernels, needs_bias, _ = ctx.needs_input_grad
-    x, *kernels = ctx.saved_tensors
-    of_x, of_kernels, of_bias = _gradients(
-        x, kernels, grads, needs_x, any(needs_kernels), needs_bias, torch.ops.slak_mm.cross_dwconv2d_backward
-    )
-    return of_x, of_kernels, of_bias, None
+    run = torch.ops.slak_mm.cross_dwconv2d_backward
+    return *_gradients(ctx, grads, needs_x, any(needs_kernels), needs_bias, run), None
 
 
 def _register() -> torch.library.Library:

@@ -16,6 +16,8 @@ from torch import Tensor
 from . import _operator
 from ._context import autocast_dtype, is_autocast_enabled
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @overload
 def cross_dwconv2d(
@@ -58,6 +60,16 @@ def cross_dwconv2d(
     As in all deep-learning frameworks the kernels are correlated with the input, not flipped.
     The results have the spatial size of the input; maps smaller than the kernel are allowed.
 
+    Each result is summed up in float32 at least and rounded once. Under autocast all operands are
+    brought to its dtype first, as by ``F.conv2d``. A NaN or an infinity in ``x`` reaches each result
+    that it enters with a weight other than zero. Whether it also reaches results around it, with
+    weights of zero, depends on the backend: as by ``F.conv2d`` with ``reference``, not from a rim of
+    the kernel that is zero in all channels with ``cpu_native``, and along a whole line of the map
+    with ``gemm`` and ``triton``, whose matrices are filled up with zeros.
+
+    Gradients of any order are supported. Forward-mode AD and the transforms of ``torch.func`` other
+    than ``grad``, such as ``vmap`` and ``jvp``, run on ``reference`` whatever was chosen.
+
     Args:
         x: Input of shape (N, C, H, W).
         k_v: Tall kernel of shape (C, M, n); a square kernel (M = n) may stand alone.
@@ -74,35 +86,62 @@ def cross_dwconv2d(
         tensors, with None for a kernel that was not given.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, a kernel size is even, ``center`` is outside the
-            kernel, or ``bias`` was given without ``reduce``.
+        ValueError: Shapes, dtypes or devices do not fit, a dtype is not floating-point, a kernel
+            size is even, ``center`` is outside the kernel, ``bias`` was given without ``reduce``,
+            or ``SLAK_MM_BACKEND`` names an unknown backend.
         RuntimeError: A backend was forced that cannot run on these tensors.
     """
-    _check(x, k_v, k_h, k_s, bias, reduce, center)
+    given = {'x': x, 'k_v': k_v, 'k_h': k_h, 'k_s': k_s, 'bias': bias}
+    operands = {name: t for name, t in given.items() if t is not None}
+    _check_tensors(operands)
+    _check_shapes(x, k_v, k_h, k_s, bias, reduce, center)
+    device = x.device.type
+    if is_autocast_enabled(device) and x.dtype is not torch.float64:
+        # As F.conv2d would: all operands in the dtype of autocast.
+        dtype = autocast_dtype(device)
+        operands = {name: t.to(dtype) for name, t in operands.items()}
+        with torch.autocast(device, enabled=False):
+            return _convolve(**operands, reduce=reduce, center=center)
+    return _convolve(**operands, reduce=reduce, center=center)
+
+
+def _convolve(
+    x: Tensor,
+    k_v: Tensor,
+    k_h: Tensor | None = None,
+    k_s: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    reduce: bool,
+    center: int | None,
+) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
     k_v = _centered(k_v, 1, center)
     if k_h is not None:
         k_h = _centered(k_h, 2, center)
     if reduce:
         k_v, k_h, k_s = _merge_small(k_v, k_h, k_s)
-
-    kernels = [k for k in (k_v, k_h, k_s) if k is not None]
-    device = x.device.type
-    if is_autocast_enabled(device) and x.dtype is not torch.float64:
-        # As F.conv2d would: all operands in the dtype of autocast.
-        dtype = autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            results = _operator.apply(
-                x.to(dtype), [k.to(dtype) for k in kernels], None if bias is None else bias.to(dtype), reduce
-            )
-    else:
-        results = _operator.apply(x, kernels, bias, reduce)
+    results = iter(_operator.apply(x, [k for k in (k_v, k_h, k_s) if k is not None], bias, reduce))
     if reduce:
-        return results[0]
-    found = iter(results)
-    return (next(found), None if k_h is None else next(found), None if k_s is None else next(found))
+        return next(results)
+    return (next(results), None if k_h is None else next(results), None if k_s is None else next(results))
 
 
-def _check(
+def _check_tensors(operands: dict[str, Tensor]) -> None:
+    x = operands['x']
+    # Autocast converts what is not float64.
+    is_converted = is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+    for name, t in operands.items():
+        if t.dtype not in _DTYPES:
+            raise ValueError(f'{name} must have dtype float16, bfloat16, float32 or float64, got {t.dtype}')
+        if t.layout is not torch.strided:
+            raise ValueError(f'{name} must be a dense tensor, got layout {t.layout}')
+        if t.device != x.device:
+            raise ValueError(f'{name} is on {t.device}, but x is on {x.device}')
+        if t.dtype != x.dtype and (t.dtype is torch.float64 or not is_converted):
+            raise ValueError(f'{name} has dtype {t.dtype}, but x has {x.dtype}')
+
+
+def _check_shapes(
     x: Tensor,
     k_v: Tensor,
     k_h: Tensor | None,
@@ -115,16 +154,11 @@ def _check(
         raise ValueError(f'x must have shape (N, C, H, W), got {tuple(x.shape)}')
     channels = x.shape[1]
     for name, kernel in (('k_v', k_v), ('k_h', k_h), ('k_s', k_s)):
-        if kernel is None:
-            continue
-        if kernel.dim() != 3 or kernel.shape[0] != channels:
+        if kernel is not None and (kernel.dim() != 3 or kernel.shape[0] != channels):
             raise ValueError(
                 f'{name} must have shape ({channels}, height, width) for an input of {channels} '
                 f'channels, got {tuple(kernel.shape)}'
             )
-        # Under autocast the convolution itself brings its operands to one dtype.
-        if kernel.dtype != x.dtype and not is_autocast_enabled(x.device.type):
-            raise ValueError(f'{name} has dtype {kernel.dtype}, but x has {x.dtype}')
     long, short = k_v.shape[1:]
     if long < short or short % 2 == 0:
         raise ValueError(f'k_v must be tall or square with an odd width, got a {long} x {short} kernel')
@@ -157,9 +191,12 @@ def _centered(kernel: Tensor, dim: int, center: int | None) -> Tensor:
 
 
 def _merge_small(k_v: Tensor, k_h: Tensor | None, k_s: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Add the small kernel to the center of a larger one that covers it."""
-    if k_s is None:
-        return k_v, k_h, None
+    """Add the small kernel to the center of a larger one that covers it.
+
+    Not in half precision, where the sum of two taps would be rounded.
+    """
+    if k_s is None or k_s.dtype.itemsize < 4:
+        return k_v, k_h, k_s
     host = k_v if k_h is None else k_h
     rows, columns = host.shape[1] - k_s.shape[1], host.shape[2] - k_s.shape[2]
     if rows < 0 or columns < 0:

@@ -1,13 +1,17 @@
 """The C++ kernel of the operator against float64 convolutions, and how it is compiled."""
 
 import ctypes
+import errno
+import hashlib
 import logging
 import mmap
 import multiprocessing
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -258,6 +262,26 @@ def test_nothing_is_touched_outside_the_tensors():
     assert mmap.PAGESIZE > 64  # a vector would not jump over the page
 
 
+@needs_library
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(kernels=[torch.ones(2, 3, 3)]),
+        dict(kernels=[torch.ones(4, 3, 3).double()]),
+        dict(bias=torch.ones(3)),
+        dict(bias=torch.ones(4).half()),
+    ],
+    ids=['channels', 'dtype', 'length of bias', 'dtype of bias'],
+)
+def test_tensors_that_do_not_fit_are_not_read(change):
+    """The library would read beyond them. Also where the registered operator is called directly."""
+    operands = {**dict(x=torch.ones(1, 4, 5, 6), kernels=[torch.ones(4, 3, 3)], bias=None, reduce=True), **change}
+    with pytest.raises(ValueError, match='must be torch.float32 of 4 channels'):
+        cpu_native.forward(**operands)
+    with pytest.raises(ValueError, match='maps must be like x'):
+        cpu_native.backward(torch.ones(1, 4, 5, 6), [torch.ones(4, 3, 3)], [torch.ones(1, 4, 5, 5)], True, True)
+
+
 def in_child(queue):
     torch.set_num_threads(1)  # as PyTorch's data loader does in its workers
     x, kernels, grads = make(1, 20, 30, 30, [(13, 5)], torch.float32)
@@ -323,7 +347,7 @@ class TestCompilation:
         assert done.stdout.strip() == '42', done.stderr
         assert compiler() == 1
         folder = source.parents[1] / 'cache'
-        assert [p.suffix for p in sorted(folder.iterdir())] == ['.lock', '.so']
+        assert sorted(p.suffix for p in folder.iterdir()) == ['.lock', '.sha256', '.so']
 
     def test_anew_for_another_source_or_processor(self, source, compiler, monkeypatch):
         csrc.load_library('answer')
@@ -333,13 +357,99 @@ class TestCompilation:
         assert csrc.load_library('answer').answer() == 43
         assert compiler() == 3
 
-    def test_a_damaged_file_is_replaced(self, source, compiler, tmp_path):
-        with mock.patch.object(csrc.ctypes, 'CDLL'):  # a library once loaded stays loaded
+    @pytest.fixture
+    def library(self, source, compiler, tmp_path):
+        """The compiled library, not yet loaded: one that was stays so."""
+        with mock.patch.object(csrc.ctypes, 'CDLL'):
             csrc.load_library('answer')
         (library,) = (tmp_path / 'cache').glob('*.so')
-        library.write_bytes(b'half a file')
+        return library
+
+    @pytest.mark.parametrize('suffix', ['.so', '.sha256'])
+    @pytest.mark.parametrize('size', [0, 1, 5000, -1], ids='{0}_bytes'.format)
+    def test_a_truncated_file_is_never_opened(self, library, compiler, suffix, size):
+        """The loader of the system would die of it (SIGBUS), and this process with it."""
+        file = library.with_suffix(suffix)
+        file.write_bytes(file.read_bytes()[:size])
+        assert csrc.load_library('answer').answer() == 42
+        assert compiler() == (1 if suffix == '.sha256' and size == 5000 else 2)
+
+    def test_a_changed_byte_is_noticed(self, library, compiler):
+        content = bytearray(library.read_bytes())
+        content[len(content) // 2] ^= 1
+        library.write_bytes(content)
         assert csrc.load_library('answer').answer() == 42
         assert compiler() == 2
+
+    def test_a_cache_that_cannot_be_written_is_used(self, library, compiler, monkeypatch):
+        error = OSError(errno.EROFS, 'read-only file system')
+        monkeypatch.setattr(csrc, 'FileLock', mock.Mock(side_effect=error))
+        monkeypatch.setattr(csrc, 'replacing', mock.Mock(side_effect=error))
+        assert csrc.load_library('answer').answer() == 42
+        assert compiler() == 1
+
+    @pytest.mark.parametrize('mode', [0o775, 0o757])
+    @pytest.mark.parametrize('place', ['library', 'folder'])
+    def test_what_others_can_write_to_is_not_opened(self, library, compiler, caplog, place, mode):
+        """Planted code would run with the rights of the user."""
+        subprocess.run(['cp', '/bin/true', library], check=True)
+        library.with_suffix('.sha256').write_text(hashlib.sha256(library.read_bytes()).hexdigest())
+        (library if place == 'library' else library.parent).chmod(mode)
+        before = library.read_bytes()
+        assert csrc.load_library('answer').answer() == 42
+        (line,) = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+        assert str(library if place == 'library' else library.parent) in line and 'chmod go-w' in line
+        # A library is replaced; a folder is left as it is.
+        assert (library.read_bytes() == before) == (place == 'folder')
+        assert not list(library.parent.glob('.*'))
+
+    def test_what_somebody_else_owns_is_not_opened(self, library, compiler, monkeypatch, caplog):
+        monkeypatch.setattr(csrc.os, 'getuid', lambda: library.stat().st_uid + 1)
+        monkeypatch.setattr(csrc, '_ROOT', -1)
+        assert csrc.load_library('answer').answer() == 42
+        assert compiler() == 2 and 'belongs to somebody else' in caplog.text
+
+    @pytest.mark.parametrize('umask', [0o002, 0o000])
+    def test_any_umask_leaves_a_cache_that_is_used(self, source, compiler, umask):
+        before = os.umask(umask)
+        try:
+            csrc.load_library('answer')
+        finally:
+            os.umask(before)
+        csrc.load_library('answer')
+        assert compiler() == 1
+
+    def test_a_killed_compilation_leaves_nothing_for_good(self, source, tmp_path, monkeypatch):
+        script = tmp_path / 'slow'
+        started = tmp_path / 'started'
+        script.write_text(
+            f'#!/bin/sh\ncase "$*" in *answer.cpp*) touch "$TMPDIR/half.o" {started}; sleep 60;; *) echo 1;; esac\n'
+        )
+        script.chmod(0o755)
+        command = (
+            f'import os; os.environ["CXX"] = {str(script)!r}; from pathlib import Path; from slak_mm.ops import csrc;'
+            f'csrc._SOURCES = Path({str(source.parent)!r}); csrc.load_library("answer")'
+        )
+        child = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', command], start_new_session=True)
+        while not started.exists():
+            assert child.poll() is None
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        folder = tmp_path / 'cache'
+        assert list(folder.glob('.answer-*/half.o'))
+        monkeypatch.delenv('CXX', raising=False)
+        assert csrc.load_library('answer').answer() == 42
+        assert sorted(p.suffix for p in folder.iterdir()) == ['.lock', '.sha256', '.so']
+
+    def test_a_lock_that_is_a_link_is_not_followed(self, source, compiler, tmp_path):
+        precious = tmp_path / 'precious'
+        precious.write_text('text')
+        (tmp_path / 'cache').mkdir(mode=0o700)
+        (tmp_path / 'cache' / 'answer.lock').symlink_to(precious)
+        with pytest.raises(csrc.CompileError, match='cannot be stored'):
+            csrc.load_library('answer')
+        assert precious.read_text() == 'text'
 
     def test_an_error_is_reported(self, source, compiler, tmp_path):
         source.write_text('int answer( { return 42; }\n')

@@ -23,18 +23,15 @@ def run(x, *weights):
         return cross_dwconv2d(x, *weights, reduce=True)
 
 
-@pytest.mark.parametrize('width, tile', [(20, 20), (5, 5), (100, 64)])
-def test_matrices_are_the_definition(width, tile):
-    """Entry (u, w) is the tap that takes input u to output w, or 0."""
+@pytest.mark.parametrize('width, tile', [(20, 20), (5, 5), (72, 64)])
+def test_a_row_times_its_matrix_is_its_convolution(width, tile):
     kernel = kernels()[1].double()
-    got = gemm.toeplitz_matrices(kernel, width, tile, torch.float64)
-    offset = 4 if tile == width else 0  # tiles see their padding
-    want = torch.zeros_like(got)
-    for u in range(got.shape[2]):
-        for w in range(tile):
-            if 0 <= u - w + offset < 9:
-                want[:, :, u, w] = kernel[:, :, u - w + offset]
-    assert torch.equal(got, want)
+    row = torch.randn(3, tile if tile == width else tile + 8, generator=torch.Generator().manual_seed(1)).double()
+    matrices = gemm.toeplitz_matrices(kernel, width, tile, torch.float64)
+    padding = 4 if tile == width else 0  # of several tiles each sees the pixels around it
+    for i in range(3):  # rows of the kernel
+        want = F.conv1d(row, kernel[:, i : i + 1], padding=padding, groups=3)
+        torch.testing.assert_close(torch.einsum('cu,cuw->cw', row, matrices[:, i]), want)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +97,6 @@ def test_products_over_all_taps_at_once(monkeypatch):
     """How half precision is computed on a GPU."""
     x = torch.randn(2, 3, 12, 100, generator=torch.Generator().manual_seed(1)).double()
     matrices = gemm.toeplitz_matrices(kernels()[1].double(), 100, 64, torch.float64)
-    one_by_one = gemm._rows_times_matrices(x, matrices, 9, 64, joint=False)
-    at_once = gemm._rows_times_matrices(x, matrices, 9, 64, joint=True)
+    one_by_one = gemm._rows_times_matrices(x, matrices, 9, 64, joint=False, dtype=torch.float64)
+    at_once = gemm._rows_times_matrices(x, matrices, 9, 64, joint=True, dtype=torch.float64)
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-12)

@@ -6,11 +6,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm.ops import BACKENDS, _operator, cross_dwconv2d, use_backend
 
+HAS_COMPILED_TRANSFORMS = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)
 needs_library = pytest.mark.skipif(not _operator.HAS_LIBRARY, reason='operators are registered from torch 2.4 on')
 
 
@@ -114,15 +117,6 @@ def test_gradients_through_the_registered_operator():
     assert torch.autograd.gradgradcheck(operator, inputs, fast_mode=True)
 
 
-def test_empty_tensors():
-    for shape in ((0, 3, 9, 8), (2, 3, 0, 8)):
-        inputs = [torch.empty(shape, requires_grad=True), *make()[1:]]
-        ys = cross_dwconv2d(*inputs)
-        grads = torch.autograd.grad(sum(y.sum() for y in ys), inputs)
-        assert all(y.shape == shape for y in ys)
-        assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs))
-
-
 @pytest.mark.skipif(not hasattr(torch.compiler, 'is_compiling'), reason='needs torch 2.3')
 def test_tracing_gives_plain_convolutions():
     """mmengine's FLOP counter and TorchScript know nothing else."""
@@ -151,15 +145,107 @@ def test_forced_reference_exports_plain_convolutions():
 
 
 def test_older_torch_has_autograd_without_registration(monkeypatch):
+    def gradients():
+        inputs = make()
+        return torch.autograd.grad(cross_dwconv2d(*inputs, reduce=True).square().sum(), inputs)
+
+    want = gradients()
     monkeypatch.setattr(_operator, 'HAS_LIBRARY', False)
-    inputs = make()
-    with Recorder() as recorder:
-        got = torch.autograd.grad(cross_dwconv2d(*inputs, reduce=True).square().sum(), inputs)
+    assert all(map(torch.equal, gradients(), want))
+    with Recorder() as recorder:  # who looks on sees plain convolutions
+        torch.testing.assert_close(gradients(), want, rtol=0, atol=1e-3)
     assert not any('slak' in name for name in recorder.names)
-    monkeypatch.undo()
-    want = torch.autograd.grad(cross_dwconv2d(*inputs, reduce=True).square().sum(), inputs)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x + 1))).tangent
+
+
+def batched_gradients(f, x):
+    x = x.clone().requires_grad_()
+    y = f(x)
+    return torch.autograd.grad(y, x, torch.stack([y.detach(), torch.ones_like(y)]), is_grads_batched=True)[0]
+
+
+def loss(f):
+    return lambda x: f(x).pow(3).sum()
+
+
+TRANSFORMS = dict(
+    vmap=lambda f, x: torch.func.vmap(f)(x.expand(2, *x.shape)),
+    jvp=lambda f, x: torch.func.jvp(f, (x,), (x + 1,))[1],
+    linearize=lambda f, x: torch.func.linearize(f, x)[1](x + 1),
+    forward_ad=dual,
+    jacrev=lambda f, x: torch.func.jacrev(f)(x),
+    jacfwd=lambda f, x: torch.func.jacfwd(f)(x),
+    hessian=lambda f, x: torch.func.hessian(loss(f))(x),
+    grad=lambda f, x: torch.func.grad(loss(f))(x),
+    grad_of_grad=lambda f, x: torch.func.grad(lambda x: torch.func.grad(loss(f))(x).sum())(x),
+    per_sample=lambda f, x: torch.func.vmap(torch.func.grad(lambda x: loss(f)(x[None])))(x),
+    functionalize=lambda f, x: torch.func.functionalize(f)(x),
+    batched_gradients=batched_gradients,
+    vectorized=lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    compiled=lambda f, x: torch.compile(torch.func.vmap(f), backend='eager', fullgraph=True)(x[None]),
+)
+
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_transforms_are_those_of_convolutions(name):
+    """Forward-mode AD and torch.func, with respect to the input and the kernels."""
+    if name == 'compiled' and not HAS_COMPILED_TRANSFORMS:
+        pytest.skip('this torch does not compile torch.func.vmap')
+    x, k_v, k_h, _ = (t.detach().double() for t in make(n=2))
+    x = x[..., :3, :2]
+
+    def convolutions(x, k_v):
+        return sum(
+            F.conv2d(x, k.unsqueeze(1), padding=(k.shape[1] // 2, k.shape[2] // 2), groups=3) for k in (k_v, k_h)
+        )
+
+    def ours(x, k_v):
+        return cross_dwconv2d(x, k_v, k_h, reduce=True)
+
+    def of_x(f):
+        return TRANSFORMS[name](lambda x: f(x, k_v), x)
+
+    def of_kernel(f):
+        return TRANSFORMS[name](lambda k: f(x, k), k_v)
+
+    for evaluate in (of_x,) if name == 'per_sample' else (of_x, of_kernel):
+        torch.testing.assert_close(evaluate(ours), evaluate(convolutions))
+
+
+def test_graph_of_a_forced_backend_is_compiled_whole():
+    """A ContextVar, which torch.compile cannot look into, does not break it."""
+    inputs = make()
+    with use_backend('reference'):
+        compiled = torch.compile(lambda *t: cross_dwconv2d(*t, reduce=True), backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), cross_dwconv2d(*inputs, reduce=True))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that has no memory of its own, as distributed and quantized ones are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda t: t.inner if isinstance(t, cls) else t, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@needs_library
+@pytest.mark.parametrize('place', [0, 1, 2, 3, 4])
+def test_a_tensor_without_memory_in_any_place(place):
+    inputs = [*make(requires_grad=False), torch.ones(3)]
+    want = cross_dwconv2d(*inputs, reduce=True)
+    inputs[place] = Wrapper(inputs[place])
+    assert torch.equal(cross_dwconv2d(*inputs, reduce=True), want)
 
 
 def test_import_is_light():

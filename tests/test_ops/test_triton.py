@@ -76,7 +76,11 @@ for (shape, sizes), reduce in itertools.product(CASES, (False, True)):
     assert all(a.dtype == dtype and a.shape == b.shape for a, b in zip(got, want))
     errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, want)]
     assert max(errors) <= TOLERANCE[dtype], (shape, sizes, dtype, reduce, errors)
-    again = evaluate(ours, tensors, grads, reduce)
+    if dtype is torch.float16:  # rounded once; the interpreter cuts bfloat16 off
+        assert all(float((a != b.to(dtype)).float().mean()) < 0.02 for a, b in zip(got, want))
+    # The same values behind a lazy negation give the same bits.
+    views = [t if t is None else torch._neg_view(-t) for t in tensors]
+    again = evaluate(ours, views, [torch._neg_view(-g) for g in grads], reduce)
     assert all(torch.equal(a, b) for a, b in zip(got, again))
     count += 1
 

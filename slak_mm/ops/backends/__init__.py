@@ -14,9 +14,9 @@ autograd; whoever calls them does that.
     The gradient with respect to ``x``, summed over the branches, and one gradient per kernel,
     each if it is needed. ``grads`` has one entry per kernel, or a single one for their sum.
 
-Tensors are not empty, have one dtype and any strides; results have the dtype and the
-:func:`~slak_mm.ops.backends.layout.memory_format` of ``x``. Sums are accumulated in float32 at
-least; only ``reference`` adds branches in their own dtype, as PyTorch would.
+Tensors are not empty, have one dtype and device and any strides, and no lazy bits: their memory
+holds their values. Results have the dtype of ``x`` and any memory format. What is added up,
+products, branches and bias, is added in float32 at least and rounded once.
 
 On the CPU the first backend of :data:`BACKENDS` that can run and is preferred is taken; on a GPU
 the fastest in a measurement at the first call (:mod:`slak_mm.ops.backends.measured`). The
@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Literal
 
@@ -46,7 +47,9 @@ BACKENDS: dict[str, ModuleType] = {
 
 ENVIRONMENT_VARIABLE = 'SLAK_MM_BACKEND'
 
-_forced: str | None = None
+# Names in the order of the open blocks, each a tuple of its own. A block takes out its own entry and
+# no other, since generators may end in another order than they began, or in another context.
+_forced: ContextVar[tuple[tuple[str], ...]] = ContextVar('forced backends', default=())
 
 
 def _check_name(name: str, source: str) -> str:
@@ -59,6 +62,10 @@ def _check_name(name: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend within a ``with`` block.
 
+    The block holds for the thread or asynchronous task that it is opened in, and not for threads
+    that are started within it; ``SLAK_MM_BACKEND`` holds for all. A backward pass runs on the
+    backend that was forced in its forward pass, if there was one.
+
     A graph that ``torch.compile`` or ``torch.export`` records within ``use_backend('reference')``
     has plain convolutions in place of the operator of this package, and runs without it.
 
@@ -68,12 +75,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: The name is unknown.
     """
-    global _forced
-    previous, _forced = _forced, _check_name(name, 'use_backend')
+    entry = (_check_name(name, 'use_backend'),)
+    _forced.set((*_forced.get(), entry))
     try:
         yield
     finally:
-        _forced = previous
+        _forced.set(tuple(other for other in _forced.get() if other is not entry))
 
 
 def forced_backend() -> str | None:
@@ -82,10 +89,14 @@ def forced_backend() -> str | None:
     Raises:
         ValueError: ``SLAK_MM_BACKEND`` names an unknown backend.
     """
-    if _forced is not None:
-        return _forced
+    if _forced.get():
+        return _forced.get()[-1][0]
     name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return None if name is None else _check_name(name, ENVIRONMENT_VARIABLE)
+    return _check_name(name, ENVIRONMENT_VARIABLE) if name else None
+
+
+# torch.compile cannot trace a ContextVar: it calls the function, and takes the result as constant.
+forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(x: Tensor, kernels: Sequence[Tensor], operation: Literal['forward', 'backward'] = 'forward') -> str:

@@ -46,7 +46,7 @@ def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: b
     """See :mod:`slak_mm.ops.backends`."""
     if not reduce:
         return tuple(_convolve(x, kernel) for kernel in kernels)
-    return (_sum_of_convolutions([x] * len(kernels), kernels, bias),)
+    return (reference.sum_of_convolutions([x] * len(kernels), kernels, bias, _convolve),)
 
 
 def backward(
@@ -58,16 +58,10 @@ def backward(
     if needs_x:
         # With odd kernels and symmetric padding the adjoint is the same convolution with the
         # kernel flipped, which is faster than PyTorch's own input gradient.
-        grad_x = _sum_of_convolutions(grads, [kernel.flip(1, 2) for kernel in kernels], None)
+        grad_x = reference.sum_of_convolutions(grads, [kernel.flip(1, 2) for kernel in kernels], None, _convolve)
     if needs_kernels:
         grad_kernels = tuple(_kernel_gradient(x, grad, kernel) for grad, kernel in zip(grads, kernels))
     return grad_x, grad_kernels
-
-
-def _sum_of_convolutions(inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    dtype = reference.sum_dtype(inputs[0].dtype)
-    results = [_convolve(x.to(dtype), kernel.to(dtype)) for x, kernel in zip(inputs, kernels)]
-    return reference.sum_of(results, bias).to(inputs[0].dtype)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
@@ -88,7 +82,10 @@ def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     """Gradient of a loss with respect to the kernel, (C, kh, kw)."""
     kh, kw = kernel.shape[1:]
     is_wide = kw > kh
-    if x.dtype is torch.float64 or x.shape[3 if is_wide else 2] < max(kh, kw):
+    long, short = x.shape[:1:-1] if is_wide else x.shape[2:]
+    # A line of pixels has no channels-last format of its own, and takes the path that is wrong for
+    # many rows (see reference.py).
+    if x.dtype is torch.float64 or long < max(kh, kw) or short == 1:
         return gemm.kernel_gradient(x, grad, kernel)
     x, grad = x.float(), grad.float()  # sums over thousands of products need it
     if is_wide:  # work along the longer axis
@@ -99,15 +96,14 @@ def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
 
 def _gradient_by_columns(x: Tensor, grad: Tensor, kh: int, kw: int) -> Tensor:
     """Gradient of a tall kernel (C, kh, kw) by PyTorch's own code, a few columns at a time."""
-    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    padded = F.pad(x, (kw // 2, kw // 2))
     width = min(kw, _FAST_GRADIENT_WIDTH)
     columns: list[Tensor] = []
     while len(columns) < kw:
         # The last group overlaps the one before if the columns do not divide evenly.
         first = min(len(columns), kw - width)
-        # Columns of x that these taps see: (kw // 2 - first) to the left of the pixel, and on.
-        left = kw // 2 - first
-        seen = F.pad(x, (left, width - 1 - left)).contiguous(memory_format=torch.channels_last)
+        seen = padded[..., first : first + x.shape[3] + width - 1].contiguous(memory_format=torch.channels_last)
         part = torch.ops.aten.convolution_backward(
             grad,
             seen,

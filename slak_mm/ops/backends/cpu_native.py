@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..csrc import CompileError, load_library
+from . import cpu
 from .layout import memory_format
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -58,10 +59,9 @@ class _Problem(ctypes.Structure):
 
 def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
     """Say why this backend cannot run on these tensors, or None if it can."""
-    if x.device.type != 'cpu':
-        return f'the input is on {x.device.type}, not on cpu'
-    if x.dtype not in _DTYPES:
-        return f'dtype {x.dtype} is not one of float32, float64, bfloat16'
+    reason = cpu.unavailable_reason(x, kernels)
+    if reason is not None:
+        return reason
     if len(kernels) > _MAX_BRANCHES:
         return f'{len(kernels)} kernels are more than {_MAX_BRANCHES}'
     library = _library()
@@ -72,15 +72,13 @@ def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: b
     """See :mod:`slak_mm.ops.backends`."""
     layout = memory_format(x)
     results = [torch.empty_like(x, memory_format=layout) for _ in range(1 if reduce else len(kernels))]
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
     _run(
         'slak_cross_forward',
         x,
         [x],
         results,
         [(kernel, 0, 0 if reduce else i) for i, kernel in enumerate(kernels)],
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
     )
     return tuple(results)
 
@@ -126,6 +124,13 @@ def _run(
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
+    # The library cannot tell: it reads and writes where it is told to.
+    for t in (*sources, *targets):
+        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f'maps must be like x, {x.dtype} {tuple(x.shape)}, got {t.dtype} {tuple(t.shape)}')
+    for t in (*(k for k, *_ in branches), *(() if bias is None else (bias,))):
+        if len(t) != x.shape[1] or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f'kernels and bias must be {x.dtype} of {x.shape[1]} channels, got {t.dtype}, {len(t)}')
     described = [
         _Branch(
             k.data_ptr(), *k.stride(), k.shape[1], k.shape[2], k.shape[1] // 2, k.shape[2] // 2, source, target, flip

@@ -56,10 +56,7 @@ def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
 
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
-    results = convolve(x, [(x, kernel) for kernel in kernels], reduce, keep=True)
-    if bias is not None:
-        results[0].add_(bias.view(-1, 1, 1))
-    return tuple(results)
+    return tuple(convolve(x, [(x, kernel) for kernel in kernels], reduce, bias, keep=True))
 
 
 def backward(
@@ -75,15 +72,18 @@ def backward(
     return grad_x, grad_kernels
 
 
-def convolve(like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, keep: bool = False) -> list[Tensor]:
+def convolve(
+    like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, bias: Tensor | None = None, keep: bool = False
+) -> list[Tensor]:
     """Convolve several inputs (N, C, H, W), each with its kernel (C, kh, kw).
 
     Args:
         like: Gives the results' shape, dtype and memory format.
         pairs: Inputs and kernels.
         reduce: Whether to return the sum, as the only result.
+        bias: (C,), added to the sum. Default: None.
         keep: Whether the kernels may come again unchanged, so that it pays to keep their
-            matrices.
+            matrices. Default: False.
     """
     layout = memory_format(like)
     dtype = reference.sum_dtype(like.dtype) if reduce else like.dtype
@@ -100,6 +100,8 @@ def convolve(like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool,
         if is_new:
             results.append(torch.empty_like(like, dtype=dtype, memory_format=layout))
         _convolve_long(x, kernel, results[-1], accumulate=not is_new, keep=keep)
+    if bias is not None:
+        results[0] += bias.view(-1, 1, 1)
     return [y.to(like.dtype) for y in results]
 
 
@@ -117,7 +119,9 @@ def _convolve_long(x: Tensor, kernel: Tensor, out: Tensor, accumulate: bool, kee
         part = matrices[group] if matrices is not None else toeplitz_matrices(kernel[group], w, tile, dtype)
         # In half precision each addition to the result would be rounded. On a CPU, where it is
         # not used, the additions are cheaper than the copy.
-        y = _rows_times_matrices(x[:, group].to(dtype), part, kernel.shape[2], tile, joint=x.device.type != 'cpu')
+        y = _rows_times_matrices(
+            x[:, group].to(dtype), part, kernel.shape[2], tile, joint=x.device.type != 'cpu', dtype=out.dtype
+        )
         if accumulate:
             out[:, group] += y.to(out.dtype)
         else:
@@ -171,8 +175,20 @@ def toeplitz_matrices(kernel: Tensor, width: int, tile: int, dtype: torch.dtype)
     return line.unfold(-1, tile, 1).flip(-1)
 
 
-def _rows_times_matrices(x: Tensor, matrices: Tensor, length: int, tile: int, joint: bool) -> Tensor:
-    """Convolve (N, C, H, W) with wide kernels, given as Toeplitz matrices.
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a batched matrix product; unrounded to float32 where PyTorch can (from 2.8 on, CUDA)."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    elif a.device.type == 'cuda' and 'dtype' in torch.ops.aten.bmm.overloads():
+        out.copy_(torch.bmm(a, b, out_dtype=out.dtype))
+    else:
+        out.copy_(torch.bmm(a, b))
+
+
+def _rows_times_matrices(
+    x: Tensor, matrices: Tensor, length: int, tile: int, joint: bool, dtype: torch.dtype
+) -> Tensor:
+    """Convolve (N, C, H, W) with wide kernels, given as Toeplitz matrices, into ``dtype``.
 
     With ``joint`` the products of all kernel rows are one product, else they are added up.
     """
@@ -186,13 +202,13 @@ def _rows_times_matrices(x: Tensor, matrices: Tensor, length: int, tile: int, jo
     rows = F.pad(x.transpose(0, 1), (*sides, margin, margin)).flatten(1, 2)
     count = rows.shape[1] - 2 * margin
     width = -(-w // tile) * tile
-    y = rows.new_empty(c, count + 2 * margin, width)
+    y = rows.new_empty(c, count + 2 * margin, width, dtype=dtype if joint else None)
     inputs = matrices.shape[2]
     for first in range(0, width, tile):
         into = y[:, :count, first : first + tile]
         seen = [rows[:, i : i + count, first : first + inputs] for i in range(taps)]
         if joint:
-            torch.bmm(torch.cat(seen, dim=-1), matrices.flatten(1, 2), out=into)
+            _multiply(torch.cat(seen, dim=-1), matrices.flatten(1, 2), into)
             continue
         torch.bmm(seen[0], matrices[:, 0], out=into)
         for i in range(1, taps):
@@ -252,9 +268,8 @@ def _gradient_of_rows(x: Tensor, grad: Tensor, taps: int, length: int, tile: int
         for first in range(0, w, tile):
             seen = rows[:, i : i + count, first : first + inputs].transpose(1, 2)
             given = grads[:, :count, first : first + tile]
-            # Products of one tile after the other are added up in float32 at least.
-            product = torch.bmm(seen, given)
-            product = product.float() if product.element_size() < 4 else product
+            product = x.new_empty(c, inputs, tile, dtype=reference.sum_dtype(x.dtype))
+            _multiply(seen, given, product)
             pairs = product if pairs is None else pairs.add_(product)
         assert pairs is not None
         if not is_tiled:

@@ -1,4 +1,4 @@
-"""Memory format of the results."""
+"""How tensors lie in memory."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def in_memory(t: Tensor) -> Tensor:
+    """The tensor itself where its memory holds its values, else a copy.
+
+    A view with a lazy negation (``torch._neg_view``, the imaginary part of a conjugate) and a
+    tensor of zeros without memory, as autograd makes them, are copied.
+    """
+    return t.clone() if t._is_zerotensor() else t.resolve_neg()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
@@ -33,6 +34,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 1e-2, tor
 
 _choices: dict[tuple[Any, ...], str] = {}
 _excluded: dict[str, str] = {}  # backend: why
+_lock = threading.RLock()  # one measurement at a time, or they would slow each other down
 
 
 def fastest(candidates: dict[str, ModuleType], x: Tensor, kernels: Sequence[Tensor], operation: str) -> str:
@@ -56,26 +58,27 @@ def fastest(candidates: dict[str, ModuleType], x: Tensor, kernels: Sequence[Tens
         *((n - 1).bit_length() for n in (x.shape[0], *x.shape[2:])),
         *(tuple(k.shape[1:]) for k in kernels),
     )
-    if key not in _choices:
-        if not may_measure(x.device):
-            return 'reference'
-        with torch.no_grad():
+    choice = _choices.get(key)
+    if choice is not None:
+        return choice
+    if not may_measure(x.device):
+        return 'reference'
+    with _lock, torch.no_grad():
+        if key not in _choices:
             _choices[key] = _measure(candidates, x, kernels, operation)
-    return _choices[key]
+        return _choices[key]
 
 
 def exclude(name: str, reason: str) -> None:
     """Take a backend out of the automatic choice for the rest of the process, with a warning."""
-    if name not in _excluded:
-        _excluded[name] = reason
-        logging.getLogger('slak_mm').warning('The backend %r of cross_dwconv2d is not used any more: %s', name, reason)
-    for key in [key for key, choice in _choices.items() if choice == name]:
-        del _choices[key]
-
-
-def is_excluded(name: str) -> bool:
-    """Whether a backend was taken out of the automatic choice."""
-    return name in _excluded
+    with _lock:
+        if name not in _excluded:
+            _excluded[name] = reason
+            logging.getLogger('slak_mm').warning(
+                'The backend %r of cross_dwconv2d is not used any more: %s', name, reason
+            )
+        for key in [key for key, choice in _choices.items() if choice == name]:
+            del _choices[key]
 
 
 def is_fixed() -> bool:
@@ -138,7 +141,8 @@ def fastest_of(run: Callable[[Any], Any], choices: Sequence[Any], device: torch.
     for choice in choices:
         try:
             run(choice)  # compiles
-            seconds = _seconds(partial(run, choice))
+            with _lock:
+                seconds = _seconds(partial(run, choice))
         except Exception as error:  # too large for this GPU, say
             failure = error
             continue

@@ -4,7 +4,12 @@ The library has a plain C interface and is loaded with :mod:`ctypes`: it needs n
 or Python, works with any version of them and compiles within seconds. It is kept in
 the project's cache (``$SLAK_MM_CACHE``, else ``$XDG_CACHE_HOME/slak_mm``, else
 ``~/.cache/slak_mm``), in a file whose name is a hash of the source, the compiler and the processor,
-so that a home directory may be shared by different machines.
+so that a home directory may be shared by different machines. Beside it lies its SHA-256 digest,
+which is compared before the library is opened: a damaged one would end the process.
+
+A library runs with all rights of its user. One that somebody else owns (other than root) or can
+write to is not used. In a folder of which this holds the library is compiled for each process
+anew, out of the others' reach.
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from slak_mm._files import CACHE_VARIABLE, cache_folder
+from filelock import FileLock
+
+from slak_mm._files import CACHE_VARIABLE, cache_folder, replacing
 
 COMPILER_VARIABLE = 'CXX'
 
@@ -33,6 +40,7 @@ _FLAGS = ('-std=c++17', '-O3', '-fPIC', '-shared', '-pthread')
 # Compilers disagree, by architecture, on how to ask for the instructions of this machine.
 _NATIVE_FLAGS = ('-march=native', '-mcpu=native')
 _TIMEOUT_SECONDS = 600.0
+_ROOT = 0  # user number
 
 
 class CompileError(RuntimeError):
@@ -63,14 +71,12 @@ def load_library(name: str) -> ctypes.CDLL:
     folder = _cache_folder()
     library = folder / f'{name}-{key}.so'
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f'{name}-{key}.lock'):
-            if library.exists():
-                with contextlib.suppress(OSError):  # damaged: compile it anew
-                    return ctypes.CDLL(str(library))
-            _compile(compiler, source, library)
-            return ctypes.CDLL(str(library))
-    except OSError as error:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_private(folder):
+            return _load(library) or _compile_once(compiler, source, library)
+        with tempfile.TemporaryDirectory() as private:
+            return ctypes.CDLL(str(_compile(compiler, source, Path(private))))
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where there are no locks
         raise CompileError(
             f'the compiled operator cannot be stored in or loaded from {folder}: {error}; '
             f'{CACHE_VARIABLE} names another folder'
@@ -112,40 +118,78 @@ def _processor() -> tuple[str, ...]:
     return tuple(described)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process compile while the others wait for it."""
-    try:
-        import fcntl
-    except ImportError:  # the rename alone keeps the library whole
-        yield
-        return
-    with open(path, 'w') as file:
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _is_private(path: Path) -> bool:
+    """Whether nobody but this user and root owns or can write to a file or folder; says so if not."""
+    if not hasattr(os, 'getuid'):  # Windows
+        return True
+    status = path.stat()
+    if status.st_uid in (os.getuid(), _ROOT) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    _warn_of(path)
+    return False
 
 
-def _compile(compiler: list[str], source: Path, library: Path) -> None:
+@functools.cache  # once for each path
+def _warn_of(path: Path) -> None:
+    logging.getLogger('slak_mm').warning(
+        '%s belongs to somebody else or others can write to it: no compiled operator is taken from there. '
+        'Own it and take their right away (chmod go-w), or name another folder in %s',
+        path,
+        CACHE_VARIABLE,
+    )
+
+
+def _load(library: Path) -> ctypes.CDLL | None:
+    """The library, if there is one that is whole."""
+    with contextlib.suppress(OSError):
+        digest = _digest_file(library).read_text(errors='replace')
+        if _is_private(library) and digest == hashlib.sha256(library.read_bytes()).hexdigest():
+            return ctypes.CDLL(str(library))
+    return None
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix('.sha256')
+
+
+def _compile_once(compiler: list[str], source: Path, library: Path) -> ctypes.CDLL:
+    """Compile and store the library; one process does while the others wait for it."""
+    with FileLock(library.parent / f'{source.stem}.lock'):
+        found = _load(library)
+        if found is not None:
+            return found
+        for leftover in library.parent.glob(f'.{source.stem}-*'):  # of processes that were killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=f'.{source.stem}-') as folder:
+            result = _compile(compiler, source, Path(folder))
+            with replacing(_digest_file(library)) as part:
+                part.write_text(hashlib.sha256(result.read_bytes()).hexdigest())
+            with replacing(library) as part:
+                os.replace(result, part)
+        return ctypes.CDLL(str(library))
+
+
+def _compile(compiler: list[str], source: Path, folder: Path) -> Path:
+    """Compile a source file, all files being written to ``folder``."""
     logging.getLogger('slak_mm').info('Compiling %s with %s; this is done once', source.name, shlex.join(compiler))
+    result = folder / f'{source.stem}.so'
+    environment = {**os.environ, 'TMPDIR': str(folder)}
     message = ''
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        result = Path(folder) / library.name
-        for native in (*_NATIVE_FLAGS, None):
-            flags = _FLAGS if native is None else (*_FLAGS, native)
-            command = [*compiler, *flags, str(source), '-o', str(result)]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, errors='replace'
-                )
-            except (OSError, subprocess.SubprocessError) as error:
-                raise CompileError(f'the C++ compiler failed: {error}') from None
-            if done.returncode == 0:
-                os.replace(result, library)
-                return
-            # The first error of the first attempt says most.
-            message = message or next(
-                (line for line in done.stderr.splitlines() if 'error' in line.lower()),
-                done.stderr.strip()[-200:] or f'exit code {done.returncode}',
+    for native in (*_NATIVE_FLAGS, None):
+        flags = _FLAGS if native is None else (*_FLAGS, native)
+        command = [*compiler, *flags, str(source), '-o', str(result)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, errors='replace', env=environment
             )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CompileError(f'the C++ compiler failed: {error}') from None
+        if done.returncode == 0:
+            result.chmod(0o755)  # whatever the umask is
+            return result
+        # The first error of the first attempt says most.
+        message = message or next(
+            (line for line in done.stderr.splitlines() if 'error' in line.lower()),
+            done.stderr.strip()[-200:] or f'exit code {done.returncode}',
+        )
     raise CompileError(f'the C++ compiler {shlex.join(compiler)} failed: {message}')
