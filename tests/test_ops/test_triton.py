@@ -126,9 +126,11 @@ capability = int(sys.argv[1])
 for length, kh, kw in ((128, 5, 51), (32, 3, 47)):
     kernel = torch.empty(1, kh, kw, dtype=torch.bfloat16)
     blocks = backend._blocks(length, kernel, 2)
+    keeps = backend._keeps(blocks, kernel)
+    del blocks['KW']  # known at run time
     for tall in (False, True):
         compile(kernels.convolve_rows, dict(
-            blocks, KEEP=backend._keeps(blocks, kernel), TRANSPOSED=tall, HAS_BIAS=not tall,
+            blocks, KEEP=keeps, TRANSPOSED=tall, HAS_BIAS=not tall,
             HAS_ADDEND=not tall, PRECISION='tf32'), capability)
     compile(kernels.kernel_gradient_rows, dict(blocks, PRECISION='tf32'), capability)
 print('compiled')

@@ -19,7 +19,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _band(k, c, i, u, t, KH: tl.constexpr, KW: tl.constexpr, OFF: tl.constexpr):
+def _band(k, c, i, u, t, KW, KH: tl.constexpr, OFF: tl.constexpr):
     """Toeplitz matrix (U, T) of row ``i`` of the kernel of channel ``c``."""
     tap = u[:, None] - t[None, :] + (KW // 2 - OFF)
     return tl.load(k + (c * KH + i) * KW + tap, mask=(tap >= 0) & (tap < KW), other=0.0)
@@ -33,7 +33,8 @@ def _shifted(x, plane, h, ok, shift, u, uok, H, stride):
     return tl.load(x + (plane + row * stride)[:, None] + u[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+# Sizes are not specialized: each kind would be compiled again for every network and image.
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'x_eighths', 'y_eighths', 'steps', 'KW'])
 def convolve_rows(
     x,
     k,
@@ -47,8 +48,8 @@ def convolve_rows(
     x_eighths,
     y_eighths,
     steps,
+    KW,
     KH: tl.constexpr,
-    KW: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     U: tl.constexpr,
@@ -76,13 +77,13 @@ def convolve_rows(
     y_stride = y_eighths * 8
     start = tl.load(bias + c).to(tl.float32) if HAS_BIAS else 0.0
     if KEEP:
-        band0 = _band(k, c, 0, ul, t, KH, KW, OFF)
+        band0 = _band(k, c, 0, ul, t, KW, KH, OFF)
         if KH > 1:
-            band1 = _band(k, c, 1, ul, t, KH, KW, OFF)
-            band2 = _band(k, c, 2, ul, t, KH, KW, OFF)
+            band1 = _band(k, c, 1, ul, t, KW, KH, OFF)
+            band2 = _band(k, c, 2, ul, t, KW, KH, OFF)
         if KH > 3:
-            band3 = _band(k, c, 3, ul, t, KH, KW, OFF)
-            band4 = _band(k, c, 4, ul, t, KH, KW, OFF)
+            band3 = _band(k, c, 3, ul, t, KW, KH, OFF)
+            band4 = _band(k, c, 4, ul, t, KW, KH, OFF)
     for step in tl.range(0, steps, num_stages=1):
         r = (split * steps + step) * R + tl.arange(0, R)
         ok = r < N * H
@@ -100,7 +101,7 @@ def convolve_rows(
                 acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, H, stride), band4, acc, PRECISION)
         else:
             for i in range(KH):
-                band = _band(k, c, i, ul, t, KH, KW, OFF)
+                band = _band(k, c, i, ul, t, KW, KH, OFF)
                 acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, H, stride), band, acc, PRECISION)
         # Not (w < W) for rows: what lands in their padding is not read, and whole vectors can be stored.
         mask = ok[:, None] & (w < (W if TRANSPOSED else y_stride))[None, :]
@@ -113,7 +114,7 @@ def convolve_rows(
         tl.store(y + to, acc.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'eighths', 'steps', 'KW'])
 def kernel_gradient_rows(
     x,
     g,
@@ -124,8 +125,8 @@ def kernel_gradient_rows(
     W,
     eighths,
     steps,
+    KW,
     KH: tl.constexpr,
-    KW: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     U: tl.constexpr,
@@ -160,7 +161,7 @@ def kernel_gradient_rows(
     tl.store(out + base + m * T + t[None, :], acc, mask=(m >= 0) & (m < KW))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['A', 'B', 'A_PADDED', 'others'])
 def transpose(
     source, to, A, B, A_PADDED, others, source_n, source_other, source_a, to_n, to_other, to_b, SIDE: tl.constexpr
 ):

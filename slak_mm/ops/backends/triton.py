@@ -48,8 +48,8 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
 
 
 def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
-    """A candidate on GPUs only; the interpreter is for tests."""
-    return x.device.type == 'cuda'
+    """On GPUs, for kernels that are larger than what PyTorch's own are written for; the interpreter is for tests."""
+    return x.device.type == 'cuda' and max(max(k.shape[1:]) for k in kernels) > 7
 
 
 def _is_interpreted() -> bool:
@@ -149,7 +149,7 @@ def _convolve(
         _triton_kernels.convolve_rows[(*grid[:2], splits)](
             source,
             kernel,
-            kernel if bias is None else bias,
+            kernel if bias is None else bias.contiguous(),
             into if sums is None else sums,
             into,
             n,
@@ -221,11 +221,10 @@ def _transpose(
 def _blocks(length: int, kernel: Tensor, itemsize: int) -> dict[str, int]:
     """Sizes of the kernels' blocks for rows of a length and a kernel (C, KH, KW) that lies along them."""
     kh, kw = kernel.shape[1:]
-    tile, offset = _TILE, _eights(kw // 2)
-    inputs = tile + offset + kw // 2
+    tile, reach = _TILE, max(32, _power_of_two(kw // 2))  # few values, each of which is compiled once
     if length <= _TILE:  # a tile is the whole row, and so are its inputs
-        tile, offset, inputs = _power_of_two(length), 0, length
-    return dict(KH=kh, KW=kw, R=64 if itemsize == 2 else 32, T=tile, U=_power_of_two(inputs), OFF=offset)
+        tile, reach = _power_of_two(length), 0
+    return dict(KW=kw, KH=kh, R=64 if itemsize == 2 else 32, T=tile, U=_power_of_two(tile + 2 * reach), OFF=reach)
 
 
 def _keeps(blocks: dict[str, int], kernel: Tensor) -> bool:
