@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._context import is_compiling, is_counted, is_observed, is_transformed
-from .backends import BACKENDS, choose_backend, forced_backend, measured, reference, use_backend
+from .backends import BACKENDS, choose_backend, forced_backend, leave_out, reference, use_backend
 from .backends.layout import in_memory, memory_format
 
 HAS_LIBRARY = hasattr(torch.library, 'register_autograd')
@@ -53,7 +53,7 @@ def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: b
     bias = None if bias is None else in_memory(bias)
     if x.numel() == 0:
         return [torch.empty_like(x, memory_format=layout) for _ in range(_count(kernels, reduce))]
-    name = _chosen(x, kernels, 'forward')
+    name = _chosen(x, kernels)
     try:
         results = BACKENDS[name].forward(x, kernels, bias, reduce)
     except Exception as error:
@@ -74,7 +74,7 @@ def backward(
         grad_x: Tensor | None = torch.empty_like(x, memory_format=layout)
         grad_kernels: Sequence[Tensor] | None = [torch.zeros_like(k) for k in kernels]
     else:
-        name = _chosen(x, kernels, 'backward')
+        name = _chosen(x, kernels)
         operands = (x, kernels, grads, needs_x, needs_kernels)
         try:
             grad_x, grad_kernels = BACKENDS[name].backward(*operands)
@@ -97,7 +97,7 @@ def _may_replace(name: str, x: Tensor, error: Exception) -> bool:
     if x.device.type != 'cuda' or name == 'reference' or forced_backend() is not None:
         return False
     if not isinstance(error, torch.cuda.OutOfMemoryError):
-        measured.exclude(name, f'{type(error).__name__}: {error}')
+        leave_out(name, f'{type(error).__name__}: {error}')
     return True
 
 
@@ -105,9 +105,9 @@ _named: set[tuple[str, torch.dtype, str]] = set()
 _named_lock = threading.Lock()
 
 
-def _chosen(x: Tensor, kernels: Sequence[Tensor], operation: Any) -> str:
+def _chosen(x: Tensor, kernels: Sequence[Tensor]) -> str:
     """Choose the backend, and say at INFO which it is, once for each device type and dtype."""
-    name = choose_backend(x, kernels, operation)
+    name = choose_backend(x, kernels)
     key = (x.device.type, x.dtype, name)
     if key not in _named:
         with _named_lock:

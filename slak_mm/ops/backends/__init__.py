@@ -18,23 +18,23 @@ Tensors are not empty, have one dtype and device and any strides, and no lazy bi
 holds their values. Results have the dtype of ``x`` and any memory format. What is added up,
 products, branches and bias, is added in float32 at least and rounded once.
 
-On the CPU the first backend of :data:`BACKENDS` that can run and is preferred is taken; on a GPU
-the fastest in a measurement at the first call (:mod:`slak_mm.ops.backends.measured`). The
-environment variable ``SLAK_MM_BACKEND`` or :func:`use_backend` names another.
+The first backend of :data:`BACKENDS` that can run and is preferred is taken; nothing is timed. On a GPU one that fails is
+left out for the rest of the process, with a warning. The environment variable ``SLAK_MM_BACKEND`` or :func:`use_backend`
+names another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Literal
 
 from torch import Tensor
 
-from . import cpu, cpu_native, gemm, measured, reference, triton
+from . import cpu, cpu_native, gemm, reference, triton
 
 BACKENDS: dict[str, ModuleType] = {
     'cpu_native': cpu_native,
@@ -46,6 +46,8 @@ BACKENDS: dict[str, ModuleType] = {
 """Backends by name, in the order of preference."""
 
 ENVIRONMENT_VARIABLE = 'SLAK_MM_BACKEND'
+
+_failed: dict[str, str] = {}  # backend: why
 
 # Names in the order of the open blocks, each a tuple of its own. A block takes out its own entry and
 # no other, since generators may end in another order than they began, or in another context.
@@ -99,13 +101,12 @@ def forced_backend() -> str | None:
 forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_backend(x: Tensor, kernels: Sequence[Tensor], operation: Literal['forward', 'backward'] = 'forward') -> str:
+def choose_backend(x: Tensor, kernels: Sequence[Tensor]) -> str:
     """Name the backend that runs on these tensors.
 
     Args:
         x: Input, (N, C, H, W).
         kernels: Kernels, (C, kh, kw).
-        operation: 'forward' or 'backward'; the choice may differ on a GPU. Default: 'forward'.
 
     Returns:
         A key of :data:`BACKENDS`.
@@ -120,14 +121,20 @@ def choose_backend(x: Tensor, kernels: Sequence[Tensor], operation: Literal['for
         if reason is not None:
             raise RuntimeError(f'backend {name!r} was asked for but cannot run: {reason}')
         return name
-    candidates = (
+    return next(
         name
         for name, backend in BACKENDS.items()
-        if backend.unavailable_reason(x, kernels) is None and getattr(backend, 'is_preferred', _always)(x, kernels)
+        if name not in _failed
+        and backend.unavailable_reason(x, kernels) is None
+        and getattr(backend, 'is_preferred', _always)(x, kernels)
     )
-    if x.device.type != 'cuda':
-        return next(candidates)
-    return measured.fastest({n: BACKENDS[n] for n in candidates}, x, kernels, operation)
+
+
+def leave_out(name: str, reason: str) -> None:
+    """Take a backend out of the automatic choice for the rest of the process, with a warning."""
+    if name not in _failed:
+        _failed[name] = reason
+        logging.getLogger('slak_mm').warning('The backend %r of cross_dwconv2d is not used any more: %s', name, reason)
 
 
 def _always(x: Tensor, kernels: Sequence[Tensor]) -> bool:

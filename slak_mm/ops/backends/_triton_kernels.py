@@ -1,12 +1,10 @@
-"""Triton kernels of the cross convolution. Importing this module imports Triton.
+"""Triton kernels of :mod:`slak_mm.ops.backends.triton`.
 
-Both kernels work on contiguous (N, C, H, W) tensors and multiply matrices (``tl.dot``), with
-tensor cores where the GPU has them and with sums in float32.
+A map is a set of planes, one for each image and channel, whose rows are contiguous and padded to a multiple of 8
+entries with zeros, so that loads are 16 bytes wide for half precision. The rows of all images lie below each other: a
+program takes ``R`` of them at a time. One row of a kernel of ``KW`` taps is a banded matrix of ``U`` inputs by
+``T`` outputs; a branch is the sum of the products of row-shifted blocks with the bands of its ``KH`` rows.
 """
-# Kernels are written in Triton's language; annotations other than constexpr mean nothing there.
-# mypy: ignore-errors
-
-from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -14,250 +12,172 @@ import triton.language as tl
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """Matrix product, in float32 if PRECISION is 'float32'."""
-    # Triton's interpreter multiplies the bits of bfloat16 numbers.
+    """Add a matrix product; Triton's interpreter multiplies half precision as float32."""
     if PRECISION == 'float32':
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision='ieee')
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _add_wide(
-    acc,
-    plane,
-    taps,
-    h,
-    w_first,
-    H,
-    W,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add the convolution of a tile with one kernel, along the rows.
-
-    ``acc[h, w] += sum over i and u of plane[h + i - KH // 2, u] * taps[i, u - w + KW // 2]``: for
-    each kernel row a product with a banded matrix, whose entries are read from the taps.
-    """
-    w = w_first + tl.arange(0, BLOCK_W)
-    first = tl.maximum(w_first - KW // 2, 0)
-    last = tl.minimum(w_first + BLOCK_W + KW // 2, W)
-    for i in range(KH):
-        rows = h + (i - KH // 2)
-        inside = (rows >= 0) & (rows < H)
-        for begin in range(first, last, BLOCK_K):
-            u = begin + tl.arange(0, BLOCK_K)
-            seen = tl.load(
-                plane + rows[:, None] * W + u[None, :], mask=inside[:, None] & (u < last)[None, :], other=0.0
-            )
-            tap = u[:, None] - w[None, :] + KW // 2
-            band = tl.load(taps + i * KW + tap, mask=(tap >= 0) & (tap < KW), other=0.0)
-            acc = _dot(seen, band, acc, PRECISION)
-    return acc
+def _band(k, c, i, u, t, KW, KH: tl.constexpr, OFF: tl.constexpr):
+    """Toeplitz matrix (U, T) of row ``i`` of the kernel of channel ``c``."""
+    tap = u[:, None] - t[None, :] + (KW // 2 - OFF)
+    return tl.load(k + (c * KH + i) * KW + tap, mask=(tap >= 0) & (tap < KW), other=0.0)
 
 
 @triton.jit
-def _add_tall(
-    acc,
-    plane,
-    taps,
-    h_first,
-    w,
-    H,
-    W,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add the convolution of a tile with one kernel, along the columns."""
-    h = h_first + tl.arange(0, BLOCK_H)
-    first = tl.maximum(h_first - KH // 2, 0)
-    last = tl.minimum(h_first + BLOCK_H + KH // 2, H)
-    for j in range(KW):
-        columns = w + (j - KW // 2)
-        inside = (columns >= 0) & (columns < W)
-        for begin in range(first, last, BLOCK_K):
-            u = begin + tl.arange(0, BLOCK_K)
-            seen = tl.load(
-                plane + u[:, None] * W + columns[None, :], mask=(u < last)[:, None] & inside[None, :], other=0.0
-            )
-            tap = u[None, :] - h[:, None] + KH // 2
-            band = tl.load(taps + tap * KW + j, mask=(tap >= 0) & (tap < KH), other=0.0)
-            acc = _dot(band, seen, acc, PRECISION)
-    return acc
+def _shifted(x, plane, h, ok, shift, u, uok, H, stride):
+    """Block (R, U) of the rows ``h + shift``; zeros outside of the image."""
+    row = h + shift
+    mask = (ok & (row >= 0) & (row < H))[:, None] & uok[None, :]
+    return tl.load(x + (plane + row * stride)[:, None] + u[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
-def _add(
-    acc,
+# Sizes are not specialized: each kind would be compiled again for every network and image.
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'x_eighths', 'y_eighths', 'steps', 'KW'])
+def convolve_rows(
     x,
-    kernel,
-    c,
-    plane,
-    h_first,
-    w_first,
-    H,
-    W,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add one branch to the tile at (h_first, w_first)."""
-    taps = kernel + c * (KH * KW)
-    if KH > KW:
-        acc = _add_tall(
-            acc, x + plane, taps, h_first, w_first + tl.arange(0, BLOCK_W), H, W, KH, KW, BLOCK_H, BLOCK_K, PRECISION
-        )
-    else:
-        acc = _add_wide(
-            acc, x + plane, taps, h_first + tl.arange(0, BLOCK_H), w_first, H, W, KH, KW, BLOCK_W, BLOCK_K, PRECISION
-        )
-    return acc
-
-
-@triton.jit
-def convolve_kernel(
-    x0,
-    x1,
-    x2,
-    k0,
-    k1,
-    k2,
+    k,
     bias,
-    y0,
-    y1,
-    y2,
-    C,
-    H,
-    W,
-    KH0: tl.constexpr,
-    KW0: tl.constexpr,
-    KH1: tl.constexpr,
-    KW1: tl.constexpr,
-    KH2: tl.constexpr,
-    KW2: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    REDUCE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Convolve up to three inputs, each with its kernel; one program for a tile of a plane.
-
-    A kernel of height 0 does not exist. With REDUCE the sum and the bias go to ``y0``.
-    """
-    columns = tl.cdiv(W, BLOCK_W)
-    tiles = columns * tl.cdiv(H, BLOCK_H)
-    number = tl.program_id(0)
-    c = (number // tiles) % C
-    plane = (number // tiles).to(tl.int64) * H * W
-    h_first = (number % tiles) // columns * BLOCK_H
-    w_first = (number % tiles) % columns * BLOCK_W
-    h = h_first + tl.arange(0, BLOCK_H)
-    w = w_first + tl.arange(0, BLOCK_W)
-    place = plane + h[:, None] * W + w[None, :]
-    inside = (h < H)[:, None] & (w < W)[None, :]
-
-    acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
-    acc = _add(acc, x0, k0, c, plane, h_first, w_first, H, W, KH0, KW0, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
-    if KH1 > 0:
-        if not REDUCE:
-            tl.store(y0 + place, acc.to(y0.dtype.element_ty), mask=inside)
-            acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
-        acc = _add(acc, x1, k1, c, plane, h_first, w_first, H, W, KH1, KW1, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
-    if KH2 > 0:
-        if not REDUCE:
-            tl.store(y1 + place, acc.to(y0.dtype.element_ty), mask=inside)
-            acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
-        acc = _add(acc, x2, k2, c, plane, h_first, w_first, H, W, KH2, KW2, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias + c).to(tl.float32)
-    result = acc.to(y0.dtype.element_ty)
-    if REDUCE or KH1 == 0:
-        tl.store(y0 + place, result, mask=inside)
-    elif KH2 == 0:
-        tl.store(y1 + place, result, mask=inside)
-    else:
-        tl.store(y2 + place, result, mask=inside)
-
-
-@triton.jit
-def gradient_kernel(
-    x,
-    grad,
-    partial,
+    addend,
+    y,
     N,
     C,
-    R,
-    L,
-    stride_r,
-    stride_l,
-    items_per_program,
-    TAPS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    ALONG_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    H,
+    W,
+    x_eighths,
+    y_eighths,
+    steps,
+    KW,
+    KH: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    U: tl.constexpr,
+    OFF: tl.constexpr,
+    KEEP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Part of the gradient of a kernel of TAPS x LENGTH on planes of R x L pixels.
+    """``y = x * k`` along the rows, plus a bias (C,) and a float32 addend of the layout of ``y``.
 
-    ``partial[s, c, i, m]`` is the sum over some pixels (r, l) of the images of
-    ``grad[r - i + TAPS // 2, l] * x[r, l + m - LENGTH // 2]``: the product of a matrix of shifted
-    gradients (taps x pixels) and one of shifted inputs (pixels x length). A step takes BLOCK_K
-    pixels, along r if ALONG_R, else along l, whichever is contiguous in memory; program s takes
-    ``items_per_program`` steps. Nothing is added atomically, so that the bits do not depend on
-    the order of the programs.
+    Planes of ``x`` are H by ``8 * x_eighths``; of ``y`` likewise, or with ``TRANSPOSED`` W by ``8 * y_eighths``,
+    columns and rows exchanged. ``KEEP`` (at most five kernel rows) holds all bands for the whole program.
     """
     c = tl.program_id(0)
-    s = tl.program_id(1)
-    i = tl.arange(0, BLOCK_I)
-    m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    if ALONG_R:
-        blocks = tl.cdiv(R, BLOCK_K)
-        lines = L
-    else:
-        blocks = tl.cdiv(L, BLOCK_K)
-        lines = R
-    acc = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
-    end = tl.minimum((s + 1) * items_per_program, N * lines * blocks)
-    for item in range(s * items_per_program, end):
-        image = item // (lines * blocks)
-        line = item // blocks % lines
-        first = item % blocks * BLOCK_K
-        if ALONG_R:
-            r = first + k
-            l = line + tl.zeros_like(k)  # noqa: E741
+    w0 = tl.program_id(1) * T
+    split = tl.program_id(2)
+    t = tl.arange(0, T)
+    ul = tl.arange(0, U)
+    u = w0 - OFF + ul
+    w = w0 + t
+    stride = x_eighths * 8
+    uok = (u >= 0) & (u < stride)
+    y_stride = y_eighths * 8
+    start = tl.load(bias + c).to(tl.float32) if HAS_BIAS else 0.0
+    if KEEP:
+        band0 = _band(k, c, 0, ul, t, KW, KH, OFF)
+        if KH > 1:
+            band1 = _band(k, c, 1, ul, t, KW, KH, OFF)
+            band2 = _band(k, c, 2, ul, t, KW, KH, OFF)
+        if KH > 3:
+            band3 = _band(k, c, 3, ul, t, KW, KH, OFF)
+            band4 = _band(k, c, 4, ul, t, KW, KH, OFF)
+    for step in tl.range(0, steps, num_stages=1):
+        r = (split * steps + step) * R + tl.arange(0, R)
+        ok = r < N * H
+        n = r // H
+        h = r % H
+        plane = (n.to(tl.int64) * C + c) * H * stride
+        acc = tl.zeros((R, T), tl.float32) + start
+        if KEEP:
+            acc = _dot(_shifted(x, plane, h, ok, -(KH // 2), u, uok, H, stride), band0, acc, PRECISION)
+            if KH > 1:
+                acc = _dot(_shifted(x, plane, h, ok, 1 - KH // 2, u, uok, H, stride), band1, acc, PRECISION)
+                acc = _dot(_shifted(x, plane, h, ok, 2 - KH // 2, u, uok, H, stride), band2, acc, PRECISION)
+            if KH > 3:
+                acc = _dot(_shifted(x, plane, h, ok, 3 - KH // 2, u, uok, H, stride), band3, acc, PRECISION)
+                acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, H, stride), band4, acc, PRECISION)
         else:
-            r = line + tl.zeros_like(k)
-            l = first + k  # noqa: E741
-        plane = (image * C + c).to(tl.int64) * R * L
-        inside = (r < R) & (l < L)
-        rows = r[None, :] - i[:, None] + TAPS // 2
-        given = tl.load(
-            grad + plane + rows * stride_r + l[None, :] * stride_l,
-            mask=inside[None, :] & (rows >= 0) & (rows < R) & (i < TAPS)[:, None],
-            other=0.0,
-        )
-        places = l[:, None] + m[None, :] - LENGTH // 2
-        seen = tl.load(
-            x + plane + r[:, None] * stride_r + places * stride_l,
-            mask=inside[:, None] & (places >= 0) & (places < L) & (m < LENGTH)[None, :],
-            other=0.0,
-        )
-        acc = _dot(given, seen, acc, PRECISION)
-    tl.store(
-        partial + ((s * C + c) * TAPS + i[:, None]) * LENGTH + m[None, :],
-        acc,
-        mask=(i < TAPS)[:, None] & (m < LENGTH)[None, :],
-    )
+            for i in range(KH):
+                band = _band(k, c, i, ul, t, KW, KH, OFF)
+                acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, H, stride), band, acc, PRECISION)
+        # Not (w < W) for rows: what lands in their padding is not read, and whole vectors can be stored.
+        mask = ok[:, None] & (w < (W if TRANSPOSED else y_stride))[None, :]
+        if TRANSPOSED:
+            to = ((n.to(tl.int64) * C + c) * W * y_stride + h)[:, None] + (w * y_stride)[None, :]
+        else:
+            to = ((n.to(tl.int64) * C + c) * H * y_stride + h * y_stride)[:, None] + w[None, :]
+        if HAS_ADDEND:
+            acc += tl.load(addend + to, mask=mask, other=0.0)
+        tl.store(y + to, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'eighths', 'steps', 'KW'])
+def kernel_gradient_rows(
+    x,
+    g,
+    out,
+    N,
+    C,
+    H,
+    W,
+    eighths,
+    steps,
+    KW,
+    KH: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    U: tl.constexpr,
+    OFF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum ``g[r, w0 + t] * x[r + i - KH // 2, w0 + t + m - KW // 2]`` over rows r into ``out[split, tile, c, i, m, t]``.
+
+    The gradient of tap (i, m) is the sum over split, tile and t. Entries whose input lies outside of the map are
+    not written.
+    """
+    c = tl.program_id(0) // KH
+    i = tl.program_id(0) % KH
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    t = tl.arange(0, T)
+    u = tile * T - OFF + tl.arange(0, U)
+    w = tile * T + t
+    stride = eighths * 8
+    uok = (u >= 0) & (u < stride)
+    acc = tl.zeros((U, T), tl.float32)
+    for step in tl.range(0, steps, num_stages=2):
+        r = (split * steps + step) * R + tl.arange(0, R)
+        ok = r < N * H
+        h = r % H
+        plane = ((r // H).to(tl.int64) * C + c) * H * stride
+        a = _shifted(x, plane, h, ok, i - KH // 2, u, uok, H, stride)
+        b = tl.load(g + (plane + h * stride)[:, None] + w[None, :], mask=ok[:, None] & (w < stride)[None, :], other=0.0)
+        acc = _dot(tl.trans(a), b, acc, PRECISION)
+    m = u[:, None] - w[None, :] + KW // 2
+    base = (((split * tl.num_programs(1) + tile).to(tl.int64) * C + c) * KH + i) * KW * T
+    tl.store(out + base + m * T + t[None, :], acc, mask=(m >= 0) & (m < KW))
+
+
+@triton.jit(do_not_specialize=['A', 'B', 'A_PADDED', 'others'])
+def transpose(
+    source, to, A, B, A_PADDED, others, source_n, source_other, source_a, to_n, to_other, to_b, SIDE: tl.constexpr
+):
+    """``to[n, other, b, a] = source[n, other, a, b]``: b is contiguous in the source, a in the result.
+
+    Entries from A up to A_PADDED become zero.
+    """
+    tiles_a = tl.cdiv(A_PADDED, SIDE)
+    tiles_b = tl.cdiv(B, SIDE)
+    tile = tl.program_id(0) % (tiles_a * tiles_b)
+    batch = tl.program_id(0) // (tiles_a * tiles_b)
+    n = (batch // others).to(tl.int64)
+    other = batch % others
+    a = tile // tiles_b * SIDE + tl.arange(0, SIDE)
+    b = tile % tiles_b * SIDE + tl.arange(0, SIDE)
+    read = source + n * source_n + other * source_other + a[:, None] * source_a + b[None, :]
+    block = tl.load(read, mask=(a < A)[:, None] & (b < B)[None, :], other=0.0)
+    write = to + n * to_n + other * to_other + b[:, None] * to_b + a[None, :]
+    tl.store(write, tl.trans(block), mask=(b < B)[:, None] & (a < A_PADDED)[None, :])

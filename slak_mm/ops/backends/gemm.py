@@ -50,8 +50,8 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
 
 
 def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
-    """A candidate on GPUs; on the CPU for half precision, which PyTorch convolves slowly."""
-    return x.device.type != 'cpu' or x.dtype is torch.float16
+    """On the CPU for half precision, which PyTorch convolves slowly."""
+    return x.device.type == 'cpu' and x.dtype is torch.float16
 
 
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:

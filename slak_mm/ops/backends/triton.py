@@ -1,49 +1,34 @@
 """Triton backend: fused forward and both gradients on CUDA devices.
 
-The branches of a tile of the output are computed by one program, each as products of matrices
-along its long axis, as in :mod:`slak_mm.ops.backends.gemm`, but with banded matrices that exist
-in registers only and with in-bounds inputs only. The gradient of a kernel is a product of shifted
-gradients and shifted inputs over blocks of pixels, whose partial sums are added in a fixed order.
-Sums are in float32; float32 inputs are multiplied in TF32 if
-``torch.backends.cudnn.allow_tf32`` says so for convolutions.
+Maps are staged as planes with contiguous rows (:mod:`slak_mm.ops.backends._triton_kernels`). A wide kernel is a
+product of row-shifted blocks with banded matrices; a tall one is the same on the transposed planes, whose results are
+stored transposed back. The gradient of a kernel is a product of inputs and gradients over all rows, whose
+diagonals are summed. Sums are in float32 and in a fixed order, so that every run gives the same bits; branches that are
+added up are rounded once. float32 inputs are multiplied in TF32 if ``torch.backends.cudnn.allow_tf32`` says so for
+convolutions.
 
-Channels-last tensors are copied to NCHW and back, which costs little beside the arithmetic.
-
-The sizes of the blocks are timed once per shape class on a GPU. Triton is imported at the first
-use. With the environment variable ``TRITON_INTERPRET=1`` the kernels run on the CPU, slowly,
-which the tests use.
+The sizes of blocks follow from the shape, nothing is timed. Triton is imported at the first use. With the environment
+variable ``TRITON_INTERPRET=1`` the kernels run on the CPU, slowly, which the tests use.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from functools import cache, cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import measured, reference
+from . import reference
+from .layout import memory_format
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Tile height and width, inputs per step, warps; the first is taken where nothing is timed.
-_CONVOLVE_BLOCKS = (
-    (64, 64, 32, 4),
-    (64, 64, 32, 8),
-    (32, 64, 32, 4),
-    (64, 32, 32, 4),
-    (32, 32, 32, 4),
-    (128, 64, 32, 8),
-    (64, 64, 64, 8),
-)
-# Pixels per step, warps.
-_GRADIENT_BLOCKS = ((32, 4), (64, 4), (128, 4), (64, 8))
-# Programs that share the pixels of a channel are at most this many, and all programs about this.
-_MOST_PARTS, _PROGRAMS = 64, 4096
-
-_tuned: dict[tuple[Any, ...], tuple[int, ...]] = {}
+_TILE = 64  # outputs along a row, and side of the tiles of transposed copies
+_PROGRAMS = 1056  # eight for each of 132 multiprocessors; the rows are split among as many
+_MOST_KEPT_BYTES = 80 << 10  # of banded matrices, beside which a block of inputs fits into shared memory
 
 
 def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
@@ -63,8 +48,8 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
 
 
 def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
-    """A candidate on GPUs only; the interpreter is for tests."""
-    return x.device.type == 'cuda'
+    """On GPUs, for kernels that are larger than what PyTorch's own are written for; the interpreter is for tests."""
+    return x.device.type == 'cuda' and max(max(k.shape[1:]) for k in kernels) > 7
 
 
 def _is_interpreted() -> bool:
@@ -84,139 +69,189 @@ def is_installed() -> bool:
 
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
-    return tuple(_convolve([x.contiguous()] * len(kernels), kernels, bias, reduce))
+    planes = _Planes(x)
+    return _convolve([planes] * len(kernels), kernels, bias, reduce)
 
 
 def backward(
     x: Tensor, kernels: Sequence[Tensor], grads: Sequence[Tensor], needs_x: bool, needs_kernels: bool
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
-    planes = reference.expand([grad.contiguous() for grad in grads], kernels)
+    layout = memory_format(x)
+    gradients = reference.expand([_Planes(grad.contiguous(memory_format=layout)) for grad in grads], kernels)
     grad_x = grad_kernels = None
     if needs_x:
         # The adjoint is the same convolution with the kernels flipped.
-        grad_x = _convolve(planes, [k.flip(1, 2) for k in kernels], None, True)[0]
+        (grad_x,) = _convolve(gradients, [k.flip(1, 2) for k in kernels], None, True)
     if needs_kernels:
-        x = x.contiguous()
-        grad_kernels = tuple(_kernel_gradient(x, grad, kernel) for grad, kernel in zip(planes, kernels))
+        planes = _Planes(x)
+        grad_kernels = tuple(_kernel_gradient(planes, g, kernel) for g, kernel in zip(gradients, kernels))
     return grad_x, grad_kernels
 
 
-def _convolve(inputs: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> list[Tensor]:
-    """Convolve contiguous inputs (N, C, H, W), each with its kernel."""
+class _Planes:
+    """A map (N, C, H, W) as planes with rows that are padded to a multiple of 8 entries, and as transposed ones."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.layout = memory_format(x)
+        self.x = x.contiguous(memory_format=self.layout)
+        self.shape = tuple(x.shape)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(N, C, H, W rounded up)."""
+        n, c, h, w = self.shape
+        padded = _eights(w)
+        if self.layout is torch.contiguous_format:
+            return F.pad(self.x, (0, padded - w)) if padded > w else self.x
+        planes = self.x.new_empty(n, c, h, padded)
+        _transpose(self.x, planes, (n, h, w, c), padded, (h * w * c, w * c, c), (c * h * padded, padded, h * padded))
+        return planes
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(N, C, W, H rounded up)."""
+        n, c, h, w = self.shape
+        padded = _eights(h)
+        planes = self.x.new_empty(n, c, w, padded)
+        if self.layout is torch.contiguous_format:
+            sizes, strides, to = (n, c, h, w), (c * h * w, h * w, w), (c * w * padded, w * padded, padded)
+        else:
+            sizes, strides, to = (n, w, h, c), (h * w * c, c, w * c), (c * w * padded, padded, w * padded)
+        _transpose(self.x, planes, sizes, padded, strides, to)
+        return planes
+
+    def along(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """The planes whose rows lie along the longer side of a kernel, and the kernel as it lies on them."""
+        if kernel.shape[1] > kernel.shape[2]:
+            return self.columns, kernel.transpose(1, 2).contiguous()
+        return self.rows, kernel.contiguous()
+
+
+def _convolve(
+    inputs: Sequence[_Planes], kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
+) -> tuple[Tensor, ...]:
+    """Convolve each input with its kernel; the results have the layout of the inputs."""
     from . import _triton_kernels
 
+    x = inputs[0].x
     n, c, h, w = inputs[0].shape
-    results = [torch.empty_like(inputs[0]) for _ in range(1 if reduce else len(kernels))]
-    sizes = [tuple(kernel.shape[1:]) for kernel in kernels] + [(0, 0)] * (3 - len(kernels))
-    operands = [
-        *_three(inputs),
-        *_three([kernel.contiguous() for kernel in kernels]),
-        results[0] if bias is None else bias.contiguous(),
-        *_three(results),
-    ]
-
-    def launch(blocks: tuple[int, ...]) -> None:
-        height, width, depth, warps = blocks
-        # A tile need not be larger than the map; a matrix product needs 16.
-        height, width = min(height, _power_of_two(h)), min(width, _power_of_two(w))
-        tiles = -(-h // height) * -(-w // width)
-        _triton_kernels.convolve_kernel[(n * c * tiles,)](
-            *operands,
-            c,
-            h,
-            w,
-            *sizes[0],
-            *sizes[1],
-            *sizes[2],
-            HAS_BIAS=bias is not None,
-            REDUCE=reduce,
-            BLOCK_H=height,
-            BLOCK_W=width,
-            BLOCK_K=depth,
-            PRECISION=_precision(inputs[0]),
-            num_warps=warps,
-        )
-
-    key = ('convolve', inputs[0].device, inputs[0].dtype, reduce, c, *_size_class(n, h, w), *sizes)
-    _launch_tuned(launch, key, _CONVOLVE_BLOCKS, inputs[0].device)
-    return results
-
-
-def _kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
-    """Gradient with respect to a kernel (C, kh, kw), of contiguous x and grad."""
-    from . import _triton_kernels
-
-    n, c, h, w = x.shape
-    kh, kw = kernel.shape[1:]
-    is_tall = kh > kw
-    taps, length = (kw, kh) if is_tall else (kh, kw)
-    rows, long = (w, h) if is_tall else (h, w)
-    strides = (1, w) if is_tall else (w, 1)
-
-    result: list[Tensor] = []
-
-    def launch(blocks: tuple[int, ...]) -> None:
-        depth, warps = blocks
-        items = n * long * -(-rows // depth) if is_tall else n * rows * -(-long // depth)
-        parts = min(_MOST_PARTS, -(-_PROGRAMS // c), -(-items // 8))
-        per_program = -(-items // parts)
-        partial = x.new_empty(parts, c, taps, length, dtype=torch.float32)
-        _triton_kernels.gradient_kernel[(c, parts)](
-            x,
-            grad,
-            partial,
+    results = x.new_empty(1 if reduce else len(kernels), n, c, h, _eights(w))
+    sums = x.new_empty(results.shape[1:], dtype=torch.float32) if reduce and len(kernels) > 1 else None
+    for i, (planes, kernel) in enumerate(zip(inputs, kernels)):
+        source, kernel = planes.along(kernel)
+        is_last = i == len(kernels) - 1
+        into = sums if reduce and not is_last else results[0 if reduce else i]
+        rows, length = n * source.shape[2], w if source is planes.rows else h
+        blocks = _blocks(length, kernel, x.element_size())
+        grid = (c, -(-length // blocks['T']), 0)
+        steps, splits = _split(rows, blocks['R'], grid[0] * grid[1])
+        _triton_kernels.convolve_rows[(*grid[:2], splits)](
+            source,
+            kernel,
+            kernel if bias is None else bias.contiguous(),
+            into if sums is None else sums,
+            into,
             n,
             c,
-            rows,
-            long,
-            *strides,
-            per_program,
-            TAPS=taps,
-            LENGTH=length,
-            ALONG_R=is_tall,
-            BLOCK_I=_power_of_two(taps),
-            BLOCK_M=_power_of_two(length),
-            BLOCK_K=depth,
+            source.shape[2],
+            length,
+            source.shape[3] // 8,
+            results.shape[-1] // 8,
+            steps,
+            KEEP=_keeps(blocks, kernel),
+            TRANSPOSED=source is not planes.rows,
+            HAS_BIAS=bias is not None and is_last,
+            HAS_ADDEND=reduce and i > 0,
             PRECISION=_precision(x),
-            num_warps=warps,
+            **blocks,
+            num_warps=8 if blocks['U'] == _TILE else 4,
         )
-        result[:] = [partial.sum(0)]
-
-    key = ('gradient', x.device, x.dtype, c, *_size_class(n, h, w), kh, kw)
-    _launch_tuned(launch, key, _GRADIENT_BLOCKS, x.device)
-    gradient = result[0].transpose(1, 2) if is_tall else result[0]
-    return gradient.to(kernel.dtype)
+    return _unstage(results, w, inputs[0].layout)
 
 
-def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Three tensors; those that do not exist are stood for by the first and not touched."""
-    return [*tensors, *[tensors[0]] * (3 - len(tensors))]
+def _unstage(results: Tensor, w: int, layout: torch.memory_format) -> tuple[Tensor, ...]:
+    """Planes (K, N, C, H, W rounded up) as K maps (N, C, H, W) in a layout."""
+    k, n, c, h, padded = results.shape
+    if layout is torch.contiguous_format:
+        return tuple(results[..., :w].contiguous().unbind())
+    maps = results.new_empty(k * n, h, w, c)
+    _transpose(results, maps, (k * n, h, c, w), c, (c * h * padded, padded, h * padded), (h * w * c, w * c, c))
+    return tuple(maps.view(k, n, h, w, c).permute(0, 1, 4, 2, 3).unbind())
+
+
+def _kernel_gradient(planes: _Planes, gradient: _Planes, kernel: Tensor) -> Tensor:
+    """Gradient with respect to a kernel (C, kh, kw)."""
+    from . import _triton_kernels
+
+    x, lying = planes.along(kernel)
+    g, _ = gradient.along(kernel)
+    n, c, h, w = planes.shape
+    length = w if x is planes.rows else h
+    kh, kw = lying.shape[1:]
+    blocks = _blocks(length, lying, x.element_size())
+    tiles = -(-length // blocks['T'])
+    steps, splits = _split(n * x.shape[2], blocks['R'], c * kh * tiles)
+    out = x.new_zeros(splits, tiles, c, kh, kw, blocks['T'], dtype=torch.float32)
+    _triton_kernels.kernel_gradient_rows[(c * kh, tiles, splits)](
+        x, g, out, n, c, x.shape[2], length, x.shape[3] // 8, steps, PRECISION=_precision(x), **blocks, num_warps=4
+    )
+    result = out.sum((0, 1, 5)).to(kernel.dtype)
+    return result if x is planes.rows else result.transpose(1, 2)
+
+
+def _transpose(
+    source: Tensor,
+    to: Tensor,
+    sizes: tuple[int, int, int, int],
+    padded: int,
+    source_strides: tuple[int, int, int],
+    to_strides: tuple[int, int, int],
+) -> None:
+    """``to[n, other, b, a] = source[n, other, a, b]``; sizes (N, others, A, B), strides of n, other and a or b."""
+    from . import _triton_kernels
+
+    n, others, a, b = sizes
+    grid = n * others * -(-padded // _TILE) * -(-b // _TILE)
+    _triton_kernels.transpose[(grid,)](
+        source, to, a, b, padded, others, *source_strides, *to_strides, SIDE=_TILE, num_warps=4
+    )
+
+
+def _blocks(length: int, kernel: Tensor, itemsize: int) -> dict[str, int]:
+    """Sizes of the kernels' blocks for rows of a length and a kernel (C, KH, KW) that lies along them."""
+    kh, kw = kernel.shape[1:]
+    tile, reach = _TILE, max(32, _power_of_two(kw // 2))  # few values, each of which is compiled once
+    if length <= _TILE:  # a tile is the whole row, and so are its inputs
+        tile, reach = _power_of_two(length), 0
+    return dict(KW=kw, KH=kh, R=64 if itemsize == 2 else 32, T=tile, U=_power_of_two(tile + 2 * reach), OFF=reach)
+
+
+def _keeps(blocks: dict[str, int], kernel: Tensor) -> bool:
+    """Whether the banded matrices of all kernel rows are held at once."""
+    size = blocks['KH'] * blocks['T'] * blocks['U'] * kernel.element_size()
+    return blocks['KH'] <= 5 and size <= _MOST_KEPT_BYTES
+
+
+def _split(rows: int, block: int, programs: int) -> tuple[int, int]:
+    """Steps of each program and number of programs that share the rows."""
+    total = -(-rows // block)
+    splits = max(1, min(total, -(-_PROGRAMS // programs)))
+    steps = -(-total // splits)
+    return steps, -(-total // steps)
+
+
+def _eights(n: int) -> int:
+    """Round up to a multiple of 8: 16 bytes in half precision."""
+    return -(-n // 8) * 8
 
 
 def _power_of_two(n: int) -> int:
-    """The least power of two from 16 on that is not below n."""
+    """The least power of two from 16 on, which a matrix product needs, that is not below n."""
     return max(16, 1 << (n - 1).bit_length())
-
-
-def _size_class(*sizes: int) -> tuple[int, ...]:
-    return tuple((n - 1).bit_length() for n in sizes)
 
 
 def _precision(x: Tensor) -> str:
     if x.device.type != 'cuda':
         return 'float32'
     return 'tf32' if torch.backends.cudnn.allow_tf32 else 'ieee'
-
-
-def _launch_tuned(
-    launch: Callable[[tuple[int, ...]], None],
-    key: tuple[Any, ...],
-    choices: Sequence[tuple[int, ...]],
-    device: torch.device,
-) -> None:
-    """Launch with the fastest block sizes, which are timed at the first call of each key."""
-    blocks = _tuned.get(key, choices[0])
-    if key not in _tuned and measured.may_measure(device):
-        blocks = _tuned[key] = measured.fastest_of(launch, choices, device)
-    launch(blocks)
