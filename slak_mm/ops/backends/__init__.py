@@ -18,9 +18,9 @@ Tensors are not empty, have one dtype and device and any strides, and no lazy bi
 holds their values. Results have the dtype of ``x`` and any memory format. What is added up,
 products, branches and bias, is added in float32 at least and rounded once.
 
-The first backend of :data:`BACKENDS` that can run and is preferred is taken; nothing is timed. On a GPU one that fails is
-left out for the rest of the process, with a warning. The environment variable ``SLAK_MM_BACKEND`` or :func:`use_backend`
-names another.
+The first backend of :data:`BACKENDS` that can run and is preferred is taken; nothing is timed. On a GPU
+one that fails is left out for the rest of the process, with a warning. The environment variable
+``SLAK_MM_BACKEND`` or :func:`use_backend` names another.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def kernel_gradient_rows(
     OFF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum ``g[r, w0 + t] * x[r + i - KH // 2, w0 + t + m - KW // 2]`` over rows r into ``out[split, tile, c, i, m, t]``.
+    """Sum ``g[r, w0 + t] * x[r + i - KH // 2, w0 + t + m - KW // 2]`` over rows into ``out[split, tile, c, i, m, t]``.
 
     The gradient of tap (i, m) is the sum over split, tile and t. Entries whose input lies outside of the map are
     not written.
