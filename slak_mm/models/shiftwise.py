@@ -535,12 +535,13 @@ class ShiftWise(LargeKernelBackbone):
         Raises:
             CheckpointMismatch: A table cannot belong to this backbone.
         """
+        remarks = super().complete_state_dict(state_dict, prefix)
         if self.deploy:
-            return []
+            return remarks
         fitted, remark = fit_paths(state_dict, self.num_paths, prefix)
         state_dict.clear()
         state_dict.update(fitted)
-        remarks = [remark] if remark else []
+        remarks += [remark] if remark else []
         operators = {
             f'{prefix}{name}.': module for name, module in self.named_modules() if isinstance(module, ShiftWiseConv)
         }
