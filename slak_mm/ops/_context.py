@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 
@@ -35,7 +36,7 @@ def is_compiling() -> bool:
     return bool(getattr(torch.compiler, 'is_compiling', bool)())
 
 
-def is_observed(x: Tensor) -> bool:
+def is_observed(*tensors: Tensor) -> bool:
     """Whether something other than the computation itself looks at the operators.
 
     ``torch.compile`` and ``torch.export``, subclasses of tensors, tensors without data, and modes
@@ -43,10 +44,28 @@ def is_observed(x: Tensor) -> bool:
     """
     return (
         is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.is_meta
+        or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
         or _get_current_dispatch_mode() is not None
     )
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether forward-mode AD or a transform of ``torch.func`` other than ``grad`` is at work.
+
+    Tensors then carry tangents or a further axis, which only PyTorch's own operators know about.
+
+    Args:
+        tensors: Gradients, which carry a further axis under ``is_grads_batched`` of ``torch.autograd.grad``.
+    """
+    functorch = torch._C._functorch
+    is_batched = getattr(functorch, 'is_legacy_batchedtensor', None)  # from torch 2.2 on
+    if forward_ad._current_level >= 0 or (is_batched is not None and any(map(is_batched, tensors))):
+        return True
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    if is_compiling() or not hasattr(functorch, 'get_interpreter_stack'):
+        return True  # torch.compile cannot look into the stack
+    return any(level.key() != functorch.TransformType.Grad for level in functorch.get_interpreter_stack())
 
 
 def is_counted() -> bool:
