@@ -1,6 +1,6 @@
 """Read the pickle of a checkpoint without building anything of it, and refuse what must not be built.
 
-Real checkpoints hold tensors, plain containers and a little more: the official SLaK files an
+Real checkpoints hold tensors, plain containers and a little more: some official files an
 ``argparse.Namespace`` under ``args``, files written by mmengine log histories and numpy values under
 ``message_hub``. :class:`PickleCheck` knows each function that these call and the arguments it may get.
 Whatever else a file asks for is refused by name. So is what would cost more than the file is large: a

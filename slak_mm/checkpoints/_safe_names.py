@@ -1,6 +1,6 @@
 """Objects that real checkpoints refer to, beyond torch's own list of those that may be read.
 
-``torch.load(weights_only=True)`` reads tensors and plain containers. The official SLaK files hold an
+``torch.load(weights_only=True)`` reads tensors and plain containers. Some official files hold an
 ``argparse.Namespace`` as well, files of mmengine log histories and numpy values.
 """
 

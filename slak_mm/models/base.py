@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -76,6 +79,31 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     Official checkpoints may be loaded with ``load_state_dict`` as they are: their names are
     converted on the way, and all is checked before a value is overwritten.
     :func:`slak_mm.load_pretrained` also drops what the backbone has no use for, and reports.
+
+    The constructors of all subclasses take the following arguments.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per
+            stage. Default: 'tiny'.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the
+            first. Default: 0.
+        layer_scale_init_value: Initial layer scale; 0 or less for none. Default: 1.0, as the
+            official downstream configs (1e-6 on ImageNet).
+        out_indices: Stages to return; those behind the last one are not built. Default:
+            (0, 1, 2, 3).
+        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream
+            code. Default: True.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with
+            the downsampling before them. Output norms stay trainable. Default: -1.
+        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is
+            no CUDA device.
+        with_cp: Recompute each block in the backward pass to save memory. Default: False.
+        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces.
+            Default: False.
+        in_channels: Channels of the image. Default: 3.
+        init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
+            :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.
+            Default: truncated normal of standard deviation 0.02.
     """
 
     arch_settings: ClassVar[Mapping[str, Mapping[str, Sequence[int]]]]
@@ -148,12 +176,16 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     def _finish_init(
         self, channels: Sequence[int], out_indices: Sequence[int] | int, out_norm: bool, frozen_stages: int
     ) -> None:
-        """Add the output norms and set what is common, after the stages were built."""
+        """Add the output norms and drop the stages behind the last output, after the stages were built.
+
+        Nothing would use these stages, and parameters without a gradient stop distributed training.
+        """
         num_stages = len(self.stages)
         indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
         if not indices or any(not -num_stages <= i < num_stages for i in indices):
             raise ValueError(f'out_indices must name stages 0 to {num_stages - 1}, got {out_indices}')
         self.out_indices = tuple(sorted({i % num_stages for i in indices}))
+        del self.stages[self.out_indices[-1] + 1 :], self.downsample_layers[self.out_indices[-1] + 1 :]
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must lie between -1 and {num_stages}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
@@ -189,8 +221,6 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
             x = stage(downsample(x))
             if i in self.out_indices:
                 outs.append(getattr(self, f'norm{i}')(x) if self.out_norm else x)
-            if i == self.out_indices[-1]:
-                break
         return tuple(outs)
 
     def _smallest_image(self) -> int:
@@ -213,6 +243,8 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     def complete_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> list[str]:
         """Fit a state dict by our names to this backbone where that leaves the function as it is.
 
+        The stages behind the last one of ``out_indices`` are left out.
+
         Args:
             state_dict: Tensors by our names; changed in place.
             prefix: Prefix of this backbone's names.
@@ -223,7 +255,13 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
         Raises:
             CheckpointMismatch: A tensor cannot belong to this backbone.
         """
-        return []
+        last = self.out_indices[-1]
+        stage = re.compile(re.escape(prefix) + r'(?:downsample_layers|stages)\.(\d+)\.')
+        unused = [key for key in state_dict if (found := stage.match(key)) and last < int(found[1]) < len(self.depths)]
+        for key in unused:
+            del state_dict[key]
+        remark = f'{len(unused)} tensors behind stage {last}, the last one that out_indices returns, were left out'
+        return [remark] if unused else []
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors by our or official names; all of them, or with an error none.
@@ -279,18 +317,27 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return
-        frozen = [self.downsample_layers[0]]
-        for i in range(self.frozen_stages):
-            frozen += [self.downsample_layers[i], self.stages[i]]
-        for module in frozen:
+        frozen = [self.downsample_layers[0], *self.downsample_layers[: self.frozen_stages]]
+        for module in [*frozen, *self.stages[: self.frozen_stages]]:
             module.eval()
             module.requires_grad_(False)
 
     def switch_to_deploy(self) -> None:
-        """Fold branches and norms of every block into the form for inference, in place."""
-        for block in self.modules():
+        """Fold branches and norms of every block into the form for inference, in place.
+
+        What does not compute as the layers it stands for, such as an adapter, stays as it is with
+        what would be folded into it; a warning names it.
+        """
+        for name, block in self.named_modules():
             if block is not self and hasattr(block, 'switch_to_deploy'):
                 block.switch_to_deploy()
+                if not block.deploy:
+                    print_log(
+                        f'{name} stays in training form: one of its layers was replaced, or has hooks that change '
+                        'its results. Merge or remove them first to fold it.',
+                        logger='current',
+                        level=logging.WARNING,
+                    )
         # Else these weights would be reordered in every pass, as the maps have this layout.
         self.downsample_layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.deploy = True
@@ -300,8 +347,7 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     """Fold the branches and norms of every backbone of this package within a model, in place.
 
     Load weights first: a deployed backbone takes deployed checkpoints only. The result agrees
-    with the eval mode of the original. On a CPU its first pass in float32 without autograd copies
-    the weights of the linear layers into oneDNN's layout, and keeps the copies.
+    with the eval mode of the original.
 
     Args:
         model: A backbone, or any module that contains some.

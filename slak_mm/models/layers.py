@@ -2,54 +2,177 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from slak_mm._config import type_name
-from slak_mm.ops._context import is_autocast_enabled, is_observed
-
-PIXELS_AT_ONCE = 1024
-"""Pixels whose hidden layer fits into a CPU's cache; fewer make matrix products slower."""
-
-SQUARES_AT_ONCE = 1 << 16
-"""Squares that are added up while they are in the second-level cache of one core."""
+from slak_mm.ops import pointwise_mlp
+from slak_mm.ops._context import is_counted
+from slak_mm.ops.pointwise import global_response_norm, scaled_sum
 
 
-def runs_eagerly_on_cpu(x: Tensor) -> bool:
-    """Whether a channels-last map on the CPU is computed on now, without autograd.
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether an operator may read a module's tensors instead of calling the module.
 
-    Then what is best for the caches may take the place of plain operators. Not so where a graph
-    is recorded or a mode looks on, or under autocast.
+    It may if the module is exactly of one of the classes, and nobody looks at its inputs, results
+    or gradients. An adapter, a quantized or parametrized layer, or one with hooks is called. This
+    is the only place that decides it.
     """
+    every = nn.modules.module
     return (
-        x.device.type == 'cpu'
-        and not torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
-        and not is_observed(x)
-        and not is_autocast_enabled('cpu')
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
+        type(module) in classes
+        and 'forward' not in module.__dict__
+        and not (
+            module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        )
+        # PyTorch's FLOP counter has hooks for all modules, which look at nothing but the names.
+        and (
+            is_counted()
+            or not (
+                every._global_forward_pre_hooks
+                or every._global_forward_hooks
+                or every._global_backward_pre_hooks
+                or every._global_backward_hooks
+            )
+        )
     )
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """Sum over the rows of (P, C) of the squares, (C,), in float32 at least; without autograd."""
-    # A few rows at a time: their squares do not leave the cache.
-    scratch = x.new_empty(max(1, min(len(x), SQUARES_AT_ONCE // x.shape[1])), x.shape[1])
-    total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    for part in x.split(len(scratch)):
-        total += torch.mul(part, part, out=scratch[: len(part)]).sum(0, dtype=total.dtype)
-    return total
+@torch.no_grad()
+def is_foldable(module: nn.Module, cls: type[nn.Module], shape: Sequence[int]) -> bool:
+    """Whether a module computes what its class computes with its tensors, in eval mode.
+
+    Pruning and weight norm set the weight in a hook, which has run when this function returns.
+
+    Args:
+        module: The module.
+        cls: The class whose tensors are to be read.
+        shape: A shape of inputs.
+    """
+    if is_plain(module, cls, nn.BatchNorm2d, nn.SyncBatchNorm):
+        return True
+    if not isinstance(module, cls):
+        return False
+    like = next(itertools.chain(module.parameters(), module.buffers()))
+    x = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=like.device).view(*shape)
+    training = module.training
+    module.eval()
+    is_same = torch.equal(module(x), cls.forward(module, x))
+    module.train(training)
+    return is_same
+
+
+def is_depthwise(conv: nn.Conv2d, padding: tuple[int, ...]) -> bool:
+    """Whether a convolution is depthwise with stride 1 and this many zeros around the map."""
+    return (
+        conv.groups == conv.in_channels
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == padding
+        and conv.padding_mode == 'zeros'
+    )
+
+
+def sum_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Add up maps, of which there is one at least."""
+    return sum(maps[1:], start=maps[0])
+
+
+def passes(drop_path: nn.Module) -> bool:
+    """Whether a layer for stochastic depth returns its input and need not be called."""
+    return is_plain(drop_path, nn.Identity) or (not drop_path.training and is_plain(drop_path, DropPath))
+
+
+def perceptron(
+    x: Tensor,
+    linear1: Any,
+    act: Any,
+    linear2: Any,
+    *,
+    gate: Tensor | None = None,
+    norm: Any = None,
+    grn: Any = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute ``residual + scale * linear2(grn(act(linear1(norm(gate * x)))))`` for each pixel.
+
+    Plain modules are computed by :func:`slak_mm.ops.pointwise_mlp`; else all of them are called,
+    with whole maps of shape (N, H, W, channels).
+
+    Args:
+        x: (N, C, H, W).
+        linear1: Linear layer, C to D.
+        act: Activation.
+        linear2: Linear layer, D to E.
+        gate: (N, C, 1, 1). Default: None.
+        norm: LayerNorm. Default: None.
+        grn: :class:`GRN`. Default: None.
+        scale: (E,). Default: None.
+        residual: (N, E, H, W). Default: None.
+
+    Returns:
+        Shape (N, E, H, W).
+    """
+    if (
+        is_plain(linear1, nn.Linear)
+        and is_plain(linear2, nn.Linear)
+        and is_plain(act, nn.GELU)
+        and act.approximate == 'none'
+        and (norm is None or is_plain(norm, nn.LayerNorm))
+        and (grn is None or is_plain(grn, GRN))
+    ):
+        return pointwise_mlp(
+            x,
+            linear1.weight,
+            linear1.bias,
+            linear2.weight,
+            linear2.bias,
+            gate=gate,
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
+            grn=None if grn is None else grn.tensors(),
+            scale=scale,
+            residual=residual,
+        )
+    y = (x if gate is None else x * gate).permute(0, 2, 3, 1)
+    y = act(linear1(y if norm is None else norm(y)))
+    y = linear2(y if grn is None else grn(y)).permute(0, 3, 1, 2)
+    return scaled_sum(y, None if scale is None else scale.view(-1, 1, 1), residual)
+
+
+class GRN(nn.Module):
+    """Global response normalization of (N, H, W, C) maps, see :func:`global_response_norm`.
+
+    Args:
+        channels: C.
+        bias: Whether there is ``beta``.
+    """
+
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, H, W, C) to the same shape."""
+        return global_response_norm(x, *self.tensors())
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """``gamma`` and ``beta``, (C,)."""
+        return self.gamma.view(-1), None if self.beta is None else self.beta.view(-1)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -135,10 +258,10 @@ def batch_norm_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 class DepthwiseBranch(nn.Module):
-    """Weights of one depthwise kernel and of the batch norm behind it.
+    """One depthwise convolution and the batch norm behind it.
 
-    The convolution itself is computed by the operator of the block, together with the block's
-    other branches.
+    Plain modules are not called: the operator of the block computes their convolution together
+    with the block's other branches, and :meth:`finish` the rest.
 
     Args:
         channels: C.
@@ -153,6 +276,11 @@ class DepthwiseBranch(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size, padding=padding, groups=channels, bias=bias)
         self.bn: _BatchNorm | None = None if norm_cfg is None else build_branch_norm(norm_cfg, channels)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        y = self.conv(x)
+        return y if self.bn is None else self.bn(y)
+
     @property
     def kernel(self) -> Tensor:
         """The kernel in the operator's shape, (C, height, width)."""
@@ -163,6 +291,25 @@ class DepthwiseBranch(nn.Module):
         if self.conv.bias is not None:
             y = y + self.conv.bias.view(-1, 1, 1)
         return y if self.bn is None else self.bn(y)
+
+    def is_read(self) -> bool:
+        """Whether the operator may take the place of :meth:`forward`, but for the norm."""
+        return is_plain(self, DepthwiseBranch) and is_plain(self.conv, nn.Conv2d) and self._has_same_size()
+
+    def is_foldable(self) -> bool:
+        """Whether :meth:`folded` gives what the branch computes in eval mode."""
+        conv = self.conv
+        if not isinstance(conv, nn.Conv2d) or not self._has_same_size():
+            return False
+        shape = (1, conv.in_channels, *conv.kernel_size)
+        return (
+            is_foldable(self, DepthwiseBranch, shape)
+            and is_foldable(conv, nn.Conv2d, shape)
+            and (self.bn is None or is_foldable(self.bn, _BatchNorm, shape))
+        )
+
+    def _has_same_size(self) -> bool:
+        return is_depthwise(self.conv, tuple(size // 2 for size in self.conv.kernel_size))
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:

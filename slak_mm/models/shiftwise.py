@@ -35,21 +35,31 @@ from slak_mm.checkpoints import (
     register_family,
 )
 from slak_mm.ops import cross_dwconv2d
-from slak_mm.ops.shift_tables import assemble_kernels, ghost_channels, num_filters, shift_table_error, shift_tables
+from slak_mm.ops.shift_tables import (
+    assemble_kernels,
+    ghost_channels,
+    num_filters,
+    shift_table_error,
+    shift_tables,
+    shifted_sums,
+)
 from slak_mm.sparsity import PRESETS, SELECTIONS, path_groups
 
 from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, num_masked
 from .layers import (
-    PIXELS_AT_ONCE,
+    GRN,
     LayerNorm2d,
     RecomputableBlock,
     batch_norm_affine,
     build_branch_norm,
+    is_depthwise,
+    is_foldable,
+    is_plain,
+    passes,
     patch_downsampling,
-    runs_eagerly_on_cpu,
-    sum_of_squares,
+    perceptron,
+    sum_maps,
 )
-from .linear import has_hooks, linear
 from .slak import SLaKBlock
 
 _TABLES = ('shifts', 'picks', 'rep', 'ghost')
@@ -152,23 +162,39 @@ class ShiftWiseConv(LargeKernelLayer):
             if self.ghost_scale is not None and self.ghost_bias is not None:
                 ghosts = torch.addcmul(self.ghost_bias.view(-1, 1, 1), ghosts, self.ghost_scale.view(-1, 1, 1))
             return torch.cat([y, ghosts], dim=1)
-        tall, wide, small = self.kernels()
-        center = self.kernel_size // 2
-        if self.bn_wide is None or self.bn_tall is None or self.bn_small is None:
-            y = cross_dwconv2d(x, tall, wide, small, reduce=True, center=center)
+        norms = (self.bn_tall, self.bn_wide, self.bn_small)
+        reduce = self.bn_tall is None
+        ys: Any
+        if not all(is_plain(path, nn.Conv2d) and self._is_filter(path) for path in self.filters):
+            filtered = [path(x) for path in self.filters]
+            ys = shifted_sums(sum_maps(filtered), self.shifts, self.picks, self.kernel_size, self.small_kernel)
+        elif reduce:
+            ys = [cross_dwconv2d(x, *self.kernels(), reduce=True, center=self.kernel_size // 2)]
         else:
-            y_tall, y_wide, y_small = cross_dwconv2d(x, tall, wide, small, center=center)
-            y = self.bn_wide(y_wide) + self.bn_tall(y_tall) + self.bn_small(y_small)
+            ys = cross_dwconv2d(x, *self.kernels(), center=self.kernel_size // 2)
+        y = sum_maps([y if norm is None else norm(y) for y, norm in zip(ys, norms)])
         return torch.cat([y + x, ghosts], dim=1)
+
+    def _is_filter(self, path: nn.Module) -> bool:
+        return isinstance(path, nn.Conv2d) and path.bias is None and is_depthwise(path, (self.small_kernel - 1,) * 2)
+
+    def _is_foldable(self, norm: _BatchNorm | None) -> bool:
+        n, num_ghosts, s = len(self.rep), len(self.ghost), self.small_kernel
+        norms = [(bn, n) for bn in (self.bn_tall, self.bn_wide, self.bn_small)] + [(norm, n + num_ghosts)]
+        return all(
+            self._is_filter(path) and is_foldable(path, nn.Conv2d, (1, n, s, s)) for path in self.filters
+        ) and all(bn is None or is_foldable(bn, _BatchNorm, (1, channels, 1, 1)) for bn, channels in norms)
 
     @torch.no_grad()
     def switch_to_deploy(self, norm: _BatchNorm | None = None) -> None:
         """Fold paths, norms and the identity into two kernels and one bias.
 
+        Nothing is done if a path is something else than a convolution, or a norm than a batch norm.
+
         Args:
             norm: Batch norm behind the layer to be folded in as well. Default: None.
         """
-        if self.deploy:
+        if self.deploy or not self._is_foldable(norm):
             return
         tall, wide, small = (kernel.clone() for kernel in self.kernels())
         bias = torch.zeros_like(tall[:, 0, 0])
@@ -253,32 +279,6 @@ class SqueezeExcite(nn.Module):
         return self.up(inner).sigmoid()
 
 
-class GRN(nn.Module):
-    """Global response normalization of (N, H, W, C) maps.
-
-    ``(gamma * G / (mean over channels of G + 1e-6) + 1) * x + beta`` with the norm G of each
-    channel over the pixels. Woo et al., "ConvNeXt V2", CVPR 2023; as in UniRepLKNet.
-
-    Args:
-        channels: C.
-        bias: Whether there is ``beta``.
-    """
-
-    def __init__(self, channels: int, bias: bool = True) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, H, W, C) to the same shape."""
-        y = self.factor(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)) * x
-        return y if self.beta is None else y + self.beta
-
-    def factor(self, norm: Tensor) -> Tensor:
-        """What the channels are multiplied with, given their norms, both (N, 1, 1, C)."""
-        return self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + 1
-
-
 class FeedForward(nn.Module):
     """Linear layer C to 4C, GELU, :class:`GRN`, linear layer 4C to C, batch norm.
 
@@ -294,49 +294,47 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, norm_cfg: dict, deploy: bool = False) -> None:
         super().__init__()
         self.deploy = deploy
+        self.channels = channels
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.act = nn.GELU()
         self.grn = GRN(4 * channels, bias=not deploy)
         self.fc2 = nn.Linear(4 * channels, channels, bias=deploy)
         self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to the same shape."""
-        y = x.permute(0, 2, 3, 1)
-        y = self.grn(linear(self.fc1, y, self.act))
-        y = linear(self.fc2, y).permute(0, 3, 1, 2)
-        return y if self.norm is None else self.norm(y)
-
-    def add_image(self, x: Tensor, y: Tensor, gate: Tensor, out: Tensor) -> None:
-        """Set ``out`` to ``x`` and the deployed form of ``gate * y``, with few passes over memory.
-
-        The norms that GRN's factors depend on are taken of pixels that are still in the cache, and
-        the factors are multiplied with them shortly before the second layer.
+    def forward(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Map (N, C, H, W) to the same shape.
 
         Args:
-            x: Pixels of one image, (P, C).
-            y: As ``x``.
-            gate: (C,).
-            out: As ``x``.
+            x: The map.
+            gate: ``x`` is multiplied with it, (N, C, 1, 1). Default: None.
+            residual: Added to the result in deployed form. Default: None.
         """
-        hidden = [linear(self.fc1, part * gate, self.act, keep=True) for part in y.split(PIXELS_AT_ONCE)]
-        norm = torch.stack([sum_of_squares(part) for part in hidden]).sum(0).sqrt()
-        factor = self.grn.factor(norm.to(x.dtype).view(1, 1, 1, -1)).view(-1)
-        for part, of_x, into in zip(hidden, *(t.split(PIXELS_AT_ONCE) for t in (x, out))):
-            torch.add(of_x, linear(self.fc2, part.mul_(factor), keep=True), out=into)
+        y = perceptron(x, self.fc1, self.act, self.fc2, grn=self.grn, gate=gate, residual=residual)
+        return y if self.norm is None else self.norm(y)
 
     @torch.no_grad()
     def switch_to_deploy(self, gamma: Tensor | None = None) -> None:
-        """Fold GRN's ``beta``, the norm and the layer scale ``gamma`` into the second layer."""
-        if self.norm is None or self.grn.beta is None:
+        """Fold GRN's ``beta``, the norm and the layer scale ``gamma`` into the second layer.
+
+        Nothing is done if there are other layers in their places.
+        """
+        if self.norm is None or not (
+            is_foldable(self.fc2, nn.Linear, (1, 4 * self.channels))
+            and is_foldable(self.grn, GRN, (1, 1, 1, 4 * self.channels))
+            and is_foldable(self.norm, _BatchNorm, (1, self.channels, 1, 1))
+        ):
             return
         scale, shift = batch_norm_affine(self.norm)
-        bias = scale * (self.fc2.weight @ self.grn.beta.view(-1)) + shift
-        weight = scale.view(-1, 1) * self.fc2.weight
+        weight, bias = scale.view(-1, 1) * self.fc2.weight, shift
+        grn_gamma, beta = self.grn.tensors()
+        if beta is not None:
+            bias = bias + scale * (self.fc2.weight @ beta)
         if gamma is not None:
             weight, bias = gamma.view(-1, 1) * weight, gamma * bias
+        self.fc2 = nn.Linear(weight.shape[1], len(weight), device='meta').train(self.training)
         self.fc2.weight, self.fc2.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.grn.beta = None
+        self.grn = GRN(0, bias=False).train(self.training)
+        self.grn.gamma = nn.Parameter(grn_gamma.view(1, 1, 1, -1).clone())
         self.norm = None
         self.deploy = True
 
@@ -381,33 +379,29 @@ class ShiftWiseBlock(RecomputableBlock):
 
     def _forward(self, x: Tensor) -> Tensor:
         y = self.large_kernel(x)
-        if self.norm is not None:
-            y = self.norm(y)
+        y = y if self.norm is None else self.norm(y)
         if (
             self.deploy
-            and not self.training
-            and runs_eagerly_on_cpu(x)
-            and not has_hooks(*self.se.modules(), *self.ffn.modules())
+            and passes(self.drop_path)
+            and is_plain(self.se, SqueezeExcite)
+            and is_plain(self.ffn, FeedForward)
         ):
-            out = torch.empty_like(x)
-            images = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, y, out))
-            for of_x, of_y, into, gate in zip(*images, self.se.gate(y).flatten(1)):
-                self.ffn.add_image(of_x, of_y, gate, into)
-            return out
+            return self.ffn(y, self.se.gate(y), residual=x)
         y = self.ffn(self.se(y))
-        if self.gamma is not None:
-            y = self.gamma.view(-1, 1, 1) * y
+        y = y if self.gamma is None else self.gamma.view(-1, 1, 1) * y
         return x + self.drop_path(y)
 
     def switch_to_deploy(self) -> None:
-        """Fold the norms, the layer scale and the branches of the large kernel."""
-        if self.norm is None:
-            return
-        self.large_kernel.switch_to_deploy(self.norm)
-        self.ffn.switch_to_deploy(self.gamma)
-        self.norm = None
-        self.gamma = None
-        self.deploy = True
+        """Fold the norms, the layer scale and the branches of the large kernel, as far as possible."""
+        if self.norm is not None and not self.large_kernel.deploy:
+            self.large_kernel.switch_to_deploy(self.norm)
+            self.norm = None if self.large_kernel.deploy else self.norm
+        # Where it is no parameter, pruning, for one, would compute it again.
+        gamma, was_folded = self._parameters.get('gamma'), self.ffn.deploy
+        self.ffn.switch_to_deploy(gamma)
+        if gamma is not None and self.ffn.deploy and not was_folded:
+            self.gamma = None
+        self.deploy = self.norm is None and self.ffn.deploy and self.gamma is None
 
 
 _ARCHS = {
@@ -711,9 +705,9 @@ class ShiftWise(LargeKernelBackbone):
     (128, ..., 1024) and (192, ..., 1536) with (3, 3, 27, 3) for small, base and large. Version 1
     has SLaK's.
 
+    The other arguments are those of :class:`~slak_mm.models.LargeKernelBackbone`.
+
     Args:
-        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per
-            stage. Default: 'tiny'.
         version: 1 for SLaK's plan (LayerNorm blocks, patch-wise downsampling, sizes rounded
             down), 2 for UniRepLKNet's (batch norm, squeeze-excite and GRN blocks, 3x3
             convolutions for downsampling, sizes rounded up). Default: 2.
@@ -730,24 +724,6 @@ class ShiftWise(LargeKernelBackbone):
             summed. Default: 4.
         width_factor: Multiplies ``dims``. Default: 1.0.
         branch_norm: A batch norm behind each kernel. Default: True.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the
-            first. Default: 0.
-        layer_scale_init_value: Initial layer scale; 0 or less for none. Default: 1.0, as the
-            official downstream configs (1e-6 on ImageNet).
-        out_indices: Stages to return. Default: (0, 1, 2, 3).
-        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream
-            code. Default: True.
-        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with
-            the downsampling before them. Output norms stay trainable. Default: -1.
-        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is
-            no CUDA device.
-        with_cp: Recompute each block in the backward pass to save memory. Default: False.
-        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces.
-            Default: False.
-        in_channels: Channels of the image. Default: 3.
-        init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
-            :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.
-            Default: truncated normal of standard deviation 0.02.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
@@ -861,12 +837,13 @@ class ShiftWise(LargeKernelBackbone):
         Raises:
             CheckpointMismatch: A table cannot belong to this backbone.
         """
+        remarks = super().complete_state_dict(state_dict, prefix)
         if self.deploy:
-            return []
+            return remarks
         fitted, remark = fit_paths(state_dict, self.num_paths, prefix)
         state_dict.clear()
         state_dict.update(fitted)
-        remarks = [remark] if remark else []
+        remarks += [remark] if remark else []
         operators = {
             f'{prefix}{name}.': module for name, module in self.named_modules() if isinstance(module, ShiftWiseConv)
         }

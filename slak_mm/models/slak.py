@@ -32,8 +32,7 @@ from slak_mm.ops import cross_dwconv2d
 from slak_mm.sparsity import PRESETS
 
 from .base import LargeKernelBackbone, LargeKernelLayer
-from .layers import PIXELS_AT_ONCE, DepthwiseBranch, RecomputableBlock, patch_downsampling, runs_eagerly_on_cpu
-from .linear import has_hooks, linear
+from .layers import DepthwiseBranch, RecomputableBlock, passes, patch_downsampling, perceptron, sum_maps
 
 
 class LargeKernelConv(LargeKernelLayer):
@@ -92,24 +91,28 @@ class LargeKernelConv(LargeKernelLayer):
             self.add_module(name, branch)
         self.bias = nn.Parameter(torch.zeros(channels)) if deploy else None
 
-    def _branch(self, name: str) -> DepthwiseBranch | None:
-        return getattr(self, name, None)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
-        branches = (self._branch('tall') or self._branch('square'), self._branch('wide'), self._branch('small'))
-        k_v, k_h, k_s = (None if branch is None else branch.kernel for branch in branches)
+        branches: dict[str, Any] = {name: getattr(self, name) for name in self.branch_names}
+        if not all(isinstance(branch, DepthwiseBranch) and branch.is_read() for branch in branches.values()):
+            y = sum_maps([branch(x) for branch in branches.values()])
+            return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        kernels: dict[str, Tensor] = {name: branch.kernel for name, branch in branches.items()}
+        k_v, k_h, k_s = kernels.get('tall', kernels.get('square')), kernels.get('wide'), kernels.get('small')
         assert k_v is not None
         if self.deploy:
             return cross_dwconv2d(x, k_v, k_h, bias=self.bias, reduce=True)
-        results = cross_dwconv2d(x, k_v, k_h, k_s)
-        finished = [branch.finish(y) for branch, y in zip(branches, results) if branch is not None and y is not None]
-        return sum(finished[1:], start=finished[0])
+        results = [y for y in cross_dwconv2d(x, k_v, k_h, k_s) if y is not None]
+        return sum_maps([branch.finish(y) for branch, y in zip(branches.values(), results)])
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Fold the norms into kernels and one bias, and the small kernel into a larger one."""
-        if self.deploy:
+        """Fold the norms into kernels and one bias, and the small kernel into a larger one.
+
+        Nothing is done if something else than a convolution and its norm is in a branch.
+        """
+        branches = [getattr(self, name) for name in self.branch_names]
+        if self.deploy or not all(isinstance(branch, DepthwiseBranch) and branch.is_foldable() for branch in branches):
             return
         folded = {name: getattr(self, name).folded() for name in self.branch_names}
         bias = torch.stack([b for _, b in folded.values()]).sum(0)
@@ -161,35 +164,10 @@ class SLaKBlock(RecomputableBlock):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.large_kernel(x).permute(0, 2, 3, 1)
-        if (
-            not self.training
-            and runs_eagerly_on_cpu(x)
-            and y.is_contiguous()
-            and not has_hooks(self.norm, self.pwconv1, self.act, self.pwconv2)
-        ):
-            # The hidden layer of all pixels is many times larger than the caches of a CPU.
-            pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-            out = torch.empty_like(pixels)
-            tensors = (pixels, y.flatten(0, 2), out)
-            for part, of_kernel, into in zip(*(t.split(PIXELS_AT_ONCE) for t in tensors)):
-                self._scaled_sum(part, self._perceptron(of_kernel), self.gamma, out=into)
-            return out.view(y.shape).permute(0, 3, 1, 2)
-        y = self._perceptron(y).permute(0, 3, 1, 2)
-        gamma: Tensor | None = self.gamma
-        return self._scaled_sum(x, y, None if gamma is None else gamma.view(-1, 1, 1))
-
-    def _perceptron(self, y: Tensor) -> Tensor:
-        keep = getattr(self.large_kernel, 'deploy', False)
-        hidden = linear(self.pwconv1, self.norm(y), self.act, keep)
-        return linear(self.pwconv2, hidden, keep=keep)
-
-    def _scaled_sum(self, x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor | None = None) -> Tensor:
-        if self.training and not isinstance(self.drop_path, nn.Identity):
-            return x + self.drop_path(y if gamma is None else gamma * y)
-        if gamma is None:
-            return torch.add(x, y, out=out)
-        return torch.addcmul(x, y, gamma, out=out)
+        y = self.large_kernel(x)
+        residual = x if passes(self.drop_path) else None
+        y = perceptron(y, self.pwconv1, self.act, self.pwconv2, norm=self.norm, scale=self.gamma, residual=residual)
+        return x + self.drop_path(y) if residual is None else y
 
 
 _ARCHS = {
@@ -501,9 +479,9 @@ class SLaK(LargeKernelBackbone):
     ConvNeXt mode of the official code; with ``branch_norm=False, conv_bias=True`` as well it is
     ConvNeXt (Liu et al., CVPR 2022) itself, whose checkpoints are accepted.
 
+    The other arguments are those of :class:`~slak_mm.models.LargeKernelBackbone`.
+
     Args:
-        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per
-            stage. Default: 'tiny'.
         kernel_sizes: M of each stage in pixels of its map, odd. Default: (51, 49, 47, 13).
         small_kernel: N, the short side of the rectangular kernels and the size of the small
             one, odd and smaller than every M; None for no small kernel, which needs
@@ -512,24 +490,6 @@ class SLaK(LargeKernelBackbone):
         decomposed: M x N and N x M kernels in place of an M x M one. Default: True.
         branch_norm: A batch norm behind each kernel. Default: True.
         conv_bias: A bias in each depthwise convolution. Default: False.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the
-            first. Default: 0.
-        layer_scale_init_value: Initial layer scale; 0 or less for none. Default: 1.0, as the
-            official downstream configs (1e-6 on ImageNet).
-        out_indices: Stages to return. Default: (0, 1, 2, 3).
-        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream
-            code. Default: True.
-        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with
-            the downsampling before them. Output norms stay trainable. Default: -1.
-        norm_cfg: Batch norm of the branches. Default: ``dict(type='SyncBN')``, which becomes
-            BN where there is no CUDA device.
-        with_cp: Recompute each block in the backward pass to save memory. Default: False.
-        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces.
-            Default: False.
-        in_channels: Channels of the image. Default: 3.
-        init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
-            :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.
-            Default: truncated normal of standard deviation 0.02.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The official code seeds the global generators of torch and numpy with it in every constructor.
@@ -134,3 +135,41 @@ def assemble_kernels(filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size
     wide = kernels[:, :nk].permute(0, 2, 1, 3).reshape(channels, s, nk * s)
     tall = kernels[:, nk : 2 * nk].reshape(channels, nk * s, s)
     return tall, wide, kernels[:, 2 * nk]
+
+
+def shifted_sums(
+    filtered: Tensor, shifts: Tensor, picks: Tensor, kernel_size: int, small_kernel: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up the results of the small filters, shifted: what convolution with assembled kernels gives.
+
+    For filters which have to be applied one by one, at a multiple of its time and memory.
+
+    Args:
+        filtered: What the filters, with a padding of s - 1, make of a map: (N, c * nk, H + s - 1, W + s - 1).
+        shifts: Table of shape (c * nk, 2 * G), see :func:`shift_tables`.
+        picks: Table of shape (c, G).
+        kernel_size: K.
+        small_kernel: s.
+
+    Returns:
+        The results of the tall, the wide and the small kernel, each (N, c, H, W).
+    """
+    channels, num_reps = picks.shape
+    margin = small_kernel // 2
+    n, num_maps, h, w = filtered.shape
+    center = filtered[:, :, margin : h - margin, margin : w - margin]
+    h, w = center.shape[2:]
+    sums: list[Tensor] = []
+    for dim, column in ((2, num_reps), (3, 0)):
+        size, reach = center.shape[dim], kernel_size + small_kernel  # further than any shift
+        maps = filtered.narrow(5 - dim, margin, center.shape[5 - dim])
+        maps = F.pad(maps, (reach, reach) if dim == 3 else (0, 0, reach, reach))
+        total = maps.new_zeros(n, channels, h, w)
+        for shift in shifts[:, column : column + num_reps].long().unbind(1):
+            index = reach + torch.arange(size, device=shift.device) - shift.view(-1, 1)
+            index = index.view(1, num_maps, *((size, 1) if dim == 2 else (1, size))).expand(n, num_maps, h, w)
+            total = total + maps.gather(dim, index).view(n, channels, -1, h, w).sum(2)
+        sums.append(total)
+    small = center[:, picks.long().view(-1)].view(n, channels, num_reps, h, w).sum(2)
+    tall, wide = sums
+    return tall, wide, small

@@ -75,6 +75,14 @@ def test_layer_wise(depth, num_layers):
     assert got['decode_head.weight'][0] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
+def test_stages_that_are_not_built_change_no_number(decay_type):
+    arguments = dict(arch=dict(depths=(1, 1, 9, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7), width_factor=1.0)
+    whole, part = (Segmentor(backbone=SLaK(**arguments, out_indices=i)) for i in ((0, 1, 2, 3), (0, 1)))
+    want, got = (scales(model, build(model, decay_rate=0.9, decay_type=decay_type)) for model in (whole, part))
+    assert got == {name: want[name] for name in got} and len(got) < len(want)
+
+
 def test_weight_decay_spares_vectors_and_biases():
     model = Segmentor()
     for name, (_, decay) in scales(model, build(model, decay_rate=0.9)).items():

@@ -517,12 +517,3 @@ def test_tables_are_small():
         for t in m.buffers(recurse=False)
     )
     assert tables < 0.03 * sum(p.numel() * 4 for p in model.parameters())
-
-
-def test_inference_image_by_image(monkeypatch):
-    """Without autograd the deployed feed-forward layer takes pixels in parts, as it says."""
-    monkeypatch.setattr('slak_mm.models.shiftwise.PIXELS_AT_ONCE', 40)
-    model = switch_to_deploy(random_(ShiftWise(**SMALL)).double().eval())
-    x = images(2, 44, 68, torch.float64)
-    want = [out.detach() for out in model(x)]  # with autograd: whole maps
-    assert_close(outputs(model, x), want, 1e-11)

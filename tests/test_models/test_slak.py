@@ -8,7 +8,6 @@ from torch import nn
 
 from slak_mm import switch_to_deploy
 from slak_mm.models import SLaK
-from slak_mm.models.linear import linear
 
 SMALL = dict(
     arch=dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)), kernel_sizes=(13, 11, 9, 7), small_kernel=3, width_factor=1.0
@@ -289,28 +288,3 @@ def test_pointwise_layers_as_convolutions_are_loaded():
     loaded.load_state_dict(other)
     for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize('form', ['training', 'deployed'])
-@pytest.mark.parametrize('layer_scale', [1.0, 0])
-def test_inference_in_parts(form, layer_scale, monkeypatch):
-    """Pixels are taken in parts without autograd on the CPU; the last part may be smaller."""
-    model = random_(SLaK(**SMALL, layer_scale_init_value=layer_scale)).double().eval()
-    if form == 'deployed':
-        switch_to_deploy(model)
-    x = images(1, 44, 68, torch.float64)
-    want = model(x)  # with autograd: whole maps
-    monkeypatch.setattr('slak_mm.models.slak.PIXELS_AT_ONCE', 40)
-    calls = []
-
-    def counted(layer, y, *args, **kwargs):
-        if layer is model.stages[0][0].pwconv1:
-            calls.append(len(y))
-        return linear(layer, y, *args, **kwargs)
-
-    monkeypatch.setattr('slak_mm.models.slak.linear', counted)
-    with torch.no_grad():
-        got = model(x)
-    assert calls == [40, 40, 40, 40, 27]  # 11 x 17 pixels
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * float(b.abs().max()))

@@ -5,6 +5,8 @@ entries with zeros, so that loads are 16 bytes wide for half precision. The rows
 program takes ``R`` of them at a time. One row of a kernel of ``KW`` taps is a banded matrix of ``U`` inputs by
 ``T`` outputs; a branch is the sum of the products of row-shifted blocks with the bands of its ``KH`` rows.
 """
+# Kernels are written in Triton's language; annotations other than constexpr mean nothing there.
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
 from .layout import memory_format
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,7 +77,9 @@ def backward(
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """See :mod:`slak_mm.ops.backends`."""
     layout = memory_format(x)
-    gradients = reference.expand([_Planes(grad.contiguous(memory_format=layout)) for grad in grads], kernels)
+    gradients = [_Planes(grad.contiguous(memory_format=layout)) for grad in grads]
+    if len(gradients) < len(kernels):  # that of the sum of all branches, staged once
+        gradients *= len(kernels)
     grad_x = grad_kernels = None
     if needs_x:
         # The adjoint is the same convolution with the kernels flipped.
@@ -144,9 +145,9 @@ def _convolve(
         into = sums if reduce and not is_last else results[0 if reduce else i]
         rows, length = n * source.shape[2], w if source is planes.rows else h
         blocks = _blocks(length, kernel, x.element_size())
-        grid = (c, -(-length // blocks['T']), 0)
-        steps, splits = _split(rows, blocks['R'], grid[0] * grid[1])
-        _triton_kernels.convolve_rows[(*grid[:2], splits)](
+        tiles = -(-length // blocks['T'])
+        steps, splits = _split(rows, blocks['R'], c * tiles)
+        _triton_kernels.convolve_rows[(c, tiles, splits)](
             source,
             kernel,
             kernel if bias is None else bias.contiguous(),
