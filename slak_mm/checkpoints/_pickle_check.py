@@ -225,11 +225,12 @@ class PickleCheck(_Base):
             self.require(type(state) is dict and all(type(key) is str for key in state), 'attributes without names')
         elif kind == 'array':
             self.require(type(state) is tuple and len(state) == 5, 'an array of numpy has another state')
-            dtype, data = state[2], state[4]
+            _, shape, dtype, _, data = state
             self.require(getattr(dtype, 'kind', '') == 'dtype', 'an array of numpy is without dtype')
             self.require(isinstance(data, (bytes, str)) or getattr(data, 'kind', '') == 'bytes', 'it has objects')
+            self.require(math.prod(shape) <= _extent(data, 0), 'an array of numpy has a size without data')
         elif kind == 'dtype':
-            is_plain = type(state) is tuple and all(item is None or type(item) in (int, str) for item in state)
+            is_plain = type(state) is tuple and all(part is None or type(part) in (int, str) for part in state)
             self.require(is_plain, 'a dtype of numpy has another state')
         else:
             raise self.unsafe(f'the state of {kind or "a value"}')

@@ -315,6 +315,11 @@ BOMBS = {
     'reconstruct': under_a_name(
         call('numpy.core.multiarray._reconstruct', b'cnumpy\nndarray\n', many(number(HUGE)), text('b'))
     ),
+    'empty texts': under_a_name(
+        call('numpy.core.multiarray._reconstruct', b'cnumpy\nndarray\n', many(b'K\x00'), text('b'))
+        + many(b'K\x01', many(number(HUGE)), call('numpy.dtype', text('S0')), b'\x89', text(''))
+        + b'b'
+    ),
     'scalar': under_a_name(call('numpy.core.multiarray.scalar', call('numpy.dtype', text(f'S{HUGE}')))),
     'codec': under_a_name(call('_codecs.encode', text('a'), text('zlib'))),
     'text': under_a_name(b'X\xff\xff\xff\xffabc'),
