@@ -18,14 +18,7 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = [
-    'gradient_grow',
-    'magnitude_prune',
-    'prune_count',
-    'random_grow',
-    'random_positions',
-    'smallest',
-]
+__all__ = ['gradient_grow', 'magnitude_prune', 'prune_count', 'random_grow', 'random_positions', 'smallest']
 
 
 def prune_count(active: int, rate: float) -> int:

@@ -91,7 +91,9 @@ def select_parameters(
         )
     trainable = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
     if not trainable:
-        raise FrozenWeights(f'no weight of {type(model).__name__} is selected: the {len(chosen)} candidates are all frozen')
+        raise FrozenWeights(
+            f'no weight of {type(model).__name__} is selected: the {len(chosen)} candidates are all frozen'
+        )
     return trainable
 
 

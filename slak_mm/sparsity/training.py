@@ -41,6 +41,7 @@ _ONGOING_SETTINGS = (
     'mode',
     'sampling',
     'sparse_gap',
+    'momentum_window',
     'total_steps',
     'update_interval',
     'prune_rate',
@@ -417,7 +418,9 @@ class SparseTraining:
             for p in group['params']
             if p.requires_grad and p.grad is not None
         }
-        is_trained = torch.tensor([all(id(p) in trained for p in layer.parameters.values()) for layer in layers]).float()
+        is_trained = torch.tensor(
+            [all(id(p) in trained for p in layer.parameters.values()) for layer in layers]
+        ).float()
         average_([is_trained])  # a branch may be used in one process only
         left = [n for layer, here in zip(layers, is_trained) if not here for n in layer.parameters]
         if not self._left_alone.issuperset(left):
@@ -596,6 +599,7 @@ class SparseTraining:
             sparsity=self.sparsity,
             sampling=self.sampling,
             sparse_gap=self.sparse_gap,
+            **({'momentum_window': self.momentum_window} if self.mode == 'momentum' else {}),
             **({} if schedule is None else vars(schedule)),
         )
 
@@ -609,8 +613,17 @@ class SparseTraining:
             state: The state.
 
         Raises:
-            SparsityError: It is of other parameters or shapes. Nothing was changed then.
+            SparsityError: It is of other parameters or shapes, or damaged. Nothing was changed then.
         """
+        try:
+            self._load(state)
+        except SparsityError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise SparsityError(f'the sparsity state is damaged ({type(error).__name__}: {error})') from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Read everything, then take it over."""
         if state.get('version') != _VERSION:
             raise SparsityError(
                 f'the sparsity state has the version {state.get("version")!r}, this code reads {_VERSION}'
@@ -639,19 +652,27 @@ class SparseTraining:
             for key, value in self._settings().items()
             if key in _ONGOING_SETTINGS and state['settings'].get(key, value) != value
         ]
+        counts = {key: int(state[key]) for key in ('step', 'updates', 'last_update')}
+        if min(counts.values()) < 0:
+            raise SparsityError(f'the sparsity state counts {min(counts.values())} steps')
+        replaced = {
+            layer.name: [int(state['replaced'].get(name, 0)) for name in layer.parameters] for layer in self._layers
+        }
+        generator = torch.Generator()
+        generator.set_state(state['generator'].cpu())
+        gathered = {}
+        for name, tensor in state['gathered'].items():
+            if tensor.shape != self.parameters[name].shape:
+                raise SparsityError(f'the gathered gradient of {name} has the shape {tuple(tensor.shape)}')
+            gathered[name] = tensor.to(self.parameters[name].device, copy=True)
         if differences:
             _logger.warning('sparse training goes on with other settings: %s', ', '.join(differences))
         for layer in self._layers:
             masks, explored = loaded.get(layer.name, ([], []))
             layer.set_masks(masks, None if self.mode == 'static' else explored)
-            layer.replaced = [int(state['replaced'].get(name, 0)) for name in layer.parameters]
-        self.steps = int(state['step'])
-        self.updates = int(state['updates'])
-        self.last_update = int(state['last_update'])
-        self._generator.set_state(state['generator'].cpu())
-        self._gathered = {
-            name: tensor.to(self.parameters[name].device, copy=True) for name, tensor in state['gathered'].items()
-        }
+            layer.replaced = replaced[layer.name]
+        self.steps, self.updates, self.last_update = counts['step'], counts['updates'], counts['last_update']
+        self._generator, self._gathered = generator, gathered
         self._is_initialized = True
         self._statistics = None
 

@@ -701,6 +701,12 @@ def test_states_that_do_not_fit(caplog):
     wrong = dict(state['masks']['fc.weight'], shape=[16, 9])
     with pytest.raises(SparsityError, match=r'shape \(16, 9\) in the sparsity state'):
         load(dict(masks={**state['masks'], 'fc.weight': wrong}))
+    for key in state:
+        for damaged in (None, 'x', -1):
+            with pytest.raises(SparsityError):
+                load({key: damaged})
+    with pytest.raises(SparsityError, match='gathered gradient'):
+        load(dict(gathered={'fc.weight': torch.ones(2)}))
     load()
     assert not caplog.records
     assert load(update_interval=5).steps == 3
