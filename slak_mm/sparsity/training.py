@@ -73,8 +73,9 @@ class SparseTraining:
     belongs to them, are positive zero bit for bit. Weights that an update brings in start from
     zero with zero state. Masks change only where the step could train the weights: those of
     tensors that are not in the optimizer, have a learning rate of 0, do not require gradients or
-    have none stay as they are, and the log names them once. A weight that an update removes and brings back at once, which the rules
-    of SLaK and RigL allow, keeps its value: it never was inactive.
+    have none stay as they are, and the log names them once. A weight that an update removes and
+    brings back at once, which the rules of SLaK and RigL allow, keeps its value: it never was
+    inactive.
 
     Args:
         parameters: Weights by name, as :func:`~slak_mm.sparsity.select_parameters` returns them.
