@@ -131,7 +131,7 @@ class _Training:
         self.args = args
         cfg = cli.load_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
-        if cfg.get('default_scope') != 'mmseg':
+        if cli.framework(cfg) != 'mmseg':
             raise BenchmarkError(f'{args.config} is no config of a segmentor.')
         cfg.model.backbone.drop_path_rate = 0.0
         cli.adapt_to_device(cfg, has_gpu=lambda: args.device != 'cpu')

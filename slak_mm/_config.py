@@ -4,11 +4,43 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config.lazy import LazyAttr, LazyObject
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-
-
 EVALUATORS = ('val_evaluator', 'test_evaluator')
+
+# Classes that are registered under another name.
+_REGISTERED_AS = {'PretrainedInit': 'Pretrained', 'SyncBatchNorm': 'SyncBN'}
+
+
+def type_name(node: Any) -> str:
+    """Registered name of what a node of a config builds.
+
+    Configs spell it as a name, as a name with its scope (``mmengine.SparsityHook``), as a dotted
+    path, or in pure-Python configs as the class or function itself.
+
+    Args:
+        node: A dict with ``type``.
+
+    Returns:
+        The name without scope or path; '' without a type.
+    """
+    kind = node.get('type') if isinstance(node, dict) else None
+    if isinstance(kind, (LazyObject, LazyAttr)):
+        kind = kind.build()
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    name = name.rpartition('.')[2]
+    return _REGISTERED_AS.get(name, name)
+
+
+def framework(cfg: Config) -> str:
+    """Scope of a config: its ``default_scope``, else where its model comes from, else 'mmseg'."""
+    scope = cfg.get('default_scope', 'mmengine') or 'mmengine'
+    if scope != 'mmengine':
+        return scope
+    kind = model_of(cfg).get('type')
+    paths = [kind] if isinstance(kind, str) else [base.__module__ for base in getattr(kind, '__mro__', ())]
+    return next((root for root in (path.partition('.')[0] for path in paths) if root in ('mmseg', 'mmdet')), 'mmseg')
 
 
 def walk(node: Any) -> Iterator[ConfigDict]:
@@ -62,10 +94,10 @@ def add_hook(cfg: Config, kind: str, **arguments: Any) -> None:
 
     Args:
         cfg: Changed in place.
-        kind: Registered name.
+        kind: Registered name, without a scope.
         arguments: Further arguments of the hook.
     """
     hooks = list(cfg.get('custom_hooks') or [])
-    if all(hook.get('type') != kind for hook in hooks):
+    if all(type_name(hook) != kind for hook in hooks):
         hooks.append(ConfigDict(type=kind, **arguments))
     cfg.custom_hooks = hooks

@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm import cli
+from slak_mm._config import framework, type_name
 from slak_mm.checkpoints import ZOO, prepare_checkpoint, read_checkpoint
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.models.shiftwise import ShiftWiseConv
@@ -335,7 +336,7 @@ def count(
             model: Any = _Classifier(dict(info.backbone, norm_cfg=dict(type='BN')))
     else:
         cfg = cli.load_config(name)
-        scope = cfg.get('default_scope')
+        scope = framework(cfg)
         task, key = 'detection' if scope == 'mmdet' else 'segmentation', Path(name).stem
         cli.remove_weights(cfg)
         cli.adapt_to_device(cfg, has_gpu=lambda: False)
@@ -381,7 +382,7 @@ def _zeros_of(model: nn.Module, source: str | os.PathLike) -> dict[str, int | Te
 def _usual_sparsity(backbone: nn.Module, cfg: Config | None) -> float:
     """The sparsity that a config's hook names, or that of the published weights."""
     for hook in cfg.get('custom_hooks') or [] if cfg is not None else []:
-        if hook.get('type') == 'SparsityHook':
+        if type_name(hook) == 'SparsityHook':
             named = hook.get('sparsity', (hook.get('from_scratch') or {}).get('sparsity'))
             if named is not None:
                 return float(named)

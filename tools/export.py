@@ -48,7 +48,7 @@ def main() -> None:
     args = parse_args()
     cfg = cli.load_config(args.config)
     cli.apply_overrides(cfg, args)
-    is_segmentor = cfg.get('default_scope', 'mmseg') == 'mmseg'
+    is_segmentor = cli.framework(cfg) == 'mmseg'
     part = args.part or ('model' if is_segmentor else 'backbone')
     if part == 'model' and not is_segmentor:
         raise cli.ConfigOverrideError('Detectors choose boxes by rules that no graph holds: export --part backbone.')

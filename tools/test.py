@@ -68,12 +68,14 @@ def save_pictures(cfg: Config, folder: str) -> None:
 def save_predictions(cfg: Config, out: str) -> None:
     """Let the evaluator save what the model predicts."""
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-    if cfg.get('default_scope') == 'mmdet':
+    if cli.framework(cfg) == 'mmdet':
         if not out.endswith(('.pkl', '.pickle')):
             raise cli.ConfigOverrideError(f'--out of a detection config must be a .pkl file, got "{out}".')
-        evaluators.append(dict(type='DumpDetResults', out_file_path=out))
+        evaluators.append(dict(type='mmdet.DumpDetResults', out_file_path=out))
     else:
-        evaluators[0].update(output_dir=out, keep_results=True)
+        for evaluator in evaluators:
+            if cli.type_name(evaluator) == 'IoUMetric':
+                evaluator.update(output_dir=out, keep_results=True)
     cfg.test_evaluator = evaluators
 
 

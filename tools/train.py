@@ -3,7 +3,6 @@
 import argparse
 import logging
 
-from mmengine.config import Config
 from mmengine.logging import print_log
 
 from slak_mm import cli
@@ -57,8 +56,6 @@ def main() -> None:
             'with the config that it inherits from.'
         )
     cli.apply_overrides(cfg, args)
-    if args.amp:
-        use_amp(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise cli.ConfigOverrideError(
@@ -90,17 +87,6 @@ def main() -> None:
             level=logging.WARNING,
         )
     runner.train()
-
-
-def use_amp(cfg: Config) -> None:
-    """Switch a config to mixed precision."""
-    wrapper = cfg.optim_wrapper
-    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise cli.ConfigOverrideError(
-            f'--amp cannot be used with the optimizer wrapper "{wrapper.type}" of this config.'
-        )
-    wrapper.type = 'AmpOptimWrapper'
-    wrapper.setdefault('loss_scale', 'dynamic')
 
 
 if __name__ == '__main__':

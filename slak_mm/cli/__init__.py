@@ -1,6 +1,6 @@
 """The command line: changes to configs by topic, and errors that name options."""
 
-from slak_mm._config import datasets_of, model_of
+from slak_mm._config import datasets_of, framework, model_of, type_name
 
 from .arguments import (
     KeyValuePairs,
@@ -16,7 +16,7 @@ from .arguments import (
 )
 from .config import apply_overrides, load_config, use_test_time_augmentation
 from .data import check_data, dataset_class, set_batch_size, set_data_root, set_num_workers
-from .device import adapt_to_device
+from .device import adapt_to_device, set_amp
 from .errors import ConfigOverrideError, reason
 from .launch import build_model, build_runner, init_distributed
 from .run import leave_process_group, run_tool
@@ -41,6 +41,7 @@ __all__ = [
     'crop_size',
     'dataset_class',
     'datasets_of',
+    'framework',
     'image_size',
     'img_scale',
     'init_distributed',
@@ -55,6 +56,7 @@ __all__ = [
     'reason',
     'remove_weights',
     'run_tool',
+    'set_amp',
     'set_batch_size',
     'set_crop_size',
     'set_data_root',
@@ -64,5 +66,6 @@ __all__ = [
     'set_sparse',
     'set_sparsity',
     'share',
+    'type_name',
     'use_test_time_augmentation',
 ]

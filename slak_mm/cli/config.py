@@ -12,6 +12,7 @@ from mmengine.config import Config
 from slak_mm._config import datasets_of, model_of
 
 from .data import set_batch_size, set_data_root, set_num_workers
+from .device import set_amp
 from .errors import ConfigOverrideError, reason
 from .schedule import set_max_iters
 from .size import set_crop_size, set_img_scale
@@ -81,6 +82,8 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None:
             change(cfg, value)
+    if getattr(args, 'amp', False):
+        set_amp(cfg)
     if args.cfg_options:
         try:
             cfg.merge_from_dict(args.cfg_options)

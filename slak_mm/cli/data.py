@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS
 
-from slak_mm._config import EVALUATORS, LOADERS, datasets_of
+from slak_mm._config import EVALUATORS, LOADERS, datasets_of, framework
 
 from . import prepare_data
 from .errors import ConfigOverrideError
@@ -91,7 +91,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
     """
     for where, dataset in datasets_of(cfg, loaders):
         try:
-            _check_dataset(where, dataset, cfg.get('default_scope'))
+            _check_dataset(where, dataset, framework(cfg))
         except ConfigOverrideError as error:
             raise ConfigOverrideError(f'{error}{prepare_data.hint(dataset)}') from error
 

@@ -7,7 +7,7 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
-from slak_mm._config import model_of, walk
+from slak_mm._config import model_of, type_name, walk
 
 from .errors import ConfigOverrideError
 
@@ -33,17 +33,17 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
     if has_gpu():
         return
     wrapper = cfg.get('optim_wrapper') or {}
-    if wrapper.get('type') == 'AmpOptimWrapper':
+    if type_name(wrapper) == 'AmpOptimWrapper':
         raise ConfigOverrideError(
             "Mixed precision (--amp, AmpOptimWrapper) needs a GPU: mmengine's wrapper does not "
             'work on the CPU. Run without it.'
         )
     changed = 0
     for node in walk(model_of(cfg)):
-        if node.get('type') in OUR_BACKBONES:
+        if type_name(node) in OUR_BACKBONES:
             node.setdefault('norm_cfg', ConfigDict(type='SyncBN', requires_grad=True))
     for node in walk([cfg.model, cfg.get('norm_cfg')]):
-        if node.get('type') in ('SyncBN', 'MMSyncBN'):
+        if type_name(node) in ('SyncBN', 'MMSyncBN'):
             node['type'] = 'BN'
             changed += 1
     if changed:
@@ -62,3 +62,22 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
         )
         wrapper_cfg.device_ids = None
         cfg.model_wrapper_cfg = wrapper_cfg
+
+
+def set_amp(cfg: Config) -> None:
+    """Train in mixed precision.
+
+    Args:
+        cfg: Changed in place.
+
+    Raises:
+        ConfigOverrideError: The optimizer wrapper is not one of mmengine's two.
+    """
+    wrapper = cfg.get('optim_wrapper') or ConfigDict()
+    if type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
+        raise ConfigOverrideError(
+            f'--amp cannot be used with the optimizer wrapper "{type_name(wrapper)}" of this config.'
+        )
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+    cfg.optim_wrapper = wrapper

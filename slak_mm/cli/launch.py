@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
-from slak_mm._config import add_hook
+from slak_mm._config import add_hook, framework
 from slak_mm.checkpoints import CheckpointError
 from slak_mm.engine.reproducible import make_reproducible
 from slak_mm.sparsity import SparsityError
@@ -110,7 +110,7 @@ def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
         ConfigOverrideError: The config names something that does not exist or does not fit.
     """
     remove_weights(cfg)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(framework(cfg))
     try:
         return MODELS.build(node)
     except Exception as error:  # registries wrap whatever a constructor raises

@@ -26,6 +26,8 @@ from typing import Any
 
 from mmengine.utils import mkdir_or_exist
 
+from slak_mm._config import type_name
+
 __all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint', 'prepare']
 
 Report = Callable[[str, int, int], None]
@@ -207,7 +209,7 @@ def hint(data_set: Mapping[str, Any]) -> str:
         [root, str(data_set.get('ann_file') or ''), *map(str, (data_set.get('data_prefix') or {}).values())]
     )
     for name, known in DATA_SETS.items():
-        if known.kind != data_set.get('type'):
+        if known.kind != type_name(data_set):
             continue
         if name.startswith('voc') and f'VOC{name[3:]}' not in paths:
             continue

@@ -6,6 +6,8 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
+from slak_mm._config import type_name
+
 from .errors import ConfigOverrideError
 
 
@@ -33,9 +35,9 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
         raise ConfigOverrideError('--max-iters has no effect: this config does not train.')
     by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
     old = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
-    if loop.get('type') not in ('IterBasedTrainLoop', 'EpochBasedTrainLoop', None) or not old:
+    if type_name(loop) not in ('IterBasedTrainLoop', 'EpochBasedTrainLoop', '') or not old:
         raise ConfigOverrideError(
-            f'--max-iters cannot change the training loop "{loop.get("type")}" of this config; use --cfg-options.'
+            f'--max-iters cannot change the training loop "{type_name(loop)}" of this config; use --cfg-options.'
         )
     factor = max_iters / old
 
@@ -67,7 +69,7 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
         cfg.param_scheduler = [
             scheduler
             for scheduler in schedulers
-            if not scheduler.get('type', '').startswith(('LinearLR', 'ConstantLR'))
+            if not type_name(scheduler).startswith(('LinearLR', 'ConstantLR'))
             or scheduler.get('end', math.inf) - scheduler.get('begin', 0) >= 2
         ]
 
@@ -94,7 +96,7 @@ def _count_iterations(cfg: Config) -> None:
     hooks.checkpoint.setdefault('interval', 1)
     hooks.logger.log_metric_by_epoch = False
     sampler = cfg.train_dataloader.get('sampler')
-    if sampler and sampler.get('type') == 'DefaultSampler':
+    if sampler and type_name(sampler) == 'DefaultSampler':
         cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
     print_log(
         '--max-iters: this config counts epochs; it is run by iterations instead, with its '

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from slak_mm._config import LOADERS, datasets_of, model_of, walk
+from slak_mm._config import LOADERS, datasets_of, framework, model_of, type_name, walk
 
 from .errors import ConfigOverrideError
 from .schedule import scaled
@@ -56,7 +56,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     Raises:
         ConfigOverrideError: The config does not crop, or crops to several sizes.
     """
-    if cfg.get('default_scope') == 'mmdet':
+    if framework(cfg) == 'mmdet':
         raise ConfigOverrideError(
             '--crop-size is for semantic segmentation; detection trains on whole images, whose size --img-scale sets.'
         )
@@ -64,7 +64,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
         _pair(transform['crop_size'])
         for _, dataset in datasets_of(cfg, ('train_dataloader',))
         for transform in walk(dataset)
-        if transform.get('type') == 'RandomCrop'
+        if type_name(transform) == 'RandomCrop'
     }
     if len(crops) != 1:
         found = f'crops to {len(crops)} different sizes' if crops else 'has no RandomCrop'
@@ -78,7 +78,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
         return scaled(value, factor, 1)
 
     for transform in _pipelines(cfg):
-        kind = transform.get('type')
+        kind = type_name(transform)
         if kind == 'RandomCrop' and 'crop_size' in transform:
             transform.crop_size = size
         elif kind in _RESIZES:
@@ -119,13 +119,13 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
         ConfigOverrideError: The config is not one of detection, or does not resize test images to
             one scale.
     """
-    if cfg.get('default_scope') == 'mmseg':
+    if framework(cfg) == 'mmseg':
         raise ConfigOverrideError('--img-scale is for detection; a segmentation config follows --crop-size.')
     scales = {
         tuple(sorted(_pair(transform['scale']), reverse=True))
         for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
         for transform in walk(dataset.get('pipeline'))
-        if transform.get('type') in _RESIZES and transform.get('scale') is not None
+        if type_name(transform) in _RESIZES and transform.get('scale') is not None
     }
     if len(scales) != 1:
         found = f'to {len(scales)} different scales' if scales else 'to no scale'
@@ -155,8 +155,8 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     preprocessors = [cfg.get('data_preprocessor'), model_of(cfg).get('data_preprocessor')]
     batch_augments = [node.get('batch_augments') for node in preprocessors if node]
     for transform in [*_pipelines(cfg), *walk(batch_augments)]:
-        kind = transform.get('type')
-        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES else (_AREAS.get(str(kind), ()), area)
+        kind = type_name(transform)
+        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES else (_AREAS.get(kind, ()), area)
         # The size of a relative crop is a share of the image.
         if str(transform.get('crop_type', '')).startswith('relative'):
             continue

@@ -2,6 +2,7 @@
 
 from mmengine.config import Config, ConfigDict
 
+from slak_mm._config import type_name
 from slak_mm.sparsity import MODES, PRESETS
 
 from .errors import ConfigOverrideError
@@ -11,7 +12,7 @@ SPARSE_CHOICES = ('off', *MODES, *PRESETS)
 
 
 def _sparsity_hooks(cfg: Config) -> list[ConfigDict]:
-    return [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') == 'SparsityHook']
+    return [hook for hook in cfg.get('custom_hooks') or [] if type_name(hook) == 'SparsityHook']
 
 
 def set_sparse(cfg: Config, choice: str) -> None:

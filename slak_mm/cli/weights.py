@@ -7,7 +7,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.runner import find_latest_checkpoint
 
-from slak_mm._config import model_of, walk
+from slak_mm._config import model_of, type_name, walk
 from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import resolve
 
@@ -25,7 +25,7 @@ def named_weights(cfg: Config) -> list[tuple[str, str]]:
 
     def visit(path: str, node: Any) -> None:
         if isinstance(node, dict):
-            if node.get('type') == 'Pretrained' and path.split('[')[0].endswith('init_cfg'):
+            if type_name(node) == 'Pretrained' and path.split('[')[0].endswith('init_cfg'):
                 found.append((path, str(node.get('checkpoint'))))
                 return
             if isinstance(node.get('pretrained'), str):
@@ -57,12 +57,10 @@ def remove_weights(cfg: Config) -> list[tuple[str, str]]:
         if isinstance(node.get('pretrained'), str):
             node['pretrained'] = None
         init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        if type_name(init_cfg) == 'Pretrained':
             node['init_cfg'] = None
         elif isinstance(init_cfg, (list, tuple)):
-            node['init_cfg'] = [
-                item for item in init_cfg if not (isinstance(item, dict) and item.get('type') == 'Pretrained')
-            ] or None
+            node['init_cfg'] = [item for item in init_cfg if type_name(item) != 'Pretrained'] or None
     return removed
 
 
@@ -100,7 +98,7 @@ def check_weights(cfg: Config, config_path: str) -> None:
             f'so this run would start from random ones. {advice}'
         )
     backbone = model_of(cfg).get('backbone') or {}
-    ours = backbone.get('type') in OUR_BACKBONES
+    ours = type_name(backbone) in OUR_BACKBONES
     for place, source in sources:
         foreign = not (ours and '.backbone.' in place)
         if source.startswith(_FRAMEWORK_SCHEMES) or (foreign and '://' in source):

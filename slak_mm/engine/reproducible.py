@@ -13,6 +13,7 @@ A run that was interrupted and resumed then sees the same images with the same a
 the same dropped paths as an uninterrupted one, with any number of data workers.
 """
 
+import logging
 import random
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -22,9 +23,10 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 
-from slak_mm._config import add_hook, datasets_of
+from slak_mm._config import add_hook, datasets_of, type_name
 
 __all__ = [
     'IterationSeedHook',
@@ -158,7 +160,7 @@ def make_reproducible(cfg: Config) -> None:
     Args:
         cfg: Changed in place: samplers of mmengine become their keyed versions, training
             pipelines begin with :class:`SeedBySample`, and :class:`IterationSeedHook` is added.
-            Other samplers are left as they are, and so are wrapping data sets that look the index
+            Other samplers are left as they are, with a warning, and so are wrapping data sets that look the index
             up in a table (``ClassBalancedDataset``): their augmentations then depend on the
             workers as usual.
     """
@@ -167,10 +169,17 @@ def make_reproducible(cfg: Config) -> None:
         return
     sampler = loader.get('sampler')
     keyed = {'InfiniteSampler': 'KeyedInfiniteSampler', 'DefaultSampler': 'KeyedDefaultSampler'}
-    if isinstance(sampler, dict) and sampler.get('type') in keyed:
-        sampler['type'] = keyed[sampler['type']]
+    if type_name(sampler) in keyed:
+        sampler['type'] = keyed[type_name(sampler)]
+    elif type_name(sampler) not in keyed.values():
+        print_log(
+            f'The sampler {type_name(sampler)} does not say the place of a sample in the run: '
+            'a resumed run draws other augmentations than an uninterrupted one.',
+            logger='current',
+            level=logging.WARNING,
+        )
     for _, dataset in datasets_of(cfg, ('train_dataloader',)):
         pipeline = dataset.get('pipeline')
-        if pipeline and pipeline[0].get('type') != 'SeedBySample':
+        if pipeline and type_name(pipeline[0]) != 'SeedBySample':
             dataset['pipeline'] = [ConfigDict(type='SeedBySample'), *pipeline]
     add_hook(cfg, 'IterationSeedHook')

@@ -10,6 +10,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from slak_mm._config import type_name
 from slak_mm.checkpoints import convert_state_dict, load_pretrained
 
 from .layers import LayerNorm2d
@@ -40,8 +41,8 @@ class LargeKernelBackbone(BaseModule):
 
     def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-        pretrained = [cfg for cfg in cfgs if cfg.get('type') == 'Pretrained']
-        others = [cfg for cfg in cfgs if cfg.get('type') != 'Pretrained']
+        pretrained = [cfg for cfg in cfgs if type_name(cfg) == 'Pretrained']
+        others = [cfg for cfg in cfgs if type_name(cfg) != 'Pretrained']
         if len(pretrained) > 1:
             raise ValueError(f'init_cfg names {len(pretrained)} checkpoints; give one')
         super().__init__(init_cfg=others or copy.deepcopy(_DEFAULT_INIT))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from slak_mm._config import type_name
 from slak_mm.ops._context import is_autocast_enabled, is_observed
 
 PIXELS_AT_ONCE = 1024
@@ -105,13 +106,13 @@ def build_branch_norm(norm_cfg: dict, num_channels: int) -> _BatchNorm:
     Raises:
         ValueError: The layer is no batch norm, and could not be folded for deployment.
     """
-    if norm_cfg.get('type') == 'SyncBN' and not torch.cuda.is_available():
+    if type_name(norm_cfg) == 'SyncBN' and not torch.cuda.is_available():
         norm_cfg = {**norm_cfg, 'type': 'BN'}
         _log_replaced_sync_bn()
     layer = build_norm_layer(norm_cfg, num_channels)[1]
     if not isinstance(layer, _BatchNorm):
         raise ValueError(
-            f'norm_cfg type {norm_cfg.get("type")!r} is no batch norm: the branches of a '
+            f'norm_cfg type {type_name(norm_cfg)!r} is no batch norm: the branches of a '
             'large kernel need one to be merged (BN or SyncBN)'
         )
     return layer

@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
 from slak_mm import cli
+from slak_mm._config import LOADERS, walk
 from slak_mm.bases import framework_configs
 from slak_mm.cli import ConfigOverrideError
 
@@ -272,11 +273,11 @@ def test_batch_size_and_workers(cfg):
     cli.set_num_workers(cfg, 0)
     assert cfg.train_dataloader.batch_size == 7
     assert cfg.val_dataloader.batch_size == 1
-    for name in cli.LOADERS:
+    for name in LOADERS:
         assert cfg[name].num_workers == 0 and cfg[name].persistent_workers is False
         assert 'prefetch_factor' not in cfg[name]
     cli.set_num_workers(cfg, 3)
-    assert {cfg[name].num_workers for name in cli.LOADERS} == {3}
+    assert {cfg[name].num_workers for name in LOADERS} == {3}
 
 
 # ----------------------------------------------------------------------------------------- size
@@ -334,7 +335,7 @@ def transforms_of(cfg, loader, kind):
     return [
         node
         for _, dataset in cli.datasets_of(cfg, (loader,))
-        for node in cli._walk(dataset.pipeline)
+        for node in walk(dataset.pipeline)
         if node.get('type') == kind
     ]
 
