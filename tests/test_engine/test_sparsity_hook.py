@@ -278,9 +278,9 @@ def test_state_is_read_by_the_safe_reader(tmp_path):
 @pytest.mark.parametrize(
     'first,second,message',
     [
-        (None, sparse_hook(), 'trained densely: .*--sparse off'),
-        (sparse_hook(), None, 'resume it with the --sparse that it had.*load_from'),
-        (sparse_hook(), sparse_hook('set'), "mode 'static', this one 'set'.*--sparse"),
+        (None, sparse_hook(), 'trained densely: .*Resume it without one'),
+        (sparse_hook(), None, 'trained with sparsity.*load_from'),
+        (sparse_hook(), sparse_hook('set'), "mode 'static', this one 'set'.*config that it had"),
         (sparse_hook(include='backbone.[02]'), sparse_hook(), r'do not fit.*backbone\.4\.weight'),
         (sparse_hook(), 'bigger', 'do not fit.*shape'),
     ],
@@ -577,7 +577,7 @@ def test_wrong_arguments(arguments, message):
     'hooks,message',
     [
         ([SparsityHook(mode='no')], "unknown mode 'no'"),
-        ([SparsityHook()], 'dense network.*--sparse off'),
+        ([SparsityHook()], 'dense network.*train without sparsity'),
         ([sparse_hook(include='nothing')], "include='nothing'"),
         ([sparse_hook(), sparse_hook()], '2 SparsityHooks'),
     ],
