@@ -100,17 +100,12 @@ class AtomicCheckpointHook(CheckpointHook):
     def _tidy(self, runner: Any) -> None:
         """Remove what killed saves left, and move away what this run did not save and would overwrite."""
         folder = Path(self.out_dir)
-        if not folder.is_dir():
-            return
+        for path in {*folder.glob('.*.part'), *Path(runner.work_dir).glob('.last_checkpoint.*.part')}:
+            path.unlink()
         step = runner.epoch if self.by_epoch else runner.iter
         pattern = re.compile(rf'(best_.+_)?{checkpoint_pattern(self.filename_tmpl).pattern}')
-        later = []
-        for path in sorted(folder.iterdir()):
-            found = pattern.fullmatch(path.name)
-            if re.fullmatch(rf'\.{pattern.pattern}\.\w+\.part', path.name):
-                path.unlink()
-            elif found and int(found['step']) > step:
-                later.append(path)
+        found = [(path, pattern.fullmatch(path.name)) for path in sorted(folder.glob('*'))]
+        later = [path for path, match in found if match and int(match['step']) > step]
         if later:
             aside = folder / f'earlier_{runner.timestamp}'
             aside.mkdir(exist_ok=True)

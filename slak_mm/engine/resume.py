@@ -135,8 +135,9 @@ def _part(source: str, part: str) -> Iterator[None]:
     except _DAMAGE as error:
         text = f'there is no {error}' if isinstance(error, KeyError) else ' '.join(str(error).split())[:300]
         raise CheckpointMismatch(
-            f'{source} cannot be resumed, because the contents of its part "{part}" do not fit this run or are damaged: {text}. Resume '
-            'with the config that it had, or from another checkpoint; or start a new run with it as load_from.'
+            f'{source} cannot be resumed, because the contents of its part "{part}" do not fit this run or are '
+            f'damaged: {text}. Resume with the config that it had, or from another checkpoint; or start a new run '
+            'with it as load_from.'
         ) from error
 
 

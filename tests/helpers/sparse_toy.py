@@ -139,9 +139,16 @@ def make_runner(
     resume=False,
     load_from=None,
     log_level='WARNING',
+    checkpoint=None,
+    train_cfg=None,
+    metric=None,
+    schedulers=None,
     **wrapper_options,
 ) -> Runner:
-    """A runner over the toy model, ready to train; ``optimizer`` may end in '-fused'."""
+    """A runner over the toy model, ready to train.
+
+    ``optimizer`` may end in '-fused'; ``checkpoint`` has arguments of the checkpoint hook.
+    """
     kind, _, fused = optimizer.partition('-')
     options = dict(AdamW=dict(lr=0.01, weight_decay=0.05), SGD=dict(lr=0.1, momentum=0.9))[kind]
     optim_wrapper = dict(
@@ -159,12 +166,15 @@ def make_runner(
         train_dataloader=dict(loader, sampler=dict(type='InfiniteSampler', shuffle=False)),
         val_dataloader=dict(loader, dataset=Images(8), sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(),
-        val_evaluator=[NoMetric()],
-        train_cfg=dict(by_epoch=False, max_iters=iters, val_interval=val_interval),
+        val_evaluator=[metric or NoMetric()],
+        train_cfg=train_cfg or dict(by_epoch=False, max_iters=iters, val_interval=val_interval),
+        param_scheduler=schedulers,
         optim_wrapper=optim_wrapper,
         custom_hooks=list(hooks),
         default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=checkpoint_interval, save_last=True),
+            checkpoint=dict(
+                dict(type='AtomicCheckpointHook', by_epoch=False, interval=checkpoint_interval), **(checkpoint or {})
+            ),
             logger=dict(type='LoggerHook', interval=1),
         ),
         log_processor=dict(by_epoch=False),
