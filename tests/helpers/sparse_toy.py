@@ -156,6 +156,7 @@ def make_runner(
         **wrapper_options,
         optimizer=dict(options, type=kind, **(dict(fused=True) if fused else {})),
     )
+    epochs = 'max_epochs' in (train_cfg or {})
     loader = dict(dataset=Images(), batch_size=batch_size, num_workers=0, collate_fn=dict(type='default_collate'))
     return Runner(
         model=model or Toy(),
@@ -163,7 +164,9 @@ def make_runner(
         resume=resume,
         load_from=load_from,
         experiment_name=f'toy{uuid.uuid4().hex}',
-        train_dataloader=dict(loader, sampler=dict(type='InfiniteSampler', shuffle=False)),
+        train_dataloader=dict(
+            loader, sampler=dict(type='DefaultSampler' if epochs else 'InfiniteSampler', shuffle=epochs)
+        ),
         val_dataloader=dict(loader, dataset=Images(8), sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(),
         val_evaluator=[metric or NoMetric()],
