@@ -193,7 +193,7 @@ def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
         try:
             checkpoint = _read_run(str(path))
         except (CheckpointError, OSError) as error:
-            passed.append(f'{path.name} ({error})')
+            passed.append(f'{path.name} ({str(error).splitlines()[0]})')
             continue
         others = f' Passed over, because they cannot be resumed: {"; ".join(passed)}' if passed else ''
         print_log(

@@ -1,7 +1,7 @@
 """A small model with data and a runner, for tests of sparse training.
 
 As a script it trains in one of several processes and saves what came out of it:
-``python sparse_toy.py OUT DISTRIBUTION:MODE...``.
+``python sparse_toy.py OUT DISTRIBUTION:MODE...``, or ``two-parts``.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def main() -> None:
     rank = int(os.environ['RANK'])
     torch.distributed.init_process_group('gloo')
     for variant in variants:
-        train_variant(out, rank, *variant.split(':'))
+        (train_in_two_parts if variant == 'two-parts' else train_variant)(out, rank, *variant.split(':'))
     torch.distributed.barrier()
     leave_process_group()
 
@@ -213,6 +213,17 @@ def train_variant(out: str, rank: int, distribution: str, mode: str) -> None:
         ),
         f'{out}/{distribution}{rank}.pth',
     )
+
+
+def train_in_two_parts(out: str, rank: int, _: str) -> None:
+    """A whole run, and one that goes on from a checkpoint inside an accumulation."""
+    options = dict(iters=8, batch_size=2, accumulative_counts=3, checkpoint_interval=1)
+    for name, last in (('whole', None), ('resumed', f'{out}/whole/iter_4.pth')):
+        model = MMDistributedDataParallel(Toy())
+        runner = make_runner(f'{out}/{name}', model=model, resume=bool(last), load_from=last, **options)
+        runner.train()
+        torch.save(model.module.state_dict(), f'{out}/{name}{rank}.pth')
+        torch.distributed.barrier()
 
 
 if __name__ == '__main__':
