@@ -40,7 +40,11 @@ def explain(error: Exception) -> str | None:
             'with SyncBN on several GPUs.'
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return f'{error.strerror}: {error.filename or "the disk of the work dir"}.'
+        place = error.filename or 'the disk of the work dir'
+        remedy = (
+            ' Make room there; what was saved before is intact.' if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''
+        )
+        return f'{error.strerror}: {place}.{remedy}'
     # What mmcv says of an image that cannot be decoded, behind a data worker's traceback.
     unreadable = re.search(r'failed to load image: (.+)|cannot identify image file (.+)', text)
     if unreadable:

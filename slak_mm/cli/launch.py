@@ -174,7 +174,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     if 'train' in loops:
         make_reproducible(cfg)
         _check_intervals(cfg)
-        _make_resumable(cfg)
+        make_resumable(cfg)
     try:
         if 'runner_type' in cfg:
             from mmengine.registry import RUNNERS
@@ -214,7 +214,7 @@ def _check_intervals(cfg: Config) -> None:
             raise ConfigOverrideError(f'train_cfg.{key} must be a number from 1, got {value!r}{remedy}.')
 
 
-def _make_resumable(cfg: Config) -> None:
+def make_resumable(cfg: Config) -> None:
     """Replace mmengine's checkpoint hook and loop over epochs by those of this package."""
     cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
     hooks = cfg.default_hooks

@@ -100,16 +100,17 @@ class AtomicCheckpointHook(CheckpointHook):
     def _tidy(self, runner: Any) -> None:
         """Remove what killed saves left, and move away what this run did not save and would overwrite."""
         folder = Path(self.out_dir)
-        for path in {*folder.glob('.*.part'), *Path(runner.work_dir).glob('.last_checkpoint.*.part')}:
-            path.unlink()
         step = runner.epoch if self.by_epoch else runner.iter
-        pattern = re.compile(rf'(best_.+_)?{checkpoint_pattern(self.filename_tmpl).pattern}')
+        pattern = re.compile(rf'(best_.+_)?{checkpoint_pattern(self.filename_tmpl).pattern}|last_checkpoint')
+        for path in folder.glob('.*.part'):
+            if pattern.fullmatch(path.name[1:].rsplit('.', 2)[0]):
+                path.unlink()
         found = [(path, pattern.fullmatch(path.name)) for path in sorted(folder.glob('*'))]
-        later = [path for path, match in found if match and int(match['step']) > step]
+        later = [path for path, match in found if match and int(match['step'] or 0) > step]
         if later:
             aside = folder / f'earlier_{runner.timestamp}'
             aside.mkdir(exist_ok=True)
-            for path in later:
+            for path in (*later, *folder.glob('last_checkpoint')):
                 path.rename(aside / path.name)
             print_log(
                 f'{folder} has checkpoints of an earlier run that this run would overwrite or that are beyond its '

@@ -223,7 +223,7 @@ class SparsityHook(Hook):
             )
 
     def after_train(self, runner: Any) -> None:
-        """Show what has become of the masks, and let go of the optimizer."""
+        """Show what has become of the masks, and detach from the optimizer."""
         if self.training is not None:
             self._log_table('Sparse training ended')
         self._release()

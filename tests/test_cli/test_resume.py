@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and that it has its work dir for itself."""
 
+import errno
 import os
 import shutil
 import signal
@@ -9,10 +10,13 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, Hook
 
 from slak_mm import cli
 from slak_mm.checkpoints import CheckpointError
 from slak_mm.cli import ConfigOverrideError
+from slak_mm.cli.errors import explain
+from slak_mm.cli.launch import make_resumable
 
 
 def save(path, iteration, **parts):
@@ -123,9 +127,42 @@ def test_masks_from_scratch_are_restored(work_dir):
     assert cfg.custom_hooks[0].to_dict() == dict(type='SparsityHook', mode='set', distribution='erk', per_filter=True)
 
 
+class OwnHook(Hook):
+    """A user's."""
+
+
+@pytest.mark.parametrize('kind', ['CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook, OwnHook, None])
+def test_mmengines_checkpoint_hook_is_replaced(monkeypatch, kind):
+    said = []
+    monkeypatch.setattr('slak_mm.cli.launch.print_log', lambda message, *_: said.append(message))
+    cfg = Config(dict(train_cfg=dict(by_epoch=True, max_epochs=3)))
+    if kind:
+        cfg.default_hooks = dict(checkpoint=dict(type=kind, interval=7))
+    make_resumable(cfg)
+    make_resumable(cfg)
+    hook = cfg.default_hooks.checkpoint
+    assert hook.type == (OwnHook if kind is OwnHook else 'AtomicCheckpointHook') and hook.get('interval', 7) == 7
+    assert [message.split()[0] for message in said] == ['OwnHook'] * 2 * (kind is OwnHook)
+    assert cfg.train_cfg.to_dict() == dict(type='ResumableEpochLoop', max_epochs=3)
+
+
+def test_no_checkpoints_on_purpose():
+    cfg = Config(dict(default_hooks=dict(checkpoint=None), train_cfg=dict(by_epoch=False, max_iters=3)))
+    make_resumable(cfg)
+    assert cfg.default_hooks.checkpoint is None and cfg.train_cfg.to_dict() == dict(by_epoch=False, max_iters=3)
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_explained(code):
+    assert explain(OSError(code, 'Full', 'w/iter_2.pth')) == (
+        'Full: w/iter_2.pth. Make room there; what was saved before is intact.'
+    )
+
+
 HOLD = """
 import sys, time
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, Hook
 from slak_mm import cli
 with cli.own_work_dir(Config(dict(work_dir=sys.argv[1]))):
     print('held', flush=True)
