@@ -46,7 +46,7 @@ def describe_run(runner: Any) -> dict[str, Any]:
     return dict(
         optimizer=', '.join(type(wrapper.optimizer).__name__ for wrapper in wrappers),
         accumulative_counts=_accumulation(runner),
-        batch_size=runner.train_dataloader.batch_size,
+        batch_size=getattr(runner.train_dataloader, 'batch_size', None),
         processes=get_world_size(),
     )
 
@@ -105,7 +105,7 @@ def check_resumed(runner: Any, checkpoint: Mapping[str, Any]) -> None:
     if SPARSITY_KEY in checkpoint and not any(isinstance(hook, SparsityHook) for hook in runner.hooks):
         raise SparsityMismatch(
             'The run to resume trained with sparsity, and this one would not (its config has no SparsityHook). To '
-            'train on densely from its weights, start a new run with the checkpoint as load_from.'
+            f'train on densely from its weights, start a new run with {source} as load_from.'
         )
     changes = _changed_facts(runner, checkpoint['meta'].get(RUN_KEY, {}), source)
     with _part(source, 'optimizer'):
@@ -165,6 +165,9 @@ def _check_optimizer(runner: Any, state: Mapping[str, Any]) -> list[str]:
             missing = set(wrapper.optimizer.defaults) - set(group) - _NEWER_OPTIONS
             if missing:
                 raise ValueError(f'it is of another optimizer, without {", ".join(sorted(missing))}')
+            for key, default in wrapper.optimizer.defaults.items():
+                if isinstance(default, float) and not isinstance(group[key], (int, float, Tensor)):
+                    raise TypeError(f'{key} is {group[key]!r}')
             for key in set(old) - {'params', 'lr', *_NEWER_OPTIONS}:
                 if key in group and group[key] != old[key]:
                     changes.add(f'{key} stays {group[key]!r} in place of {old[key]!r}')

@@ -178,10 +178,11 @@ class SparsityHook(Hook):
         training = self._build(runner)
         if training is None:
             return
+        source = getattr(runner, '_load_from', None) or 'its checkpoint'
         state = checkpoint.get(SPARSITY_KEY)
         if state is None:
             raise SparsityMismatch(
-                'The run to resume trained densely: its checkpoint has no state of a SparsityHook. '
+                f'The run to resume trained densely: {source} has no state of a SparsityHook. '
                 'Resume it without one, or start a new sparse run with the checkpoint as load_from.'
             )
         try:
@@ -191,7 +192,8 @@ class SparsityHook(Hook):
             training.load_state_dict(state)
         except (SparsityError, LookupError, TypeError) as error:
             raise SparsityMismatch(
-                f'The masks of the run to resume do not fit this one: {error} Resume it with the config that it had.'
+                f'The masks of the run to resume, part "{SPARSITY_KEY}" of {source}, do not fit this one: {error} '
+                'Resume it with the config that it had.'
             ) from error
         self.training, self._restored = training, True
 
@@ -241,7 +243,7 @@ class SparsityHook(Hook):
         except FrozenWeights as error:
             # Masks that do not change hold zeros, and frozen weights keep theirs without.
             if self.options['mode'] != 'static':
-                raise
+                raise SparsityError(f'{error}: unfreeze some of them, or train without SparsityHook.') from error
             print_log(f'Sparse training has nothing to do: {error}.', logger='current', level=logging.WARNING)
             return None
         wrapper = runner.optim_wrapper

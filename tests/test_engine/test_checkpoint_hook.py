@@ -284,6 +284,7 @@ def with_a_moment_of_another_shape(checkpoint):
         ('optimizer', with_a_moment_of_another_shape),
         ('optimizer', lambda c: c['optimizer']['param_groups'][0]['params'].pop()),
         ('optimizer', lambda c: c['optimizer']['param_groups'][0].pop('betas')),
+        ('optimizer', lambda c: c['optimizer']['param_groups'][0].update(lr='x')),
         ('optimizer', lambda c: c.update(optimizer=7)),
         ('param_schedulers', lambda c: c.pop('param_schedulers')),
         ('param_schedulers', lambda c: c['param_schedulers'].clear()),
