@@ -73,6 +73,18 @@ def config_path():
 
 
 @pytest.fixture(scope='session')
+def tta_config_path(config_path, tmp_path_factory):
+    """A config whose model is a test-time augmentation wrapper already, as some users write it."""
+    path = tmp_path_factory.mktemp('config') / 'tta.py'
+    path.write_text(
+        f'_base_ = {config_path!r}\n'
+        "model = dict(_delete_=True, type='SegTTAModel', module=_base_.model)\n"
+        'test_dataloader = dict(dataset=dict(pipeline=_base_.tta_pipeline))\n'
+    )
+    return str(path)
+
+
+@pytest.fixture(scope='session')
 def tiny():
     """``--cfg-options`` that make the main config's model tiny."""
     return list(TINY)
@@ -170,12 +182,17 @@ def coco_data(tmp_path_factory):
     return str(root)
 
 
-def tool_main(name):
-    """The ``main`` function of a tool."""
+def load_tool(name):
+    """The module of a tool."""
     spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+def tool_main(name):
+    """The ``main`` function of a tool."""
+    return load_tool(name).main
 
 
 def forget_instances(kind=ManagerMixin):

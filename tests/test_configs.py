@@ -30,11 +30,7 @@ CHANNELS = dict(
     shiftwise_s=[96, 192, 384, 768],
 )
 # No ImageNet weights were published for them.
-WITHOUT_WEIGHTS = (
-    'upernet_shiftwise_s_ade20k.py',
-    'upernet_shiftwise_s_ade20k_ms.py',
-    'cascade_mask_rcnn_shiftwise_s_coco.py',
-)
+WITHOUT_WEIGHTS = ('upernet_shiftwise_s_ade20k.py', 'cascade_mask_rcnn_shiftwise_s_coco.py')
 
 
 def read(name):
@@ -42,9 +38,7 @@ def read(name):
 
 
 def test_the_expected_configs_are_there():
-    assert {f'upernet_{model}_ade20k{variant}.py' for model in CHANNELS for variant in ('', '_ms')} | {
-        'upernet_slak_t_ade20k_80k.py'
-    } <= set(CONFIGS)
+    assert {f'upernet_{model}_ade20k.py' for model in CHANNELS} | {'upernet_slak_t_ade20k_80k.py'} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -116,26 +110,13 @@ def test_recipe_of_the_official_runs(name):
     assert cfg.train_dataloader.batch_size == (8 if short else 4)
 
 
-@pytest.mark.parametrize('name', [name for name in SEGMENTATION if name.endswith('_ms.py')])
+@pytest.mark.parametrize('name', SEGMENTATION)
 def test_multi_scale_is_the_published_protocol(name):
-    cfg = read(name)
-    plain = read(name.replace('_ms', ''))
-    assert cfg.model.type == 'SegTTAModel'
-    assert cfg.model.module.to_dict() == plain.model.to_dict()
-    pipeline = cfg.test_dataloader.dataset.pipeline
-    resizes, flips = pipeline[1].transforms[:2]
-    assert [tuple(resize.scale) for resize in resizes] == [
-        (1024, 256),
-        (1536, 384),
-        (2048, 512),
-        (2560, 640),
-        (3072, 768),
-        (3584, 896),
-    ]
+    resizes, flips = read(name).tta_pipeline[1].transforms[:2]
+    scales = [(int(2048 * ratio), int(512 * ratio)) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+    assert [tuple(resize.scale) for resize in resizes] == scales
     assert all(resize.keep_ratio for resize in resizes)
     assert [flip.prob for flip in flips] == [0, 1]
-    # Validation during training stays single-scale.
-    assert cfg.val_dataloader.dataset.pipeline == plain.val_dataloader.dataset.pipeline
 
 
 @pytest.mark.parametrize(

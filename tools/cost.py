@@ -71,7 +71,7 @@ def main() -> None:
         raise ConfigOverrideError(f'There is no folder {Path(args.json).parent} to write --json into.')
     networks = args.networks or [
         *(info.name for info in ZOO.values() if info.task == 'classification'),
-        *(str(path) for path in sorted(CONFIGS.glob('*.py')) if not path.stem.endswith('_ms')),
+        *(str(path) for path in sorted(CONFIGS.glob('*.py'))),
     ]
     # What replaces SyncBN and the like is of no concern here.
     MMLogger.get_current_instance().setLevel('WARNING')

@@ -47,8 +47,8 @@ param_scheduler = [
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
 ]
 
-# Multi-scale and flip: `tools/test.py --tta`, or the *_ms.py configs. The framework's default
-# scales the image as it comes; the published protocol scales the one of the single-scale test.
+# Multi-scale and flip, for `tools/test.py --tta`. The framework's default scales the image as it
+# comes; the published protocol scales the one of the single-scale test.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

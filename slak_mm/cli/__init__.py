@@ -2,6 +2,7 @@
 
 from slak_mm._config import datasets_of, framework, model_of, type_name
 
+from .annotations import check_annotations
 from .arguments import (
     KeyValuePairs,
     add_config_arguments,
@@ -36,6 +37,7 @@ __all__ = [
     'apply_overrides',
     'build_model',
     'build_runner',
+    'check_annotations',
     'check_data',
     'check_weights',
     'crop_size',

@@ -7,6 +7,7 @@ import torch
 import torch.distributed
 
 from slak_mm.checkpoints import CheckpointError
+from slak_mm.engine.samples import DataError
 from slak_mm.engine.sparsity_hook import SparsityMismatch
 from slak_mm.sparsity import DenseWeights, SparsityError
 
@@ -25,10 +26,13 @@ class ConfigOverrideError(ValueError):
 def explain(error: Exception) -> str | None:
     """A sentence about an error that a user can cause; None for any other."""
     text = str(error)
-    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError)):
+    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError, FloatingPointError)):
         sentence, *rest = text.split('\n', 1)
         options = [options for kind, options in _OPTIONS.items() if isinstance(error, kind)]
         return '\n'.join([' '.join([sentence, *options]), *rest])
+    if isinstance(error, DataError):
+        # Out of a data worker it comes with the worker's traceback before it.
+        return text.rpartition('DataError: ')[2].strip()
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             'The GPU has too little memory for this run: lower --batch-size, --crop-size '
@@ -45,7 +49,7 @@ def explain(error: Exception) -> str | None:
             ' Make room there; what was saved before is intact.' if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''
         )
         return f'{error.strerror}: {place}.{remedy}'
-    # What mmcv says of an image that cannot be decoded, behind a data worker's traceback.
+    # What mmcv says of an image that cannot be decoded, where a pipeline is not checked.
     unreadable = re.search(r'failed to load image: (.+)|cannot identify image file (.+)', text)
     if unreadable:
         return f'The image {(unreadable[1] or unreadable[2]).strip()} cannot be read.'

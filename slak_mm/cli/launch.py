@@ -21,6 +21,7 @@ from torch import nn
 from slak_mm._config import add_hook, framework, type_name
 from slak_mm.checkpoints import CheckpointError
 from slak_mm.engine.reproducible import make_reproducible
+from slak_mm.engine.samples import check_samples
 from slak_mm.sparsity import SparsityError
 
 from .device import adapt_to_device
@@ -160,12 +161,13 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
 
     Args:
         cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
-            what :mod:`slak_mm.engine.reproducible` has; mmengine's checkpoint hook and loop over
-            epochs become those of this package.
+            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`; mmengine's
+            checkpoint hook and loop over epochs become those of this package.
         loops: Which of 'train', 'val' and 'test' to build.
 
     Returns:
-        With its model and those loops built, and the optimizer for training.
+        With its model and those loops built, and the optimizer for training. Its data sets
+        check what they load.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -175,6 +177,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         make_reproducible(cfg)
         _check_intervals(cfg)
         make_resumable(cfg)
+        add_hook(cfg, 'FiniteLossHook')
     try:
         if 'runner_type' in cfg:
             from mmengine.registry import RUNNERS
@@ -194,6 +197,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         raise
     except Exception as error:  # registries wrap whatever a constructor raises
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
+    check_samples(runner)
     return runner
 
 

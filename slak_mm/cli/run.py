@@ -10,6 +10,8 @@ import torch
 import torch.distributed
 from mmengine.dist import get_rank, is_distributed
 
+from slak_mm.engine.samples import DataError
+
 from .errors import explain
 
 
@@ -33,7 +35,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
             raise
         if os.environ.get('SLAK_MM_DEBUG', '0') != '0' or '--debug' in sys.argv:
             traceback.print_exc()
-        if get_rank() == 0:
+        # Each process has data of its own.
+        if get_rank() == 0 or isinstance(error, DataError):
             print(f'error: {message}', file=sys.stderr)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

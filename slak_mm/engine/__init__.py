@@ -1,14 +1,17 @@
-"""What mmengine finds registered: hooks, a loop, layer decay, reproducible sampling."""
+"""What mmengine finds registered: hooks, a loop, layer decay, reproducible sampling, checks of samples."""
 
 from .checkpoint_hook import AtomicCheckpointHook
 from .epoch_loop import ResumableEpochLoop
 from .hooks import StrictCheckpointHook
 from .layer_decay import LargeKernelLayerDecayConstructor
 from .reproducible import IterationSeedHook, KeyedDefaultSampler, KeyedInfiniteSampler, SeedBySample
+from .samples import DataError, FiniteLossHook, check_samples
 from .sparsity_hook import SparsityHook
 
 __all__ = [
     'AtomicCheckpointHook',
+    'DataError',
+    'FiniteLossHook',
     'IterationSeedHook',
     'KeyedDefaultSampler',
     'KeyedInfiniteSampler',
@@ -17,4 +20,5 @@ __all__ = [
     'SeedBySample',
     'SparsityHook',
     'StrictCheckpointHook',
+    'check_samples',
 ]

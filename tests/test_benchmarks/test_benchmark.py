@@ -32,37 +32,14 @@ def small(tool, monkeypatch):
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
 @pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
 def test_table_and_json(small, family, dtype, capsys, tmp_path):
-    out = tmp_path / 'out.json'
-    plot = tmp_path / 'out.png'
-    assert (
-        small.main(
-            [
-                'op',
-                '--family',
-                family,
-                '--size',
-                '64x96',
-                '--stages',
-                '0',
-                '3',
-                '--repeats',
-                '1',
-                '--dtype',
-                dtype,
-                '--no-memory',
-                '--json',
-                str(out),
-                '--plot',
-                str(plot),
-            ]
-        )
-        == 0
-    )
+    out, plot = tmp_path / 'out.json', tmp_path / 'out.png'
+    options = f'op --family {family} --size 64x96 --stages 0 3 --repeats 1 --dtype {dtype} --no-memory'
+    assert small.main([*options.split(), '--json', str(out), '--plot', str(plot)]) == 0
     printed = capsys.readouterr().out
     assert 'disagrees' not in printed and f'dtype {dtype}' in printed
     assert f'threads {torch.get_num_threads()}' in printed
     passes = op.PASSES[family]
-    assert printed.count('| 64x96 ') == 2 * len(passes)  # two stages
+    assert printed.count('| 64x96, ') == 2 * len(passes)  # two stages
     data = json.loads(out.read_text())
     assert data['machine']['torch'] == torch.__version__ and data['machine']['date']
     maps = [(16, 24)] * len(passes) + [(2, 3)] * len(passes)
@@ -80,25 +57,8 @@ def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_pa
         op, 'cross_dwconv2d', lambda x, *a, **k: torch.utils._pytree.tree_map(lambda y: y * 1.01, original(x, *a, **k))
     )
     out = tmp_path / 'out.json'
-    assert (
-        small.main(
-            [
-                'op',
-                '--family',
-                family,
-                '--size',
-                '64x64',
-                '--stages',
-                '3',
-                '--repeats',
-                '1',
-                '--no-memory',
-                '--json',
-                str(out),
-            ]
-        )
-        == 1
-    )
+    options = f'op --family {family} --size 64x64 --stages 3 --repeats 1 --no-memory'
+    assert small.main([*options.split(), '--json', str(out)]) == 1
     captured = capsys.readouterr()
     assert 'its figures are left out' in captured.err
     for row in json.loads(out.read_text())['rows']:
@@ -113,19 +73,8 @@ def test_peak_memory_is_that_of_the_arithmetic():
     """60 channels become 1020 maps of 130 x 130 pixels in one formulation, 3 x 60 in the other."""
 
     def peak(contender):
-        return measure_peak(
-            op.__name__,
-            dict(
-                family='shiftwise',
-                stage=0,
-                size=(512, 512),
-                batch=1,
-                dtype='float32',
-                device='cpu',
-                contender=contender,
-                passing='fwd',
-            ),
-        )
+        case = dict(family='shiftwise', stage=0, size=(512, 512), batch=1, dtype='float32', device='cpu')
+        return measure_peak(op.__name__, dict(case, contender=contender, passing='fwd'))
 
     maps = 1020 * 130 * 130 * 4 / 2**20
     shifted = peak('shifted, own adjoint')
@@ -140,8 +89,8 @@ def test_peak_memory_is_that_of_the_arithmetic():
     [
         (['--size', '512'], 'a size is HxW, such as 512x512, got 512'),
         (['--size', '16x512'], 'at least 32x32'),
-        (['--batch', '0'], 'must be a positive integer, got 0'),
-        (['--repeats', '-1'], 'must be a positive integer, got -1'),
+        (['--batch', '0'], 'must be at least 1, got 0'),
+        (['--repeats', '-1'], 'must be at least 1, got -1'),
         (['--family', 'convnext'], 'invalid choice'),
     ],
 )
@@ -189,12 +138,8 @@ def test_operations_of_taps_within_the_map(small):
 
 def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys):
     out = tmp_path / 'out.json'
-    assert (
-        small.main(
-            ['op', '--size', '64x64', '--stages', '3', '--repeats', '1', '--skip', 'gemm', 'cpu', '--json', str(out)]
-        )
-        == 0
-    )
+    options = 'op --size 64x64 --stages 3 --repeats 1 --skip gemm cpu'
+    assert small.main([*options.split(), '--json', str(out)]) == 0
     for row in json.loads(out.read_text())['rows']:
         layouts = row['branch_seconds']
         fastest = [min(pair) for pair in zip(*layouts.values())]

@@ -311,8 +311,8 @@ def test_crop_size_reaches_everything(cfg, wrapped):
     assert cfg.model.test_cfg.stride == (round(341 / 4), round(341 * 192 / 512))
 
 
-def test_crop_size_of_a_multi_scale_config(config_path):
-    cfg = Config.fromfile(config_path.replace('.py', '_ms.py'))
+def test_crop_size_of_a_multi_scale_config(tta_config_path):
+    cfg = Config.fromfile(tta_config_path)
     cli.set_crop_size(cfg, (256, 256))
     assert tuple(cfg.model.module.data_preprocessor['size']) == (256, 256)
     assert cfg.model.module.test_cfg.crop_size == (256, 256)

@@ -29,20 +29,15 @@ def miou(result):
     return re.search(r'Iter\(test\) .*mIoU: ([\d.]+)', result.text)[1]
 
 
-def test_multi_scale_by_option_and_by_config_agree(call_tool, config_path, checkpoint, arguments, tiny, tmp_path):
+def test_multi_scale_by_option_and_by_config_agree(
+    call_tool, config_path, tta_config_path, checkpoint, arguments, tiny, tmp_path
+):
     by_option = call_tool(
         'test', config_path, checkpoint, *arguments, '--tta', '--out', tmp_path / 'a', '--cfg-options', *tiny
     )
     inside = [option.replace('model.', 'model.module.', 1) for option in tiny]
     by_config = call_tool(
-        'test',
-        config_path.replace('.py', '_ms.py'),
-        checkpoint,
-        *arguments,
-        '--out',
-        tmp_path / 'b',
-        '--cfg-options',
-        *inside,
+        'test', tta_config_path, checkpoint, *arguments, '--out', tmp_path / 'b', '--cfg-options', *inside
     )
     assert miou(by_option) == miou(by_config)
     files = sorted(path.name for path in (tmp_path / 'a').glob('*.png'))

@@ -48,7 +48,7 @@ def assert_same_run(ours, theirs):
     [
         (['nowhere/upernet.py'], 'no config file "nowhere/upernet.py"'),
         ([str(ROOT / 'configs/upernet_slak_x_ade20k.py')], 'Did you mean .*upernet_slak_t_ade20k.py'),
-        ([str(ROOT / 'configs/upernet_slak_t_ade20k_ms.py')], 'for testing only'),
+        (['TTA_CONFIG'], 'for testing only'),
         (['CONFIG'], r'slak_t_in1k_300e(?s:.*)--from-scratch'),
         (['CONFIG', '--from-scratch'], 'data/ade/ADEChallengeData2016" does not exist.*--data-root'),
         (['CONFIG', '--from-scratch', '--data-root', '/nowhere'], '"/nowhere" does not exist'),
@@ -82,7 +82,9 @@ def assert_same_run(ours, theirs):
         ),
     ],
 )
-def test_one_readable_sentence(call_tool, config_path, demo_data, tmp_path, monkeypatch, arguments, message):
+def test_one_readable_sentence(
+    call_tool, config_path, tta_config_path, demo_data, tmp_path, monkeypatch, arguments, message
+):
     if torch.cuda.is_available() and '--amp' in arguments:
         pytest.skip('mixed precision works on this machine')
     monkeypatch.chdir(tmp_path)
@@ -92,7 +94,7 @@ def test_one_readable_sentence(call_tool, config_path, demo_data, tmp_path, monk
         monkeypatch.setenv(variable, 'http://127.0.0.1:9')
     for variable in ('RANK', 'SLURM_PROCID'):
         monkeypatch.delenv(variable, raising=False)
-    known = dict(CONFIG=config_path, DATA=demo_data)
+    known = dict(CONFIG=config_path, TTA_CONFIG=tta_config_path, DATA=demo_data)
     result = call_tool('train', *[known.get(word, word) for word in arguments])
     assert result.code == 1
     error = result.err[result.err.index('error: ') :]

@@ -1,5 +1,0 @@
-# Multi-scale and flip test of upernet_slak_b_ade20k.py; for testing only.
-_base_ = './upernet_slak_b_ade20k.py'
-
-model = dict(_delete_=True, type='SegTTAModel', module=_base_.model)
-test_dataloader = dict(dataset=dict(pipeline=_base_.tta_pipeline))
