@@ -72,20 +72,12 @@ def check_state(checkpoint: Mapping[str, Any], source: str) -> None:
             f'resume; to start a new run from its weights, name it as load_from.'
         )
     with _part(source, 'meta'):
-        for key in ('epoch', 'iter'):
-            count = checkpoint['meta'][key]
+        for key, count in (('epoch', checkpoint['meta'].get('epoch', 0)), ('iter', checkpoint['meta']['iter'])):
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f'{key} is {count!r}, not a number of finished ones')
         if not isinstance(checkpoint['meta'].get(RUN_KEY, {}), Mapping):
             raise TypeError(f'{RUN_KEY} is no dictionary')
-    with _part(source, 'message_hub'):
-        for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
-            checkpoint['message_hub'][key].items()
-        if not all(
-            isinstance(step, int) for step in checkpoint['message_hub']['runtime_info'].get('keep_ckpt_ids', [])
-        ):
-            raise TypeError('keep_ckpt_ids are not all numbers')
-    for part in ('state_dict', 'optimizer'):
+    for part in ('state_dict', 'optimizer', 'message_hub'):
         with _part(source, part):
             checkpoint[part].items()
 
@@ -102,6 +94,15 @@ def check_resumed(runner: Any, checkpoint: Mapping[str, Any]) -> None:
     """
     source = getattr(runner, '_load_from', None) or 'The checkpoint'
     check_state(checkpoint, source)
+    with _part(source, 'meta'):
+        checkpoint['meta']['epoch']  # noqa: B018  # the runner reads it
+    with _part(source, 'message_hub'):
+        for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
+            checkpoint['message_hub'][key].items()
+        if not all(
+            isinstance(step, int) for step in checkpoint['message_hub']['runtime_info'].get('keep_ckpt_ids', [])
+        ):
+            raise TypeError('keep_ckpt_ids are not all numbers')
     if SPARSITY_KEY in checkpoint and not any(isinstance(hook, SparsityHook) for hook in runner.hooks):
         raise SparsityMismatch(
             'The run to resume trained with sparsity, and this one would not (its config has no SparsityHook). To '
