@@ -36,8 +36,7 @@ from slak_mm.checkpoints import (
 )
 from slak_mm.checkpoints.errors import shown
 from slak_mm.cli.tables import table
-from slak_mm.engine.hooks import SPARSITY_KEY
-from slak_mm.engine.sparsity_hook import finalize_checkpoint, saved_masks
+from slak_mm.engine.sparsity_hook import SPARSITY_KEY, finalize_checkpoint, saved_masks
 from slak_mm.sparsity import SparsityError
 from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsity
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 
+from mmengine.config import Config
 from mmengine.logging import print_log
 
 from slak_mm import cli
@@ -68,7 +69,16 @@ def main() -> None:
         cfg.randomness = dict(randomness, seed=args.seed if args.seed is not None else randomness.get('seed'))
     cli.init_distributed(cfg, args)
 
-    resumed = cli.prepare_resume(cfg, args.resume) if args.resume else None
+    with cli.own_work_dir(cfg):
+        train(cfg, args)
+
+
+def train(cfg: Config, args: argparse.Namespace) -> None:
+    """Train in a work dir that no other process trains in."""
+    resume = args.resume or cfg.get('resume')
+    if resume is True:
+        resume = cfg.get('load_from') or 'auto'
+    resumed = cli.prepare_resume(cfg, resume) if resume else None
     removed: list[tuple[str, str]] = []
     if resumed is None:
         if args.from_scratch:

@@ -19,7 +19,7 @@ from .config import apply_overrides, load_config, use_test_time_augmentation
 from .data import check_data, dataset_class, set_batch_size, set_data_root, set_num_workers
 from .device import adapt_to_device, set_amp
 from .errors import ConfigOverrideError, reason
-from .launch import build_model, build_runner, init_distributed
+from .launch import build_model, build_runner, init_distributed, own_work_dir
 from .run import leave_process_group, run_tool
 from .schedule import set_max_iters
 from .size import set_crop_size, set_img_scale
@@ -53,6 +53,7 @@ __all__ = [
     'model_of',
     'named_weights',
     'non_negative_int',
+    'own_work_dir',
     'positive_int',
     'prepare_resume',
     'reason',

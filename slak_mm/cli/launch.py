@@ -1,19 +1,24 @@
 """Start the processes of a run and build what it needs."""
 
 import argparse
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed
+from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import init_dist
+from mmengine.dist import broadcast_object_list, init_dist, is_main_process
+from mmengine.logging import print_log
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
-from slak_mm._config import add_hook, framework
+from slak_mm._config import add_hook, framework, type_name
 from slak_mm.checkpoints import CheckpointError
 from slak_mm.engine.reproducible import make_reproducible
 from slak_mm.engine.samples import check_samples
@@ -96,6 +101,39 @@ def _slurm_environment(port: int | None) -> None:
     os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', '0')
 
 
+@contextmanager
+def own_work_dir(cfg: Config) -> Iterator[None]:
+    """Keep other trainings out of the work dir; the operating system ends this when the process dies.
+
+    Args:
+        cfg: Its work dir is made.
+
+    Raises:
+        ConfigOverrideError: Another training is in it, or it cannot be written.
+    """
+    folder = Path(cfg.work_dir)
+    lock = FileLock(folder / '.lock')
+    problem = None
+    if is_main_process():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            problem = f'Another training runs in {folder}: wait until it has ended, or choose another --work-dir.'
+        except NotImplementedError:
+            print_log(f'{folder} has no file locks: start no second training in it.', 'current', logging.WARNING)
+        except OSError as error:
+            problem = f'The work dir {folder} cannot be written ({error.strerror}): choose another --work-dir.'
+    problems = [problem]
+    broadcast_object_list(problems)
+    if problems[0]:
+        raise ConfigOverrideError(problems[0])
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
     """Build a model, or a part of one, outside of a runner.
 
@@ -123,7 +161,8 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
 
     Args:
         cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
-            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`.
+            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`; mmengine's
+            checkpoint hook and loop over epochs become those of this package.
         loops: Which of 'train', 'val' and 'test' to build.
 
     Returns:
@@ -136,6 +175,8 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     add_hook(cfg, 'StrictCheckpointHook', require_heads=bool(cfg.get('resume')))
     if 'train' in loops:
         make_reproducible(cfg)
+        _check_intervals(cfg)
+        make_resumable(cfg)
         add_hook(cfg, 'FiniteLossHook')
     try:
         if 'runner_type' in cfg:
@@ -158,3 +199,41 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
     check_samples(runner)
     return runner
+
+
+def _check_intervals(cfg: Config) -> None:
+    """Refuse lengths and intervals of the training loop that mmengine divides by or never reaches."""
+    loop = cfg.get('train_cfg') or {}
+    values = {key: loop.get(key) for key in ('max_iters', 'max_epochs')}
+    if cfg.get('val_dataloader'):
+        values['val_interval'] = loop.get('val_interval')
+        values |= {f'dynamic_intervals[{i}]': pair[1] for i, pair in enumerate(loop.get('dynamic_intervals') or [])}
+    for key, value in values.items():
+        if value is not None and not (isinstance(value, (int, float)) and value >= 1):
+            remedy = (
+                ''
+                if key.startswith('max')
+                else ('; to train without validation set val_dataloader, val_cfg and val_evaluator to None')
+            )
+            raise ConfigOverrideError(f'train_cfg.{key} must be a number from 1, got {value!r}{remedy}.')
+
+
+def make_resumable(cfg: Config) -> None:
+    """Replace mmengine's checkpoint hook and loop over epochs by those of this package."""
+    cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
+    hooks = cfg.default_hooks
+    hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))
+    for hook in (hooks.checkpoint, *(cfg.get('custom_hooks') or [])):
+        name = type_name(hook)
+        if name == 'CheckpointHook':
+            hook['type'] = 'AtomicCheckpointHook'
+        elif hook is hooks.checkpoint and hook is not None and name != 'AtomicCheckpointHook':
+            print_log(
+                f'{name} saves the checkpoints of this config; what is lost when it is cut off is up to it.',
+                'current',
+                logging.WARNING,
+            )
+    loop = cfg.get('train_cfg') or {}
+    if type_name(loop) == 'EpochBasedTrainLoop' or ('type' not in loop and loop.get('by_epoch', True)):
+        loop.pop('by_epoch', None)
+        loop['type'] = 'ResumableEpochLoop'

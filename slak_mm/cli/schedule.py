@@ -35,7 +35,7 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
         raise ConfigOverrideError('--max-iters has no effect: this config does not train.')
     by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
     old = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
-    if type_name(loop) not in ('IterBasedTrainLoop', 'EpochBasedTrainLoop', '') or not old:
+    if type_name(loop) not in ('IterBasedTrainLoop', 'EpochBasedTrainLoop', 'ResumableEpochLoop', '') or not old:
         raise ConfigOverrideError(
             f'--max-iters cannot change the training loop "{type_name(loop)}" of this config; use --cfg-options.'
         )

@@ -11,7 +11,8 @@ from .errors import ConfigOverrideError
 SPARSE_CHOICES = ('off', *MODES, *PRESETS)
 
 
-def _sparsity_hooks(cfg: Config) -> list[ConfigDict]:
+def sparsity_hooks(cfg: Config) -> list[ConfigDict]:
+    """The ``SparsityHook`` of a config, or several."""
     return [hook for hook in cfg.get('custom_hooks') or [] if type_name(hook) == 'SparsityHook']
 
 
@@ -26,7 +27,7 @@ def set_sparse(cfg: Config, choice: str) -> None:
         cfg: Changed in place.
         choice: One of :data:`SPARSE_CHOICES`.
     """
-    present = _sparsity_hooks(cfg)
+    present = sparsity_hooks(cfg)
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook not in present]
     if choice in PRESETS:
         published = PRESETS[choice]
@@ -60,7 +61,7 @@ def set_sparsity(cfg: Config, sparsity: float) -> None:
     Raises:
         ConfigOverrideError: The config has no such hook.
     """
-    hooks = _sparsity_hooks(cfg)
+    hooks = sparsity_hooks(cfg)
     if not hooks:
         raise ConfigOverrideError(
             f'--sparsity needs a config with a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
@@ -83,7 +84,7 @@ def masks_from_scratch(cfg: Config) -> None:
         ConfigOverrideError: The hook has nothing under ``from_scratch`` and takes its masks from
             the weights, which would be random.
     """
-    for hook in _sparsity_hooks(cfg):
+    for hook in sparsity_hooks(cfg):
         if hook.get('from_scratch'):
             hook.update(hook.pop('from_scratch'))
         elif hook.get('distribution', 'from_weights') == 'from_weights' and not hook.get('preset'):

@@ -1,18 +1,22 @@
 """Pretrained weights and the checkpoint to resume from."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
-from mmengine.runner import find_latest_checkpoint
 
 from slak_mm._config import model_of, type_name, walk
-from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
+from slak_mm.checkpoints import CheckpointError, CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import resolve
+from slak_mm.engine.checkpoint_hook import checkpoint_pattern
+from slak_mm.engine.resume import check_state
+from slak_mm.engine.sparsity_hook import SPARSITY_KEY
 from slak_mm.models import registered_backbones
 
 from .errors import ConfigOverrideError
+from .sparse import sparsity_hooks
 
 
 def named_weights(cfg: Config) -> list[tuple[str, str]]:
@@ -117,38 +121,34 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     """Find and check the checkpoint to resume from.
 
     Args:
-        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run,
-            and no pretrained weights any more, since all weights come from the checkpoint.
-        resume: A file, or 'auto' for the newest checkpoint of the work dir.
+        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run, what it had from
+            ``from_scratch`` of its ``SparsityHook``, and no pretrained weights any more, since all
+            weights come from the checkpoint.
+        resume: A file, or 'auto' for the newest checkpoint of the work dir that can be read.
 
     Returns:
         The file; None if the work dir has no checkpoint ('auto' only): the run then
         begins at the beginning.
 
     Raises:
-        CheckpointError: The file is missing or unreadable.
-        ConfigOverrideError: It is not from a training run.
+        CheckpointError: The file is missing, unreadable, or not from a training run.
+        ConfigOverrideError: The work dir has checkpoints, and none can be read.
     """
     if resume == 'auto':
-        found = find_latest_checkpoint(cfg.work_dir)
-        if found is None:
+        newest = _newest_checkpoint(cfg)
+        if newest is None:
             print_log(
-                f'--resume: {cfg.work_dir} has no checkpoint, training starts at the beginning.',
+                f'{cfg.work_dir} has no checkpoint, training starts at the beginning.',
                 logger='current',
                 level=logging.WARNING,
             )
+            cfg.resume = False
             return None
+        found, checkpoint = newest
     else:
-        found = resume
-    found = str(resolve(found))
-    checkpoint = read_checkpoint(found)
-    meta = checkpoint.get('meta') or {}
-    if 'optimizer' not in checkpoint or 'iter' not in meta or 'message_hub' not in checkpoint:
-        raise ConfigOverrideError(
-            f'{found} has weights but no state of a training run, so there is nothing to resume; '
-            f'to start from its weights use --cfg-options load_from={found}'
-        )
-    seed = meta.get('seed')
+        found = str(resolve(resume))
+        checkpoint = _read_run(found)
+    seed = checkpoint['meta'].get('seed')
     randomness = ConfigDict(cfg.get('randomness') or {})
     if seed is not None:
         if randomness.get('seed') not in (None, seed):
@@ -160,7 +160,62 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
         # mmengine takes the seed over itself, but only after the samplers were built.
         randomness.seed = seed
         cfg.randomness = randomness
+    if _drew_masks(checkpoint):
+        for hook in sparsity_hooks(cfg):
+            hook.update(hook.pop('from_scratch', None) or {})
     remove_weights(cfg)
     cfg.resume = True
     cfg.load_from = found
     return found
+
+
+def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint that a run can go on from, whatever ``last_checkpoint`` says of it."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    folder = Path(cfg.work_dir)
+    if '://' in (hook.get('out_dir') or ''):
+        raise ConfigOverrideError(
+            f'The checkpoints of this config are kept at {hook["out_dir"]}: name one after --resume.'
+        )
+    if hook.get('out_dir') and Path(hook['out_dir']) != folder:
+        folder = Path(hook['out_dir'], folder.absolute().name)
+    own = hook.get('filename_tmpl') or ('epoch_{}.pth' if hook.get('by_epoch', True) else 'iter_{}.pth')
+    # Those named as this config names them come first: other numbers cannot be compared with theirs.
+    candidates = []
+    for rank, template in enumerate(dict.fromkeys((own, 'iter_{}.pth', 'epoch_{}.pth'))):
+        pattern = checkpoint_pattern(template)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            match = pattern.fullmatch(path.name)
+            if match:
+                candidates.append((-rank, int(match['step']), path))
+    passed = []
+    for *_, path in sorted(candidates, reverse=True):
+        try:
+            checkpoint = _read_run(str(path))
+        except (CheckpointError, OSError) as error:
+            passed.append(f'{path.name} ({str(error).splitlines()[0]})')
+            continue
+        others = f' Passed over, because they cannot be resumed: {"; ".join(passed)}' if passed else ''
+        print_log(
+            f'The run goes on from {path}.{others}', logger='current', level=logging.WARNING if passed else logging.INFO
+        )
+        return str(path), checkpoint
+    if passed:
+        raise ConfigOverrideError(
+            f'None of the checkpoints in {folder} can be resumed: {"; ".join(passed)}. To start from the beginning '
+            'leave out --resume; they are then moved aside.'
+        )
+    return None
+
+
+def _read_run(path: str) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    check_state(checkpoint, path)
+    return checkpoint
+
+
+def _drew_masks(checkpoint: dict[str, Any]) -> bool:
+    """Whether the run drew its masks, which a config takes from the zeros of weights unless from scratch."""
+    state = checkpoint.get(SPARSITY_KEY)
+    settings = state.get('settings') if isinstance(state, dict) else None
+    return isinstance(settings, dict) and settings.get('distribution', 'from_weights') != 'from_weights'

@@ -1,5 +1,7 @@
-"""What mmengine finds registered: hooks, layer decay, reproducible sampling, checks of samples."""
+"""What mmengine finds registered: hooks, a loop, layer decay, reproducible sampling, checks of samples."""
 
+from .checkpoint_hook import AtomicCheckpointHook
+from .epoch_loop import ResumableEpochLoop
 from .hooks import StrictCheckpointHook
 from .layer_decay import LargeKernelLayerDecayConstructor
 from .reproducible import IterationSeedHook, KeyedDefaultSampler, KeyedInfiniteSampler, SeedBySample
@@ -7,12 +9,14 @@ from .samples import DataError, FiniteLossHook, check_samples
 from .sparsity_hook import SparsityHook
 
 __all__ = [
+    'AtomicCheckpointHook',
     'DataError',
     'FiniteLossHook',
     'IterationSeedHook',
     'KeyedDefaultSampler',
     'KeyedInfiniteSampler',
     'LargeKernelLayerDecayConstructor',
+    'ResumableEpochLoop',
     'SeedBySample',
     'SparsityHook',
     'StrictCheckpointHook',

@@ -6,19 +6,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from slak_mm.checkpoints import (
-    CheckpointMismatch,
-    LoadReport,
-    find_backbones,
-    load_foreign,
-    prepare_checkpoint,
-    unwrap_model,
-)
+from slak_mm.checkpoints import LoadReport, find_backbones, load_foreign, prepare_checkpoint, unwrap_model
 
-__all__ = ['SPARSITY_KEY', 'StrictCheckpointHook', 'load_whole_model']
+from .resume import check_resumed
 
-#: Entry of a checkpoint with the state of ``SparsityHook``.
-SPARSITY_KEY = 'sparsity'
+__all__ = ['StrictCheckpointHook', 'load_whole_model']
 
 
 def load_whole_model(model: nn.Module, checkpoint: dict, source: str) -> LoadReport | None:
@@ -54,7 +46,8 @@ class StrictCheckpointHook(Hook):
 
     The runner itself loads non-strictly: keys that fit nothing are reported in the log, and the
     run goes on with random weights in their place. With this hook a checkpoint is converted to
-    the model's names and verified before the runner copies it.
+    the model's names and verified before the runner copies it. To resume, every other part of the
+    checkpoint must fit too: the states of the optimizer, the schedules, the averages and the masks.
 
     Args:
         strict: Whether a checkpoint must have every weight of the model and nothing else.
@@ -63,8 +56,7 @@ class StrictCheckpointHook(Hook):
             Defaults to False.
 
     Raises:
-        slak_mm.checkpoints.CheckpointMismatch: While loading, before a weight is overwritten; also
-            where a run with sparse training is to be resumed without it.
+        slak_mm.checkpoints.CheckpointMismatch: While loading, before a weight is overwritten.
     """
 
     # Before hooks that take the weights from the checkpoint, such as EMAHook.
@@ -76,16 +68,8 @@ class StrictCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Replace the checkpoint's ``state_dict`` by the converted and verified one."""
-        if (
-            SPARSITY_KEY in checkpoint
-            and getattr(runner, '_resume', False)
-            and not any(type(hook).__name__ == 'SparsityHook' for hook in runner.hooks)
-        ):
-            raise CheckpointMismatch(
-                'The run to resume trained with sparsity, and this one would not (its config has '
-                'no SparsityHook): resume it with the --sparse that it had. To train on densely '
-                'from its weights, start a new run with --cfg-options load_from=CHECKPOINT.'
-            )
+        if getattr(runner, '_resume', False):
+            check_resumed(runner, checkpoint)
         model = unwrap_model(runner.model)
         if find_backbones(model):
             prepare_checkpoint(model, checkpoint, strict=self.strict, require_heads=self.require_heads)

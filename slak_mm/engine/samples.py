@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from PIL import Image
 from torch import nn
 
-from .hooks import unwrap_model
+from slak_mm.checkpoints import unwrap_model
 
 __all__ = ['CheckedLoad', 'DataError', 'FiniteLossHook', 'check_loads', 'check_samples']
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from slak_mm.checkpoints import CheckpointMismatch, find_backbones, unwrap, unwrap_model
 from slak_mm.sparsity import (
     PRESETS,
-    DenseWeights,
+    FrozenWeights,
     SparseTraining,
     SparsityError,
     format_table,
@@ -31,15 +31,21 @@ from slak_mm.sparsity import (
     snip_gradients,
 )
 
-from .hooks import SPARSITY_KEY
 from .reproducible import seed_everything
 
-__all__ = ['SparsityHook', 'finalize_checkpoint', 'saved_masks']
+__all__ = ['SPARSITY_KEY', 'SparsityHook', 'SparsityMismatch', 'finalize_checkpoint', 'saved_masks']
+
+#: Entry of a checkpoint with the state of :class:`SparsityHook`.
+SPARSITY_KEY = 'sparsity'
+
+
+class SparsityMismatch(CheckpointMismatch):
+    """The run to resume and this one differ in their sparse training."""
 
 
 @HOOKS.register_module()
 class SparsityHook(Hook):
-    """Keeps weights at zero while a model trains, and lets the zeros wander.
+    """Train with weights that are zero, and let other weights take their place from time to time.
 
     The masks are applied by a hook of the optimizer itself, after each of its steps and at no
     other time: neither gradient accumulation nor a step that mixed precision skips because of an
@@ -56,7 +62,7 @@ class SparsityHook(Hook):
 
     State is kept in the checkpoint under ``sparsity``: a run that was killed and resumed goes on
     with the same masks, in the same phase of the schedule. The saved weights have real zeros, so
-    any tool can use them; ``tools/checkpoint.py finalize`` writes them without the rest.
+    any tool can use them; :func:`finalize_checkpoint` gives them without the rest.
 
     In a distributed run the processes have the same masks: they draw alike, SNIP's gradients are
     averaged, rank 0's masks are broadcast at each change, and their hashes are compared at the
@@ -93,16 +99,17 @@ class SparsityHook(Hook):
         preset: Published training, a key of :data:`slak_mm.sparsity.PRESETS`.
             Arguments given beside it have precedence. Defaults to None.
         seed: Seed of all that is drawn. Defaults to 0.
-        from_scratch: Arguments that ``tools/train.py --from-scratch`` puts in
-            place of those here, as there are no weights to take masks from. Not used by the
-            hook itself.
+        from_scratch: Arguments that take the place of those here in a run from random
+            weights, which have no zeros to take masks from. Whoever starts such a run puts
+            them in; the hook itself does not use them.
         **options: Further arguments of :class:`~slak_mm.sparsity.SparseTraining`, such as
             ``sampling`` or ``sparse_gap``.
 
     Attributes:
         masks: From the start of training on: name of each sparse parameter of
             the model -> boolean tensor of its shape, True where it is not pruned.
-        training: The masks' keeper.
+        training: What holds and changes the masks; None before training, and where all selected
+            weights are frozen.
 
     Raises:
         SparsityError: An argument is unknown or out of its range.
@@ -172,23 +179,25 @@ class SparsityHook(Hook):
         """Take the masks of the run to resume, or refuse it before a weight is overwritten."""
         if not getattr(runner, '_resume', False):
             return
+        training = self._build(runner)
+        if training is None:
+            return
+        source = getattr(runner, '_load_from', None) or 'its checkpoint'
         state = checkpoint.get(SPARSITY_KEY)
         if state is None:
-            raise CheckpointMismatch(
-                'The run to resume trained densely: its checkpoint has no state of a SparsityHook. '
-                'Resume it with --sparse off, or start a new sparse run from its weights with '
-                '--cfg-options load_from=CHECKPOINT.'
+            raise SparsityMismatch(
+                f'The run to resume trained densely: {source} has no state of a SparsityHook. '
+                'Resume it without one, or start a new sparse run with the checkpoint as load_from.'
             )
         try:
-            training = self._build(runner)
             mode = state['settings']['mode']
             if mode != training.mode:
                 raise SparsityError(f'it has the mode {mode!r}, this one {training.mode!r}.')
             training.load_state_dict(state)
-        except SparsityError as error:
-            raise CheckpointMismatch(
-                f'The masks of the run to resume do not fit this one: {error} Resume it with the '
-                'config and the --sparse that it had.'
+        except (SparsityError, LookupError, TypeError) as error:
+            raise SparsityMismatch(
+                f'The masks of the run to resume, part "{SPARSITY_KEY}" of {source}, do not fit this one: {error} '
+                'Resume it with the config that it had.'
             ) from error
         self.training, self._restored = training, True
 
@@ -199,10 +208,9 @@ class SparsityHook(Hook):
             assert self.training is not None
         else:
             self.training = self._build(runner)
-            try:
-                self._initialize(runner)
-            except DenseWeights as error:
-                raise SparsityError(f'{error} With tools/train.py: --sparse off, or --sparsity 0.4.') from error
+            if self.training is None:
+                return
+            self._initialize(runner)
         self._restored = False
         self.training.check_agreement()
         self._runner = runner
@@ -221,8 +229,9 @@ class SparsityHook(Hook):
             )
 
     def after_train(self, runner: Any) -> None:
-        """Show what has become of the masks, and let go of the optimizer."""
-        self._log_table('Sparse training ended')
+        """Show what has become of the masks, and detach from the optimizer."""
+        if self.training is not None:
+            self._log_table('Sparse training ended')
         self._release()
 
     def _release(self) -> None:
@@ -230,14 +239,20 @@ class SparsityHook(Hook):
             handle.remove()
         self._handles = []
 
-    def _build(self, runner: Any) -> SparseTraining:
+    def _build(self, runner: Any) -> SparseTraining | None:
         _refuse_unsupported(runner)
         model = unwrap_model(runner.model)
+        try:
+            selected = self._select(model)
+        except FrozenWeights as error:
+            # Masks that do not change hold zeros, and frozen weights keep theirs without.
+            if self.options['mode'] != 'static':
+                raise SparsityError(f'{error}: unfreeze some of them, or train without SparsityHook.') from error
+            print_log(f'Sparse training has nothing to do: {error}.', logger='current', level=logging.WARNING)
+            return None
         wrapper = runner.optim_wrapper
         counts = getattr(wrapper, '_accumulative_counts', 1)
-        return SparseTraining(
-            self._select(model), seed=self.seed, total_steps=-(-runner.max_iters // counts), **self.options
-        )
+        return SparseTraining(selected, seed=self.seed, total_steps=-(-runner.max_iters // counts), **self.options)
 
     def _select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         selection, include = self.selection, self.include
@@ -364,12 +379,12 @@ def _refuse_unsupported(runner: Any) -> None:
     if unsupported:
         raise SparsityError(
             f'Sparse training does not work with {unsupported}, which cuts up the weights or the '
-            'state of the optimizer: train with DistributedDataParallel, or with --sparse off.'
+            'state of the optimizer: train with DistributedDataParallel, or without SparsityHook.'
         )
     if not isinstance(optimizer, Optimizer):
         raise SparsityError(
-            f'Sparse training needs one optimizer from torch.optim or derived from it; '
-            f'{type(runner.optim_wrapper).__name__} has {type(optimizer).__name__}.'
+            f'Sparse training needs one optimizer from torch.optim or derived from it, because the schedule of the '
+            f'masks counts its steps; {type(runner.optim_wrapper).__name__} has {type(optimizer).__name__}.'
         )
     others = [hook for hook in runner.hooks if isinstance(hook, SparsityHook)]
     if len(others) > 1:

@@ -20,9 +20,9 @@ from .distributions import (
     snip_scores,
     uniform_densities,
 )
-from .errors import DenseWeights, SparsityError
+from .errors import DenseWeights, FrozenWeights, SparsityError
 from .masks import masks_from_state, masks_hash, pack_mask, unpack_mask, zero_pruned_
-from .rules import gradient_grow, magnitude_prune, momentum_grow, random_grow
+from .rules import gradient_grow, magnitude_prune, random_grow
 from .schedule import PRESETS, UpdateSchedule, cosine_prune_rate
 from .select import SELECTIONS, path_groups, select_parameters
 from .statistics import LayerStatistics, Statistics, format_table
@@ -35,6 +35,7 @@ __all__ = [
     'SAMPLINGS',
     'SELECTIONS',
     'DenseWeights',
+    'FrozenWeights',
     'LayerStatistics',
     'SparseTraining',
     'SparsityError',
@@ -50,7 +51,6 @@ __all__ = [
     'magnitude_prune',
     'masks_from_state',
     'masks_hash',
-    'momentum_grow',
     'pack_mask',
     'path_groups',
     'random_grow',

@@ -102,11 +102,11 @@ def snip_scores(
     Returns:
         Scores by name, and by layer for those of ``filters``.
     """
-    of_layer = {name: layer for layer, names in (filters or {}).items() for name in names}
+    layer_of = {name: layer for layer, names in (filters or {}).items() for name in names}
     scores: dict[str, Tensor] = {}
     for name, weight in weights.items():
         score = (weight.detach() * gradients[name]).abs()
-        layer = of_layer.get(name)
+        layer = layer_of.get(name)
         if layer is None:
             scores[name] = score
         else:

@@ -1,6 +1,6 @@
 """What goes wrong with sparsity, in a sentence."""
 
-__all__ = ['DenseWeights', 'SparsityError']
+__all__ = ['DenseWeights', 'FrozenWeights', 'SparsityError']
 
 
 class SparsityError(ValueError):
@@ -9,3 +9,7 @@ class SparsityError(ValueError):
 
 class DenseWeights(SparsityError):
     """Masks were to be made from the zeros of weights that have none."""
+
+
+class FrozenWeights(SparsityError):
+    """None of the weights that were selected is trained."""

@@ -18,15 +18,7 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = [
-    'gradient_grow',
-    'magnitude_prune',
-    'momentum_grow',
-    'prune_count',
-    'random_grow',
-    'random_positions',
-    'smallest',
-]
+__all__ = ['gradient_grow', 'magnitude_prune', 'prune_count', 'random_grow', 'random_positions', 'smallest']
 
 
 def prune_count(active: int, rate: float) -> int:
@@ -120,32 +112,6 @@ def gradient_grow(gradient: Tensor, mask: Tensor, count: int, exact: bool = True
     if exact:
         return mask | smallest(score, count, ~mask)
     return mask | smallest(torch.where(mask, torch.zeros_like(score), score), count)
-
-
-def momentum_grow(
-    momentum: Tensor, mask: Tensor, count: int, second_moment: Tensor | None = None, exact: bool = True
-) -> Tensor:
-    """Add the inactive entries with the largest momentum.
-
-    The score is ``|m|``, or ``|m| / (sqrt(v) + 1e-8)`` with Adam's second moment. It must be a
-    momentum of dense gradients: that of an optimizer whose state is masked says nothing.
-
-    Args:
-        momentum: m, a running mean of dense gradients, (…).
-        mask: Active entries, of the same shape.
-        count: Entries to add; if there are fewer inactive ones, all of them.
-        second_moment: v, of the same shape, or None.
-        exact: As in :func:`gradient_grow`.
-
-    Returns:
-        The mask with the added entries.
-
-    Raises:
-        SparsityError: The shapes differ.
-    """
-    if second_moment is not None:
-        momentum = momentum / (second_moment.sqrt() + 1e-8)
-    return gradient_grow(momentum, mask, count, exact)
 
 
 def smallest(score: Tensor, count: int, among: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .errors import SparsityError
+from .errors import FrozenWeights, SparsityError
 
 __all__ = ['SELECTIONS', 'path_groups', 'select_parameters']
 
@@ -52,15 +52,14 @@ def select_parameters(
 
     Raises:
         SparsityError: Nothing is left, the preset is unknown, or an expression is invalid.
+        FrozenWeights: What is left does not require gradients.
     """
     modules = {
         f'{name}.weight' if name else 'weight': module
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, nn.Linear))
     }
-    chosen = {
-        name: parameter for name, parameter in model.named_parameters() if name in modules and parameter.requires_grad
-    }
+    chosen = {name: parameter for name, parameter in model.named_parameters() if name in modules}
     if not chosen:
         raise SparsityError(
             f'{type(model).__name__} has no trainable weight of a convolution or linear layer that could be sparse'
@@ -90,7 +89,12 @@ def select_parameters(
             f'include={include!r}, exclude={exclude!r}; look at the names of '
             'model.named_parameters()'
         )
-    return chosen
+    trainable = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
+    if not trainable:
+        raise FrozenWeights(
+            f'no weight of {type(model).__name__} is selected: the {len(chosen)} candidates are all frozen'
+        )
+    return trainable
 
 
 def _matches(name: str, type_name: str, patterns: str | Sequence[str]) -> bool:

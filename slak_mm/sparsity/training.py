@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,11 +41,17 @@ _ONGOING_SETTINGS = (
     'mode',
     'sampling',
     'sparse_gap',
+    'momentum_window',
     'total_steps',
     'update_interval',
     'prune_rate',
     'stop_fraction',
     'final_prune_rate',
+)
+
+_ONE_OPTIMIZER = (
+    'sparse training follows one optimizer, because the schedule of the masks counts its steps: make a SparseTraining '
+    'for the parameters of each optimizer, or remove the handle of the earlier attach() first'
 )
 
 _logger = logging.getLogger(__name__)
@@ -64,8 +71,11 @@ class SparseTraining:
 
     After every optimizer step the weights that are pruned, and all of the optimizer's state that
     belongs to them, are positive zero bit for bit. Weights that an update brings in start from
-    zero with zero state. A weight that an update removes and brings back at once, which the rules
-    of Liu et al. and of RigL allow, keeps its value: it never was inactive.
+    zero with zero state. Masks change only where the step could train the weights: those of
+    tensors that are not in the optimizer, have a learning rate of 0, do not require gradients or
+    have none stay as they are, and the log names them once. A weight that an update removes and
+    brings back at once, which the rules of Liu et al. and of RigL allow, keeps its value: it never
+    was inactive.
 
     Args:
         parameters: Weights by name, as :func:`~slak_mm.sparsity.select_parameters` returns them.
@@ -168,6 +178,8 @@ class SparseTraining:
         self._gathered: dict[str, Tensor] = {}
         self._statistics: Statistics | None = None
         self._handles: list[Any] = []
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._left_alone: set[str] = set()
 
     # Masks and where they start
 
@@ -294,15 +306,30 @@ class SparseTraining:
 
         Returns:
             A handle whose ``remove()`` undoes this.
+
+        Raises:
+            SparsityError: This is attached already: steps would count twice.
         """
-        handle = _Handles(
-            [
-                optimizer.register_step_pre_hook(lambda opt, *_: self.gather_gradients(opt)),
-                optimizer.register_step_post_hook(lambda opt, *_: _nothing(self.step(opt))),
-            ]
-        )
-        self._handles.append(handle)
-        return handle
+        if self._handles:
+            raise SparsityError(_ONE_OPTIMIZER)
+        self._follow(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda opt, *_: self.gather_gradients(opt)),
+            optimizer.register_step_post_hook(lambda opt, *_: _nothing(self.step(opt))),
+        ]
+        return _Handle(self._detach)
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Refuse a second optimizer while the first is in use."""
+        followed = None if self._optimizer is None else self._optimizer()
+        if followed is not None and followed is not optimizer:
+            raise SparsityError(_ONE_OPTIMIZER)
+        self._optimizer = weakref.ref(optimizer)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._optimizer = [], None
 
     def needs_gradient(self) -> bool:
         """Whether the coming optimizer step has to keep dense gradients for growth."""
@@ -356,10 +383,12 @@ class SparseTraining:
             Whether masks changed.
 
         Raises:
-            SparsityError: There are no masks yet, or no gradients at an update that needs some.
+            SparsityError: There are no masks yet, no gradients at an update, or this is another
+                optimizer than the one before: each would count its steps.
         """
         if not self._is_initialized:
             raise SparsityError('call initialize() or load_state_dict() before step()')
+        self._follow(optimizer)
         if _is_skipped(optimizer):
             return False
         self.steps += 1
@@ -367,16 +396,48 @@ class SparseTraining:
         sparse = [layer for layer in self._layers if not layer.is_dense]
         for layer in sparse:
             layer.follow_device()
-        kept = self._update(sparse) if is_due else [layer.masks for layer in sparse]
-        for layer, masks in zip(sparse, kept):
-            for parameter, mask in zip(layer.parameters.values(), masks):
+        changing = self._trained(sparse, optimizer) if is_due else []
+        staying = self._update(changing) if changing else {}
+        if is_due:
+            self._gathered = {}
+        for layer in sparse:
+            for parameter, mask in zip(layer.parameters.values(), staying.get(layer.name, layer.masks)):
                 zero_pruned_(_with_state(parameter, optimizer), mask)
-        return is_due
+        return bool(changing)
 
-    def _update(self, layers: list[Layer]) -> list[list[Tensor]]:
-        """Change the masks; returns what was and stays active."""
+    def _trained(self, layers: list[Layer], optimizer: Optimizer) -> list[Layer]:
+        """Layers whose weights this step could train, in all processes alike; names the others once."""
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        if all(p.grad is None for p in parameters):
+            raise SparsityError(
+                'masks are to change, but no parameter has a gradient: call step() before the gradients are set to zero'
+            )
+        trained = {
+            id(p)
+            for group in optimizer.param_groups
+            if group.get('lr') is None or float(group['lr']) > 0
+            for p in group['params']
+            if p.requires_grad and p.grad is not None
+        }
+        is_trained = torch.tensor(
+            [all(id(p) in trained for p in layer.parameters.values()) for layer in layers]
+        ).float()
+        average_([is_trained])  # a branch may be used in one process only
+        left = [n for layer, here in zip(layers, is_trained) if not here for n in layer.parameters]
+        if not self._left_alone.issuperset(left):
+            _logger.warning(
+                'the masks of %d tensors stay as they are, because the optimizer does not train them now (not in it, '
+                'learning rate 0, frozen, or without gradient): %s',
+                len(left),
+                ', '.join(left),
+            )
+            self._left_alone.update(left)
+        return [layer for layer, here in zip(layers, is_trained) if here]
+
+    def _update(self, layers: list[Layer]) -> dict[str, list[Tensor]]:
+        """Change the masks of layers; returns what was and stays active, by the layer's name."""
         assert self.schedule is not None
-        growth = self._growth(layers)
+        growth = self._growth(layers) if self.mode in ('rigl', 'momentum') else None
         is_aligned = self.steps // self.schedule.update_interval % self.sparse_gap == 0
         proposals = []
         for layer in layers:
@@ -392,30 +453,21 @@ class SparseTraining:
         broadcast_masks([mask for masks in proposals for mask in masks])
         self.updates += 1
         self.last_update = self.steps
-        self._gathered = {}
         self._statistics = None
-        return [layer.replace(masks) for layer, masks in zip(layers, proposals)]
+        for layer in self._layers:
+            layer.replaced = [0] * len(layer.masks)
+        return {layer.name: layer.replace(masks) for layer, masks in zip(layers, proposals)}
 
-    def _growth(self, layers: list[Layer]) -> dict[str, Tensor] | None:
-        """Scores by name, averaged over processes; None for random growth."""
-        if self.mode not in ('rigl', 'momentum'):
-            return None
-        growth: dict[str, Tensor] = {}
-        found = 0
+    def _growth(self, layers: list[Layer]) -> dict[str, Tensor]:
+        """Gradients, or running means of them, by name, averaged over processes."""
+        growth = {}
         for layer in layers:
             for name, parameter in layer.parameters.items():
                 gradient = self._gathered.get(name, parameter.grad)
-                found += gradient is not None
-                # Of no use in this step, as the weights of a branch that did not run.
-                growth[name] = torch.zeros_like(parameter) if gradient is None else gradient
-        if layers and not found:
-            raise SparsityError(
-                'masks are to grow by gradients, but no parameter has any: call step() before '
-                'the gradients are set to zero'
-            )
-        own = {name: tensor.detach().clone() for name, tensor in growth.items()}
-        average_(own.values())
-        return own
+                # None where another process used the weight in this step, and this one did not.
+                growth[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+        average_(growth.values())
+        return growth
 
     # Weights elsewhere
 
@@ -481,9 +533,7 @@ class SparseTraining:
             The final statistics.
         """
         self.enforce(self.parameters)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._detach()
         return self.statistics()
 
     # To look at and to keep
@@ -550,6 +600,7 @@ class SparseTraining:
             sparsity=self.sparsity,
             sampling=self.sampling,
             sparse_gap=self.sparse_gap,
+            **({'momentum_window': self.momentum_window} if self.mode == 'momentum' else {}),
             **({} if schedule is None else vars(schedule)),
         )
 
@@ -563,8 +614,17 @@ class SparseTraining:
             state: The state.
 
         Raises:
-            SparsityError: It is of other parameters or shapes. Nothing was changed then.
+            SparsityError: It is of other parameters or shapes, or damaged. Nothing was changed then.
         """
+        try:
+            self._load(state)
+        except SparsityError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise SparsityError(f'the sparsity state is damaged ({type(error).__name__}: {error})') from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Read everything, then take it over."""
         if state.get('version') != _VERSION:
             raise SparsityError(
                 f'the sparsity state has the version {state.get("version")!r}, this code reads {_VERSION}'
@@ -593,19 +653,27 @@ class SparseTraining:
             for key, value in self._settings().items()
             if key in _ONGOING_SETTINGS and state['settings'].get(key, value) != value
         ]
+        counts = {key: int(state[key]) for key in ('step', 'updates', 'last_update')}
+        if min(counts.values()) < 0:
+            raise SparsityError(f'the sparsity state counts {min(counts.values())} steps')
+        replaced = {
+            layer.name: [int(state['replaced'].get(name, 0)) for name in layer.parameters] for layer in self._layers
+        }
+        generator = torch.Generator()
+        generator.set_state(state['generator'].cpu())
+        gathered = {}
+        for name, tensor in state['gathered'].items():
+            if tensor.shape != self.parameters[name].shape:
+                raise SparsityError(f'the gathered gradient of {name} has the shape {tuple(tensor.shape)}')
+            gathered[name] = tensor.to(self.parameters[name].device, copy=True)
         if differences:
             _logger.warning('sparse training goes on with other settings: %s', ', '.join(differences))
         for layer in self._layers:
             masks, explored = loaded.get(layer.name, ([], []))
             layer.set_masks(masks, None if self.mode == 'static' else explored)
-            layer.replaced = [int(state['replaced'].get(name, 0)) for name in layer.parameters]
-        self.steps = int(state['step'])
-        self.updates = int(state['updates'])
-        self.last_update = int(state['last_update'])
-        self._generator.set_state(state['generator'].cpu())
-        self._gathered = {
-            name: tensor.to(self.parameters[name].device, copy=True) for name, tensor in state['gathered'].items()
-        }
+            layer.replaced = replaced[layer.name]
+        self.steps, self.updates, self.last_update = counts['step'], counts['updates'], counts['last_update']
+        self._generator, self._gathered = generator, gathered
         self._is_initialized = True
         self._statistics = None
 
@@ -625,17 +693,11 @@ class SparseTraining:
         return masks, explored
 
 
-class _Handles:
-    """Several handles as one."""
+class _Handle:
+    """What ``remove()`` undoes, as the handles of torch's hooks."""
 
-    def __init__(self, handles: Iterable[Any]) -> None:
-        self._handles = list(handles)
-
-    def remove(self) -> None:
-        """Remove all hooks; a second time does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self.remove = undo
 
 
 def _nothing(_: object) -> None:

@@ -1,7 +1,7 @@
 """A small model with data and a runner, for tests of sparse training.
 
 As a script it trains in one of several processes and saves what came out of it:
-``python sparse_toy.py OUT DISTRIBUTION:MODE...``.
+``python sparse_toy.py OUT DISTRIBUTION:MODE...``, or ``two-parts``.
 """
 
 from __future__ import annotations
@@ -139,9 +139,16 @@ def make_runner(
     resume=False,
     load_from=None,
     log_level='WARNING',
+    checkpoint=None,
+    train_cfg=None,
+    metric=None,
+    schedulers=None,
     **wrapper_options,
 ) -> Runner:
-    """A runner over the toy model, ready to train; ``optimizer`` may end in '-fused'."""
+    """A runner over the toy model, ready to train.
+
+    ``optimizer`` may end in '-fused'; ``checkpoint`` has arguments of the checkpoint hook.
+    """
     kind, _, fused = optimizer.partition('-')
     options = dict(AdamW=dict(lr=0.01, weight_decay=0.05), SGD=dict(lr=0.1, momentum=0.9))[kind]
     optim_wrapper = dict(
@@ -149,6 +156,7 @@ def make_runner(
         **wrapper_options,
         optimizer=dict(options, type=kind, **(dict(fused=True) if fused else {})),
     )
+    epochs = 'max_epochs' in (train_cfg or {})
     loader = dict(dataset=Images(), batch_size=batch_size, num_workers=0, collate_fn=dict(type='default_collate'))
     return Runner(
         model=model or Toy(),
@@ -156,15 +164,20 @@ def make_runner(
         resume=resume,
         load_from=load_from,
         experiment_name=f'toy{uuid.uuid4().hex}',
-        train_dataloader=dict(loader, sampler=dict(type='InfiniteSampler', shuffle=False)),
+        train_dataloader=dict(
+            loader, sampler=dict(type='DefaultSampler' if epochs else 'InfiniteSampler', shuffle=epochs)
+        ),
         val_dataloader=dict(loader, dataset=Images(8), sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(),
-        val_evaluator=[NoMetric()],
-        train_cfg=dict(by_epoch=False, max_iters=iters, val_interval=val_interval),
+        val_evaluator=[metric or NoMetric()],
+        train_cfg=train_cfg or dict(by_epoch=False, max_iters=iters, val_interval=val_interval),
+        param_scheduler=schedulers,
         optim_wrapper=optim_wrapper,
         custom_hooks=list(hooks),
         default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=checkpoint_interval, save_last=True),
+            checkpoint=dict(
+                dict(type='AtomicCheckpointHook', by_epoch=False, interval=checkpoint_interval), **(checkpoint or {})
+            ),
             logger=dict(type='LoggerHook', interval=1),
         ),
         log_processor=dict(by_epoch=False),
@@ -179,7 +192,7 @@ def main() -> None:
     rank = int(os.environ['RANK'])
     torch.distributed.init_process_group('gloo')
     for variant in variants:
-        train_variant(out, rank, *variant.split(':'))
+        (train_in_two_parts if variant == 'two-parts' else train_variant)(out, rank, *variant.split(':'))
     torch.distributed.barrier()
     leave_process_group()
 
@@ -200,6 +213,17 @@ def train_variant(out: str, rank: int, distribution: str, mode: str) -> None:
         ),
         f'{out}/{distribution}{rank}.pth',
     )
+
+
+def train_in_two_parts(out: str, rank: int, _: str) -> None:
+    """A whole run, and one that goes on from a checkpoint inside an accumulation."""
+    options = dict(iters=8, batch_size=2, accumulative_counts=3, checkpoint_interval=1)
+    for name, last in (('whole', None), ('resumed', f'{out}/whole/iter_4.pth')):
+        model = MMDistributedDataParallel(Toy())
+        runner = make_runner(f'{out}/{name}', model=model, resume=bool(last), load_from=last, **options)
+        runner.train()
+        torch.save(model.module.state_dict(), f'{out}/{name}{rank}.pth')
+        torch.distributed.barrier()
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -25,7 +26,7 @@ def drawn(root, num_workers, epochs):
     cli.set_num_workers(cfg, num_workers)
     cfg.randomness = dict(seed=1)
     make_reproducible(cfg)
-    cli.init_default_scope('mmdet')
+    init_default_scope('mmdet')
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=1)
     for epoch in range(epochs):
         loader.batch_sampler.sampler.set_epoch(epoch)

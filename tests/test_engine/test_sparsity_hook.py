@@ -32,6 +32,7 @@ FUSED = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4),
     reason='torch has no fused optimizers for the CPU (from 2.4)',
 )
+STRICT = dict(type='StrictCheckpointHook')
 # Active weights of the layers at a sparsity of 0.4: 0.6 of 216, 720 and 120.
 ACTIVE = dict(zip(NAMES, (130, 432, 72)))
 
@@ -278,9 +279,9 @@ def test_state_is_read_by_the_safe_reader(tmp_path):
 @pytest.mark.parametrize(
     'first,second,message',
     [
-        (None, sparse_hook(), 'trained densely: .*--sparse off'),
-        (sparse_hook(), None, 'resume it with the --sparse that it had.*load_from'),
-        (sparse_hook(), sparse_hook('set'), "mode 'static', this one 'set'.*--sparse"),
+        (None, sparse_hook(), 'trained densely: .*Resume it without one'),
+        (sparse_hook(), None, 'trained with sparsity.*load_from'),
+        (sparse_hook(), sparse_hook('set'), "mode 'static', this one 'set'.*config that it had"),
         (sparse_hook(include='backbone.[02]'), sparse_hook(), r'do not fit.*backbone\.4\.weight'),
         (sparse_hook(), 'bigger', 'do not fit.*shape'),
     ],
@@ -582,7 +583,7 @@ def test_wrong_arguments(arguments, message):
     'hooks,message',
     [
         ([SparsityHook(mode='no')], "unknown mode 'no'"),
-        ([SparsityHook()], 'dense network.*--sparse off'),
+        ([SparsityHook()], 'dense network.*train without sparsity'),
         ([sparse_hook(include='nothing')], "include='nothing'"),
         ([sparse_hook(), sparse_hook()], '2 SparsityHooks'),
     ],
@@ -593,6 +594,25 @@ def test_wrong_beginnings(tmp_path, hooks, message):
     with pytest.raises((SparsityError, SparsityError), match=message):
         runner.train()
     assert_same(before, dict(runner.model.state_dict()))
+
+
+@pytest.mark.parametrize('mode', ['static', 'set'])
+def test_a_frozen_backbone(tmp_path, capfd, mode):
+    """Masks that would not change are not needed; those that should change cannot."""
+    model = Toy()
+    model.backbone.requires_grad_(False)
+    runner = make_runner(tmp_path, [STRICT, sparse_hook(mode)], 2, model=model)
+    if mode == 'set':
+        with pytest.raises(SparsityError, match='all frozen'):
+            runner.train()
+        return
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    runner.train()
+    assert 'nothing to do: no weight of Toy is selected: the 3 candidates are all frozen' in capfd.readouterr().out
+    assert_same(before, dict(model.backbone.state_dict()))
+    last = str(tmp_path / 'iter_2.pth')
+    make_runner(tmp_path, [STRICT, sparse_hook()], 3, model=model, resume=True, load_from=last).train()
+    assert (tmp_path / 'iter_3.pth').is_file()
 
 
 @pytest.mark.parametrize(
@@ -667,6 +687,13 @@ def in_two_processes(out, *arguments):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], '\n'.join(outputs)
+
+
+def test_two_processes_go_on_inside_an_accumulation(tmp_path):
+    in_two_processes(str(tmp_path), 'two-parts')
+    whole, *others = (torch.load(tmp_path / f'{name}{rank}.pth') for name in ('whole', 'resumed') for rank in range(2))
+    for other in others:
+        assert_same(dict(whole), dict(other))
 
 
 def test_two_processes_are_one_with_the_joint_batch(tmp_path):

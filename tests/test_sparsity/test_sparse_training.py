@@ -338,7 +338,7 @@ def test_rigl_grows_the_largest_accumulated_gradients(kind):
 
 def test_momentum_grows_by_the_mean_of_the_window():
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     sparse = sparsify(model, mode='momentum', update_interval=5, momentum_window=3)
     sparse.attach(optimizer)
     before = {name: mask.clone() for name, mask in sparse.masks.items()}
@@ -366,6 +366,90 @@ def test_update_without_gradients_is_refused():
     optimizer.zero_grad()
     with pytest.raises(SparsityError, match='before the gradients are set to zero'):
         sparse.step(optimizer)
+
+
+# What the optimizer trains
+
+
+def groups(model, **of_fc):
+    rest = [p for name, p in model.named_parameters() if not name.startswith('fc.')]
+    return [dict(params=rest), dict(params=list(model.fc.parameters()), **of_fc)]
+
+
+def freeze(model):
+    model.fc.requires_grad_(False)
+
+
+def leave_out(model):
+    model.fc.forward = lambda x: x.repeat(1, 2)
+
+
+@pytest.mark.parametrize('mode', ['set', 'rigl', 'momentum'])
+@pytest.mark.parametrize(
+    'untrained',
+    [
+        lambda model: torch.optim.AdamW(groups(model, lr=0.0)),
+        lambda model: torch.optim.AdamW(groups(model, lr=torch.tensor(0.0))),
+        lambda model: torch.optim.AdamW(groups(model)[:1]),
+        lambda model: freeze(model) or torch.optim.AdamW(groups(model)),
+        lambda model: leave_out(model) or torch.optim.AdamW(groups(model)),
+    ],
+    ids=['lr 0', 'lr tensor 0', 'not in it', 'frozen later', 'unused'],
+)
+def test_masks_stay_where_nothing_trains(caplog, untrained, mode):
+    model = Net()
+    sparse = sparsify(model, mode=mode, distribution='uniform')
+    optimizer = untrained(model)
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    weight = model.fc.weight.detach().clone()
+    train(model, sparse, optimizer, 6)
+    assert torch.equal(sparse.masks['fc.weight'], before['fc.weight']) and torch.equal(model.fc.weight, weight)
+    assert not torch.equal(sparse.masks['head.weight'], before['head.weight'])
+    assert sparse.updates == 2
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith(': fc.weight')
+
+
+def train(model, sparse, optimizer, steps):
+    sparse.attach(optimizer)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of_batch(model, step).backward()
+        optimizer.step()
+
+
+def test_masks_change_once_the_warm_up_begins():
+    """The first update falls on a step of learning rate 0; zeros are enforced all the same."""
+    model = Net()
+    sparse = sparsify(model, mode='set', update_interval=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    masks = sparse.masks['fc.weight'].clone()
+    with torch.no_grad():
+        model.fc.weight.fill_(1.0)
+    train(model, sparse, optimizer, 1)
+    assert torch.equal(model.fc.weight != 0, masks) and torch.equal(sparse.masks['fc.weight'], masks)
+    assert (sparse.steps, sparse.updates) == (1, 0)
+    optimizer.param_groups[0]['lr'] = 0.01
+    loss_of_batch(model, 1).backward()
+    optimizer.step()
+    assert sparse.updates == 1 and not torch.equal(sparse.masks['fc.weight'], masks)
+
+
+def test_a_second_optimizer_would_count_twice():
+    model = Net()
+    sparse = sparsify(model, mode='set')
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.fc, model.head))
+    handle = sparse.attach(first)
+    loss_of_batch(model, 0).backward()
+    for refused in (lambda: sparse.attach(second), lambda: sparse.attach(first), lambda: sparse.step(second)):
+        with pytest.raises(SparsityError, match='one optimizer.*a SparseTraining for the parameters of each'):
+            refused()
+    first.step()
+    handle.remove()
+    sparse.attach(second)
+    second.step()
+    first.step()
+    assert sparse.steps == 2
 
 
 # First masks
@@ -617,6 +701,12 @@ def test_states_that_do_not_fit(caplog):
     wrong = dict(state['masks']['fc.weight'], shape=[16, 9])
     with pytest.raises(SparsityError, match=r'shape \(16, 9\) in the sparsity state'):
         load(dict(masks={**state['masks'], 'fc.weight': wrong}))
+    for key in state:
+        for damaged in (None, 'x', -1):
+            with pytest.raises(SparsityError):
+                load({key: damaged})
+    with pytest.raises(SparsityError, match='gathered gradient'):
+        load(dict(gathered={'fc.weight': torch.ones(2)}))
     load()
     assert not caplog.records
     assert load(update_interval=5).steps == 3

@@ -72,6 +72,14 @@ def assert_same_run(ours, theirs):
             ['CONFIG', '--data-root', 'DATA', '--from-scratch', '--cfg-options', 'model.decode_head.type=NoHead'],
             'NoHead',
         ),
+        *(
+            (['CONFIG', '--data-root', 'DATA', '--from-scratch', '--cfg-options', f'train_cfg.{setting}'], message)
+            for setting, message in (
+                ('val_interval=0', 'val_interval must be a number from 1, got 0; .*val_evaluator'),
+                ('dynamic_intervals=[(2,0)]', r'dynamic_intervals\[0\] must be'),
+                ('max_iters=-1', 'max_iters must be a number from 1, got -1'),
+            )
+        ),
     ],
 )
 def test_one_readable_sentence(
@@ -448,6 +456,17 @@ def test_resume_without_a_checkpoint(call_tool, config_path, small, tiny, tmp_pa
     result = call_tool('train', *arguments, '--from-scratch')
     assert result.code == 0, result.text
     assert 'no checkpoint, training starts at the beginning' in result.text
+    # mmengine's own setting takes the same way: past a damaged file and a pointer to nowhere.
+    (tmp_path / 'w' / 'last_checkpoint').write_text('/nowhere/iter_3.pth')
+    (tmp_path / 'w' / 'iter_3.pth').write_bytes(b'x')
+    onward = [value for value in arguments if value != '--resume']
+    onward[onward.index('--max-iters') + 1] = '2'
+    result = call_tool('train', *onward, 'resume=True')
+    assert result.code == 0 and re.search('goes on from .*iter_1.pth.*Passed over.*iter_3.pth', result.text), (
+        result.text
+    )
+    assert load(tmp_path / 'w' / 'iter_2.pth')['meta']['iter'] == 2
+    assert next(tmp_path.glob('w/earlier_*/iter_3.pth')).read_bytes() == b'x'
     # A file with weights only is no run to resume.
     state = load(tmp_path / 'w' / 'iter_1.pth')['state_dict']
     torch.save(dict(state_dict=state), tmp_path / 'weights.pth')
