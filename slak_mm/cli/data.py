@@ -124,7 +124,11 @@ def _check_dataset(where: str, dataset: dict, scope: str) -> None:
     ):
         # A class that reads its list in a way of its own knows itself what it needs.
         own = ('load_data_list', 'parse_data_info', '_join_prefix')
-        if name in bases and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own):
+        if (
+            kind is not None
+            and name in bases
+            and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own)
+        ):
             check(where, files, dataset, kind)
 
 
@@ -154,6 +158,11 @@ class _Files:
             return set() if question == 'list_dir_or_file' else None
         except Exception as error:  # a backend raises what it likes
             raise ConfigOverrideError(f'"{path}" cannot be read: {reason(error)}') from error
+
+    def lines(self, path: str) -> list[str] | None:
+        """Lines of a text file that are not empty; None where the backend cannot give it."""
+        text = self.ask('get_text', path)
+        return None if text is None else [line for line in text.split('\n') if line]
 
     def names(self, folder: str, suffix: str | None = None, recursive: bool = False) -> set[str] | None:
         """Files in a folder, relative to it; None where the backend cannot list."""
@@ -192,13 +201,12 @@ def _check_listed(where: str, files: _Files, dataset: dict, kind: type) -> None:
     listing = files.path(dataset['ann_file'])
     prefix = dataset.get('data_prefix') or {}
     is_coco = any(base.__name__ == 'CocoDataset' for base in inspect.getmro(kind))
-    images = _coco_images(listing, files, where) if is_coco else files.ask('get_text', listing)
+    images = _coco_images(listing, files, where) if is_coco else files.lines(listing)
     if images is None:
         return
     if is_coco:
         needed = [('missing', files.path(prefix.get('img', '')), images)]
     else:
-        images = [line for line in images.split('\n') if line]
         folder = files.path(prefix.get('sub_data_root', ''))
         needed = [
             ('missing', osp.join(folder, dataset.get('img_subdir', 'JPEGImages')), [f'{name}.jpg' for name in images]),
@@ -229,7 +237,7 @@ def _check_listed(where: str, files: _Files, dataset: dict, kind: type) -> None:
 
 
 def _coco_images(listing: str, files: _Files, where: str) -> list[str] | None:
-    """File names in a COCO annotation file, without the many seconds that parsing COCO takes; None if it cannot be had."""
+    """File names in a COCO annotation file, without the many seconds that parsing takes; None if it cannot be had."""
     try:
         with fileio.get_local_path(listing, backend_args=files.backend_args) as path, open(path, 'rb') as file:
             if os.fstat(file.fileno()).st_size == 0:
