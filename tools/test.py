@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from slak_mm import cli
 from slak_mm.checkpoints import read_checkpoint
-from slak_mm.engine.hooks import load_whole_model
+from slak_mm.engine.hooks import load_whole_model, unwrap_model
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +28,7 @@ def main() -> None:
     cli.apply_overrides(cfg, args)
     if args.tta:
         cli.use_test_time_augmentation(cfg)
+    boxes_alone = cli.tests_boxes_alone(cfg)
     if args.show_dir:
         save_pictures(cfg, args.show_dir)
     if args.out:
@@ -52,6 +53,8 @@ def main() -> None:
 
     runner = cli.build_runner(cfg, ['test'])
     load_whole_model(runner.model, checkpoint, args.checkpoint)
+    if boxes_alone:
+        unwrap_model(runner.model).roi_head.mask_head = None
     runner.test()
 
 

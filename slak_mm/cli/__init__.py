@@ -14,7 +14,7 @@ from .arguments import (
     positive_int,
     share,
 )
-from .config import apply_overrides, load_config, use_test_time_augmentation
+from .config import apply_overrides, load_config, tests_boxes_alone, use_test_time_augmentation
 from .data import check_data, dataset_class, set_batch_size, set_data_root, set_num_workers
 from .device import adapt_to_device, set_amp
 from .errors import ConfigOverrideError, reason
@@ -66,6 +66,7 @@ __all__ = [
     'set_sparse',
     'set_sparsity',
     'share',
+    'tests_boxes_alone',
     'type_name',
     'use_test_time_augmentation',
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from slak_mm._config import datasets_of, model_of
+from slak_mm._config import datasets_of, framework, model_of, walk
 
 from .data import set_batch_size, set_data_root, set_num_workers
 from .device import set_amp
@@ -108,3 +108,34 @@ def use_test_time_augmentation(cfg: Config) -> None:
         dataset['pipeline'] = cfg.tta_pipeline
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
+
+
+def tests_boxes_alone(cfg: Config) -> bool:
+    """Whether only the boxes of a model with masks are tested, under test-time augmentation.
+
+    Args:
+        cfg: A whole config.
+
+    Returns:
+        True if the mask head is to be left out after the weights were loaded.
+
+    Raises:
+        ConfigOverrideError: Masks would be predicted, which mmdetection cannot merge over views.
+    """
+    model = model_of(cfg)
+    if model is cfg.model or framework(cfg) != 'mmdet':
+        return False
+    judges_masks = 'segm' in str([node.get('metric') for node in walk(cfg.get('test_evaluator'))])
+    removable = bool((model.get('roi_head') or {}).get('mask_head'))
+    if not (judges_masks or removable or any(node.get('mask_head') or 'panoptic_head' in node for node in walk(model))):
+        return False
+    if judges_masks or not removable:
+        remedy = (
+            'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
+            if removable
+            else 'test it without --tta'
+        )
+        raise ConfigOverrideError(
+            f'mmdetection has test-time augmentation for boxes only, and this model predicts masks: {remedy}.'
+        )
+    return True

@@ -80,6 +80,8 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
         TypeError: The model does not contain exactly one backbone of this package.
     """
 
+    optimizer_cfg: dict[str, Any]
+
     def _validate_cfg(self) -> None:
         cfg = self.paramwise_cfg
         _check_keys('paramwise_cfg', cfg, (*_OWN_KEYS, *_MMENGINE_KEYS))
