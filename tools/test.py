@@ -10,14 +10,14 @@ from slak_mm.engine.hooks import load_whole_model, unwrap_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='file, address or zoo name; official checkpoints are converted')
     parser.add_argument('--tta', action='store_true', help='multi-scale and flip')
     parser.add_argument(
         '--out', help='save the predictions: a folder for label maps (segmentation), a .pkl file (detection)'
     )
-    parser.add_argument('--show-dir', help='save pictures of the predictions to this folder')
+    parser.add_argument('--show-dir', type=cli.output_folder, help='save pictures of the predictions to this folder')
     cli.add_override_arguments(parser, training=False)
     return parser.parse_args()
 
@@ -74,8 +74,10 @@ def save_predictions(cfg: Config, out: str) -> None:
     if cli.framework(cfg) == 'mmdet':
         if not out.endswith(('.pkl', '.pickle')):
             raise cli.ConfigOverrideError(f'--out of a detection config must be a .pkl file, got "{out}".')
+        cli.check_output(out, is_folder=False)
         evaluators.append(dict(type='mmdet.DumpDetResults', out_file_path=out))
     else:
+        cli.check_output(out, is_folder=True)
         for evaluator in evaluators:
             if cli.type_name(evaluator) == 'IoUMetric':
                 evaluator.update(output_dir=out, keep_results=True)

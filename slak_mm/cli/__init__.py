@@ -3,14 +3,18 @@
 from slak_mm._config import datasets_of, framework, model_of, type_name
 
 from .arguments import (
+    ArgumentParser,
     KeyValuePairs,
     add_config_arguments,
     add_override_arguments,
     add_size_arguments,
+    check_output,
     crop_size,
     image_size,
     img_scale,
     non_negative_int,
+    output_file,
+    output_folder,
     positive_int,
     share,
 )
@@ -27,6 +31,7 @@ from .weights import check_weights, named_weights, prepare_resume, remove_weight
 
 __all__ = [
     'SPARSE_CHOICES',
+    'ArgumentParser',
     'ConfigOverrideError',
     'KeyValuePairs',
     'adapt_to_device',
@@ -37,6 +42,7 @@ __all__ = [
     'build_model',
     'build_runner',
     'check_data',
+    'check_output',
     'check_weights',
     'crop_size',
     'dataset_class',
@@ -51,6 +57,8 @@ __all__ = [
     'model_of',
     'named_weights',
     'non_negative_int',
+    'output_file',
+    'output_folder',
     'positive_int',
     'prepare_resume',
     'reason',

@@ -40,9 +40,11 @@ def load_config(path: str) -> Config:
         raise ConfigOverrideError(f'There is no config file "{path}".{hint}')
     try:
         cfg = Config.fromfile(path)
+    except KeyboardInterrupt:
+        raise
     except ImportError as error:
         raise ConfigOverrideError(f'{path} cannot be read: {error}') from error
-    except Exception as error:  # a config is a program: it can fail in any way
+    except BaseException as error:  # a config is a program: it can fail in any way, and leave
         raise ConfigOverrideError(f'{path} cannot be read: {reason(error)}') from error
     if 'model' not in cfg:
         raise ConfigOverrideError(f'{path} describes no model; is it a base config?')

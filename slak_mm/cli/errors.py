@@ -1,12 +1,17 @@
 """Errors of the command line, and sentences about those of others."""
 
-import errno
+import difflib
+import os
 import re
 
+import mmengine.registry
 import torch
 import torch.distributed
+from mmengine.registry import Registry
 
 from slak_mm.checkpoints import CheckpointError
+from slak_mm.export import ExportError
+from slak_mm.ops.backends import ENVIRONMENT_VARIABLE
 from slak_mm.sparsity import SparsityError
 
 
@@ -17,7 +22,7 @@ class ConfigOverrideError(ValueError):
 def explain(error: Exception) -> str | None:
     """A sentence about an error that a user can cause; None for any other."""
     text = str(error)
-    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError)):
+    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError, ExportError)):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
@@ -29,8 +34,18 @@ def explain(error: Exception) -> str | None:
             'Batch norm cannot train on one image per process: raise --batch-size, or train '
             'with SyncBN on several GPUs.'
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-        return f'{error.strerror}: {error.filename or "the disk of the work dir"}.'
+    if ENVIRONMENT_VARIABLE in text or 'was asked for but cannot run' in text:
+        return f'{text} ({ENVIRONMENT_VARIABLE}={os.environ.get(ENVIRONMENT_VARIABLE)}).'
+    unknown = _unknown_name(text)
+    if unknown:
+        return unknown[0].upper() + unknown[1:]
+    # A file that cannot be written whole: torch.save says so in words of its own, behind the disk's.
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f'{cause.strerror}: {cause.filename or "what was to be written"}.'
     # What mmcv says of an image that cannot be decoded, behind a data worker's traceback.
     unreadable = re.search(r'failed to load image: (.+)|cannot identify image file (.+)', text)
     if unreadable:
@@ -40,10 +55,32 @@ def explain(error: Exception) -> str | None:
 
 def reason(error: BaseException) -> str:
     """An exception in one line, with a remedy where there is a usual one."""
-    if 'mmcv._ext' in str(error):
+    text = str(error)
+    if 'mmcv._ext' in text:
         return (
             'mmcv is installed without its compiled operators, which it needs; install a '
             'build of mmcv that has them (see "Set-up" in the README).'
         )
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    unknown = _unknown_name(text)
+    if unknown:
+        return unknown
+    if "unexpected keyword argument 'pretrained'" in text:
+        return (
+            'model.pretrained names weights of another backbone: remove that line from the config. '
+            "This package's backbones take weights from model.backbone.init_cfg."
+        )
+    lines = [line for line in text.splitlines() if line.strip()]
     return f'{type(error).__name__}: {lines[0].strip()}' if lines else type(error).__name__
+
+
+def _unknown_name(text: str) -> str | None:
+    """A sentence about a name that a registry of mmengine does not have, with those like it."""
+    found = re.search(r'(\S+) is not in the (\S+)::(\S+) registry', text)
+    if not found:
+        return None
+    name, _, kind = found.groups()
+    roots = [root for root in vars(mmengine.registry).values() if isinstance(root, Registry) and root.name == kind]
+    known = {key for root in roots for registry in (root, *root.children.values()) for key in registry.module_dict}
+    close = difflib.get_close_matches(name.strip('"').rpartition('.')[2], known, 3)
+    hint = f'did you mean {" or ".join(close)}?' if close else 'custom_imports in the config names modules of your own.'
+    return f'there is no {kind} "{name}"; {hint}'

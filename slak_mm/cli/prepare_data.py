@@ -28,6 +28,8 @@ from mmengine.utils import mkdir_or_exist
 
 from slak_mm._config import type_name
 
+from .errors import ConfigOverrideError
+
 __all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint', 'prepare']
 
 Report = Callable[[str, int, int], None]
@@ -38,7 +40,7 @@ _ATTEMPTS = 5  # in a row without a byte
 _DOWNLOADS = '.downloads'
 
 
-class DataError(RuntimeError):
+class DataError(ConfigOverrideError):
     """A data set cannot be had or is not complete; says what, and what to do."""
 
 

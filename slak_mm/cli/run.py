@@ -10,38 +10,55 @@ import torch
 import torch.distributed
 from mmengine.dist import get_rank, is_distributed
 
+from slak_mm.ops.backends import forced_backend
+
 from .errors import explain
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a command line and leave the process with its exit code.
 
-    What a user can cause (:class:`ConfigOverrideError`, ``CheckpointError``, and what
-    :func:`explain` knows) ends in one sentence on stderr and exit code 1; with
-    ``SLAK_MM_DEBUG=1`` or ``--debug`` the traceback is shown as well. Everything else is a
-    defect and keeps its traceback. An interrupt ends with exit code 130.
+    What a user can cause (:func:`slak_mm.cli.errors.explain` knows) ends in one sentence on stderr
+    and exit code 1; with ``--debug`` or ``SLAK_MM_DEBUG=1`` the traceback is shown as well.
+    Everything else is a defect and keeps its traceback. An interrupt ends with exit code 130, a
+    reader of stdout that went away (``| head``) with 141.
 
     Args:
         main: Does the work; returns the exit code, None for 0.
     """
     code = 1
     try:
+        forced_backend()  # an unknown SLAK_MM_BACKEND is better refused now than in the first layer
         code = main() or 0
     except Exception as error:
         message = explain(error)
-        if message is None:
+        if _is_stdout_closed():
+            code = 141
+        elif message is None:
             raise
-        if os.environ.get('SLAK_MM_DEBUG', '0') != '0' or '--debug' in sys.argv:
-            traceback.print_exc()
-        if get_rank() == 0:
-            print(f'error: {message}', file=sys.stderr)
+        else:
+            if os.environ.get('SLAK_MM_DEBUG', '0') != '0' or '--debug' in sys.argv:
+                traceback.print_exc()
+            if get_rank() == 0:
+                print(f'error: {message}', file=sys.stderr)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         code = 130
     finally:
-        sys.stdout.flush()
+        if _is_stdout_closed():
+            code = 141
         leave_process_group()
     sys.exit(code)
+
+
+def _is_stdout_closed() -> bool:
+    """Whether nobody reads stdout any more; what is still to be written is dropped then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def leave_process_group() -> None:

@@ -1,4 +1,4 @@
-import importlib.util
+import functools
 import json
 from pathlib import Path
 
@@ -10,15 +10,11 @@ from benchmarks.common import plot_bars, worst_difference
 from benchmarks.peak import measure_peak
 from slak_mm.ops import BACKENDS
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'benchmark.py'
-
 
 @pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location('benchmark_tool', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(call_tool):
+    """Runs ``tools/benchmark.py op``."""
+    return functools.partial(call_tool, 'benchmark', 'op')
 
 
 @pytest.fixture
@@ -31,34 +27,29 @@ def small(tool, monkeypatch):
 
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
 @pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
-def test_table_and_json(small, family, dtype, capsys, tmp_path):
+def test_table_and_json(small, family, dtype, tmp_path):
     out = tmp_path / 'out.json'
     plot = tmp_path / 'out.png'
-    assert (
-        small.main(
-            [
-                'op',
-                '--family',
-                family,
-                '--size',
-                '64x96',
-                '--stages',
-                '0',
-                '3',
-                '--repeats',
-                '1',
-                '--dtype',
-                dtype,
-                '--no-memory',
-                '--json',
-                str(out),
-                '--plot',
-                str(plot),
-            ]
-        )
-        == 0
+    done = small(
+        '--family',
+        family,
+        '--size',
+        '64x96',
+        '--stages',
+        '0',
+        '3',
+        '--repeats',
+        '1',
+        '--dtype',
+        dtype,
+        '--no-memory',
+        '--json',
+        str(out),
+        '--plot',
+        str(plot),
     )
-    printed = capsys.readouterr().out
+    assert done.code == 0, done.text
+    printed = done.out
     assert 'disagrees' not in printed and f'dtype {dtype}' in printed
     assert f'threads {torch.get_num_threads()}' in printed
     passes = op.PASSES[family]
@@ -74,33 +65,17 @@ def test_table_and_json(small, family, dtype, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
-def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_path):
+def test_no_figure_for_a_wrong_result(small, family, monkeypatch, tmp_path):
     original = op.cross_dwconv2d
     monkeypatch.setattr(
         op, 'cross_dwconv2d', lambda x, *a, **k: torch.utils._pytree.tree_map(lambda y: y * 1.01, original(x, *a, **k))
     )
     out = tmp_path / 'out.json'
-    assert (
-        small.main(
-            [
-                'op',
-                '--family',
-                family,
-                '--size',
-                '64x64',
-                '--stages',
-                '3',
-                '--repeats',
-                '1',
-                '--no-memory',
-                '--json',
-                str(out),
-            ]
-        )
-        == 1
+    done = small(
+        '--family', family, '--size', '64x64', '--stages', '3', '--repeats', '1', '--no-memory', '--json', str(out)
     )
-    captured = capsys.readouterr()
-    assert 'its figures are left out' in captured.err
+    assert done.code == 1, done.text
+    assert 'its figures are left out' in done.err
     for row in json.loads(out.read_text())['rows']:
         # All that goes through the operator, and nothing else.
         assert set(row['disagrees']) - set(BACKENDS) == {'ours'}
@@ -145,22 +120,20 @@ def test_peak_memory_is_that_of_the_arithmetic():
         (['--family', 'convnext'], 'invalid choice'),
     ],
 )
-def test_bad_arguments(tool, arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        tool.main(['op', *arguments])
-    assert message in capsys.readouterr().err
+def test_bad_arguments(tool, arguments, message):
+    assert message in tool(*arguments).err
 
 
-def test_what_is_not_there_is_named(tool, capsys, tmp_path):
-    assert tool.main(['op', '--json', str(tmp_path / 'no' / 'out.json')]) == 1
-    assert 'there is no folder' in capsys.readouterr().err
-    assert tool.main(['op', '--plot', str(tmp_path / 'out.abc')]) == 1
-    assert 'writes no "abc" files' in capsys.readouterr().err
-    assert tool.main(['op', '--device', 'abacus']) == 1
-    assert '--device is cpu or cuda, got abacus' in capsys.readouterr().err
+def test_what_is_not_there_is_named(tool, tmp_path):
+    arguments = {
+        'writes no "abc" files': ['--plot', tmp_path / 'out.abc'],
+        '--device is cpu or cuda, got abacus': ['--device', 'abacus'],
+    }
     if not torch.cuda.is_available():
-        assert tool.main(['op', '--device', 'cuda']) == 1
-        assert 'needs a CUDA device' in capsys.readouterr().err
+        arguments['needs a CUDA device'] = ['--device', 'cuda']
+    for message, given in arguments.items():
+        result = tool(*given)
+        assert result.code == 1 and message in result.err
 
 
 def test_a_nan_is_a_difference():
@@ -187,14 +160,10 @@ def test_operations_of_taps_within_the_map(small):
     assert case.flops('sum') == 2 * sum(int(y.sum()) for y in results[:2])
 
 
-def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys):
+def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path):
     out = tmp_path / 'out.json'
-    assert (
-        small.main(
-            ['op', '--size', '64x64', '--stages', '3', '--repeats', '1', '--skip', 'gemm', 'cpu', '--json', str(out)]
-        )
-        == 0
-    )
+    done = small('--size', '64x64', '--stages', '3', '--repeats', '1', '--skip', 'gemm', 'cpu', '--json', str(out))
+    assert done.code == 0, done.text
     for row in json.loads(out.read_text())['rows']:
         layouts = row['branch_seconds']
         fastest = [min(pair) for pair in zip(*layouts.values())]
@@ -203,4 +172,4 @@ def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys
         assert row['seconds']['best mix'] == sum(fastest)
         assert set(layouts) < set(row['seconds'])  # as a whole, too
         assert not {'gemm', 'cpu'} & set(row['seconds'])
-    assert '%)' in capsys.readouterr().out
+    assert '%)' in done.out

@@ -1,11 +1,10 @@
 """`tools/benchmark.py model`, with networks of one block per stage."""
 
+import functools
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tool_main
 from mmengine.registry import MODELS
 
 from benchmarks import model
@@ -23,15 +22,9 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
+def run(call_tool):
     """Run the tool: its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        code = tool_main('benchmark')(['model', *map(str, arguments)])
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-
-    return call
+    return functools.partial(call_tool, 'benchmark', 'model')
 
 
 @pytest.mark.parametrize('family', model.CONFIGS)
