@@ -15,9 +15,11 @@ from torch import nn
 
 from slak_mm._config import add_hook, framework
 from slak_mm.checkpoints import CheckpointError
+from slak_mm.engine.hooks import unwrap_model
 from slak_mm.engine.reproducible import make_reproducible
 from slak_mm.sparsity import SparsityError
 
+from .channels import check_channels
 from .device import adapt_to_device
 from .errors import ConfigOverrideError, reason
 from .weights import remove_weights
@@ -153,4 +155,5 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         raise
     except Exception as error:  # registries wrap whatever a constructor raises
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
+    check_channels(unwrap_model(runner.model), cfg)
     return runner
