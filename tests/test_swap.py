@@ -16,7 +16,7 @@ from mmengine.structures import PixelData
 
 from slak_mm import cli
 from slak_mm.bases import framework_configs
-from slak_mm.cli.channels import check_channels
+from slak_mm.cli.model import check_channels
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
@@ -134,7 +134,7 @@ MISFITS = [
     *((name, None, '', '') for name in CONFIGS),
     # An option that is left out, others that are added, and what is said.
     ('mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512', 'auxiliary', '', r'auxiliary_head.* 1024 .*=24\.'),
-    ('mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512', '', 'model.decode_head.in_index=4', 'decode_head.*32'),
+    ('mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512', '', 'model.decode_head.in_index=4', 'in_index'),
     (
         'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512',
         'c1_',

@@ -11,10 +11,11 @@ from mmengine.config import Config
 
 from slak_mm._config import datasets_of, framework, model_of, walk
 
+from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
 from .device import set_amp
 from .errors import ConfigOverrideError, reason
-from .schedule import set_max_iters
+from .schedule import check_schedule, set_max_iters
 from .size import set_crop_size, set_img_scale
 from .sparse import set_sparse, set_sparsity
 
@@ -65,7 +66,7 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         args: Parsed arguments; those a tool does not have are skipped.
 
     Raises:
-        ConfigOverrideError: An override or option does not fit the config.
+        ConfigOverrideError: An override or option does not fit the config, or the work dir cannot be written.
     """
     if getattr(args, 'work_dir', None) is not None:
         cfg.work_dir = args.work_dir
@@ -91,6 +92,10 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
             cfg.merge_from_dict(args.cfg_options)
         except Exception as error:  # it meets whatever the config has at that key
             raise ConfigOverrideError(f'--cfg-options does not fit {args.config}: {reason(error)}') from error
+    if hasattr(args, 'max_iters'):
+        check_schedule(cfg)
+    if hasattr(args, 'work_dir'):
+        check_output(cfg.work_dir, is_folder=True)
 
 
 def use_test_time_augmentation(cfg: Config) -> None:

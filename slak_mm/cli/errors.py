@@ -9,10 +9,15 @@ import torch
 import torch.distributed
 from mmengine.registry import Registry
 
-from slak_mm.checkpoints import CheckpointError
+from slak_mm.checkpoints import CheckpointError, CheckpointMismatch
 from slak_mm.export import ExportError
 from slak_mm.ops.backends import ENVIRONMENT_VARIABLE
 from slak_mm.sparsity import SparsityError
+
+PRETRAINED = (
+    'model.pretrained names weights of another backbone: remove it from the config, or add '
+    "--cfg-options model.pretrained=None. This package's backbones take theirs from model.backbone.init_cfg."
+)
 
 
 class ConfigOverrideError(ValueError):
@@ -22,6 +27,12 @@ class ConfigOverrideError(ValueError):
 def explain(error: Exception) -> str | None:
     """A sentence about an error that a user can cause; None for any other."""
     text = str(error)
+    if isinstance(error, CheckpointMismatch) and 'another number of classes' in text:
+        return (
+            f"{text}\nTo test, give the config the checkpoint's classes (num_classes of the heads). To fine-tune all "
+            "that fits, decoder included, add dict(type='StrictCheckpointHook', strict=False) to custom_hooks of the "
+            'config, and name the checkpoint with --cfg-options load_from=CHECKPOINT.'
+        )
     if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError, ExportError)):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -65,22 +76,19 @@ def reason(error: BaseException) -> str:
     if unknown:
         return unknown
     if "unexpected keyword argument 'pretrained'" in text:
-        return (
-            'model.pretrained names weights of another backbone: remove that line from the config. '
-            "This package's backbones take weights from model.backbone.init_cfg."
-        )
+        return PRETRAINED
     lines = [line for line in text.splitlines() if line.strip()]
     return f'{type(error).__name__}: {lines[0].strip()}' if lines else type(error).__name__
 
 
 def _unknown_name(text: str) -> str | None:
     """A sentence about a name that a registry of mmengine does not have, with those like it."""
-    found = re.search(r'(\S+) is not in the (\S+)::(\S+) registry', text)
+    found = re.search(r'(\S+) is not in the \S+?::(.+?) registry', text)
     if not found:
         return None
-    name, _, kind = found.groups()
+    name, kind = found[1].strip('\'"'), found[2]
     roots = [root for root in vars(mmengine.registry).values() if isinstance(root, Registry) and root.name == kind]
     known = {key for root in roots for registry in (root, *root.children.values()) for key in registry.module_dict}
-    close = difflib.get_close_matches(name.strip('"').rpartition('.')[2], known, 3)
+    close = difflib.get_close_matches(name.rpartition('.')[2], known, 3)
     hint = f'did you mean {" or ".join(close)}?' if close else 'custom_imports in the config names modules of your own.'
     return f'there is no {kind} "{name}"; {hint}'

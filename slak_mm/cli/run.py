@@ -2,9 +2,11 @@
 
 import gc
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed
@@ -26,13 +28,13 @@ def run_tool(main: Callable[[], int | None]) -> None:
     Args:
         main: Does the work; returns the exit code, None for 0.
     """
-    code = 1
+    code: Any = 1
     try:
         forced_backend()  # an unknown SLAK_MM_BACKEND is better refused now than in the first layer
         code = main() or 0
     except Exception as error:
         message = explain(error)
-        if _is_stdout_closed():
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
             code = 141
         elif message is None:
             raise
@@ -41,24 +43,27 @@ def run_tool(main: Callable[[], int | None]) -> None:
                 traceback.print_exc()
             if get_rank() == 0:
                 print(f'error: {message}', file=sys.stderr)
+    except SystemExit as leaving:  # argparse's
+        code = leaving.code
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         code = 130
     finally:
-        if _is_stdout_closed():
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
             code = 141
+        if code == 141:  # or the interpreter would try to write the rest, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave_process_group()
     sys.exit(code)
 
 
-def _is_stdout_closed() -> bool:
-    """Whether nobody reads stdout any more; what is still to be written is dropped then."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads stdout any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def leave_process_group() -> None:

@@ -140,13 +140,12 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
             if not decayed:
                 settings.setdefault('weight_decay', 0.0)
             decayed = bool(settings.get('weight_decay', 1))
-            settings['lr'] = settings.get('lr', self.base_lr) * decay_rate ** (num_layers + 1 - layer)
+            lr, scale = settings.get('lr', self.base_lr), decay_rate ** (num_layers + 1 - layer)
+            settings.update(lr=lr * scale, lr_scale=lr / self.base_lr * scale if self.base_lr else scale)
             key = (layer, decayed, custom, repr(settings))
             if key not in groups:
                 name = f'layer_{layer}_{"decay" if decayed else "no_decay"}' + (f'_{custom}' if custom else '')
-                groups[key] = dict(
-                    settings, params=[], param_names=[], lr_scale=settings['lr'] / self.base_lr, group_name=name
-                )
+                groups[key] = dict(settings, params=[], param_names=[], group_name=name)
             groups[key]['params'].append(param)
             groups[key]['param_names'].append(param_name)
         ordered = [groups[key] for key in sorted(groups)]

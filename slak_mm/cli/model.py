@@ -1,4 +1,4 @@
-"""Whether neck and heads take the maps that the backbone gives, found out on one small image."""
+"""Whether the parts of a model fit each other and the images, found out on a blank image."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from slak_mm._config import framework, model_of, type_name
+from slak_mm._config import datasets_of, framework, model_of, type_name, walk
 
 from .errors import ConfigOverrideError
+from .size import pair
 
 _SIZE = 64  # pixels: the smallest that leaves every stage more than one pixel
 
@@ -38,18 +39,68 @@ def check_channels(model: nn.Module, cfg: Config) -> None:
         ConfigOverrideError: Names what the part takes, what it gets, and the setting.
     """
     backbone = getattr(model, 'backbone', None)
-    parameter = next((p for p in model.parameters() if p.ndim == 4), None)
-    if not isinstance(backbone, nn.Module) or parameter is None:
+    if not isinstance(backbone, nn.Module):
         return
-    image = parameter.new_zeros(1, parameter.shape[1], _SIZE, _SIZE)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     handle = register_module_forward_pre_hook(_compare)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with _blank(model, _SIZE, _SIZE) as image:
             _follow(model, cfg, image)
     finally:
         handle.remove()
+
+
+def check_crop(model: nn.Module, cfg: Config) -> None:
+    """Refuse crops of semantic segmentation that the backbone cannot reduce to its last stage.
+
+    Args:
+        model: A segmentor, built, not wrapped. It is not changed.
+        cfg: Its whole config.
+
+    Raises:
+        ConfigOverrideError: Names the crop and a size that works.
+    """
+    if framework(cfg) != 'mmseg':
+        return
+    node = model_of(cfg)
+    pipelines = [dataset.get('pipeline') for _, dataset in datasets_of(cfg, ('train_dataloader',))]
+    padded = pair((node.get('data_preprocessor') or {}).get('size') or 0)
+    crops = [
+        tuple(map(max, pair(t.crop_size), padded))
+        for t in walk(pipelines)
+        if type_name(t) == 'RandomCrop' and t.get('crop_size')
+    ]
+    test_cfg = node.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide':
+        crops.append(pair(test_cfg.crop_size))
+    for height, width in crops:
+        if not _works(model, height, width):
+            least = next((side for side in (32, 64, 128) if _works(model, side, side)), None)
+            if least:
+                raise ConfigOverrideError(
+                    f'A crop of {height}x{width} pixels is too small for the backbone {type_name(node.backbone)}: '
+                    f'it needs {least}x{least} (--crop-size, or crop_size in the config).'
+                )
+
+
+def _works(model: Any, height: int, width: int) -> bool:
+    with _blank(model, height, width) as image:
+        try:
+            model.backbone(image)
+        except Exception:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _blank(model: nn.Module, height: int, width: int) -> Iterator[Tensor]:
+    """A blank image, while the model is in eval mode and nothing is recorded or drawn."""
+    weight = next((p for p in model.parameters() if p.ndim == 4), torch.zeros(1, 3, 1, 1))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield weight.new_zeros(1, weight.shape[1], height, width)
+    finally:
         for module in training:
             module.training = True
 
