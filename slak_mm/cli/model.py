@@ -71,7 +71,7 @@ def check_crop(model: nn.Module, cfg: Config) -> None:
     ]
     test_cfg = node.get('test_cfg') or {}
     if test_cfg.get('mode') == 'slide':
-        crops.append(pair(test_cfg.crop_size))
+        crops.append(pair(test_cfg['crop_size']))
     for height, width in crops:
         if not _works(model, height, width):
             least = next((side for side in (32, 64, 128) if _works(model, side, side)), None)
