@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,13 @@ __all__ = [
     'check_arguments',
     'describe_machine',
     'disagreeing',
-    'format_machine',
     'measure_times',
     'multiple',
     'plot_bars',
+    'report',
     'synchronize',
-    'table_head',
-    'table_row',
+    'timed',
     'worst_difference',
-    'write_results',
 ]
 
 DTYPES = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -159,30 +157,42 @@ def measure_times(
 
     Args:
         steps: The contenders by name.
-        repeats: Timed runs of each, after one that warms up. A contender whose first run
-            takes over :data:`LONG_SECONDS` is not run again.
-        device: 'cpu' or 'cuda'. Defaults to 'cpu'.
+        repeats: Timed runs of each, after those that warm up: one on the CPU; on a GPU, where the first ones
+            compile, until two agree within a tenth, but ten at most. A contender whose last warm-up takes over
+            :data:`LONG_SECONDS` is not run again.
+        device: 'cpu' or 'cuda', which is timed with events. Defaults to 'cpu'.
 
     Returns:
         Median seconds of each, and what the first run of each returned.
     """
-
-    def timed(step: Callable[[], Any]) -> tuple[float, Any]:
-        synchronize(device)
-        begin = time.perf_counter()
-        result = step()
-        synchronize(device)
-        return time.perf_counter() - begin, result
-
-    first, results = {}, {}
+    warm, results = {}, {}
     for name, step in steps.items():
-        first[name], results[name] = timed(step)
+        warm[name], results[name] = timed(step, device)
+        for _ in range(9 if device != 'cpu' else 0):
+            before, (warm[name], _) = warm[name], timed(step, device)
+            if abs(warm[name] - before) <= 0.1 * before:
+                break
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            if first[name] < LONG_SECONDS:
-                times[name].append(timed(step)[0])
-    return {name: statistics.median(t) if t else first[name] for name, t in times.items()}, results
+            if warm[name] < LONG_SECONDS:
+                times[name].append(timed(step, device)[0])
+    return {name: statistics.median(t) if t else warm[name] for name, t in times.items()}, results
+
+
+def timed(step: Callable[[], Any], device: str = 'cpu') -> tuple[float, Any]:
+    """Seconds of a call, and its result; on a GPU from the launch of its first kernel to the end of its last."""
+    if device == 'cpu':
+        begin = time.perf_counter()
+        result = step()
+        return time.perf_counter() - begin, result
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    result = step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3, result
 
 
 def worst_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
@@ -238,25 +248,72 @@ def describe_machine(device: str = 'cpu', **settings: Any) -> dict[str, Any]:
         load_1min=round(os.getloadavg()[0], 1) if hasattr(os, 'getloadavg') else None,
         device=torch.cuda.get_device_name() if device != 'cpu' else 'cpu',
         torch=torch.__version__,
+        **_gpu_versions(device),
         date=datetime.datetime.now().isoformat(timespec='minutes'),
         **settings,
     )
 
 
-def format_machine(machine: Mapping[str, Any]) -> str:
-    """The description in one line."""
-    return ', '.join(f'{key} {value}' for key, value in machine.items())
+def _gpu_versions(device: str) -> dict[str, Any]:
+    if device == 'cpu':
+        return {}
+    import triton
+
+    return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), triton=triton.__version__)
 
 
-def table_row(texts: Sequence[str], widths: Sequence[int]) -> str:
-    """One line of a Markdown table."""
-    return '| ' + ' | '.join(text.ljust(width) for text, width in zip(texts, widths, strict=True)) + ' |'
+def report(
+    args: argparse.Namespace,
+    machine: Mapping[str, Any],
+    columns: Sequence[str],
+    measured: Iterable[dict[str, Any]],
+    cells: Callable[[dict[str, Any]], Sequence[str]],
+    label: Callable[[dict[str, Any]], str],
+    milliseconds: Callable[[dict[str, Any]], Mapping[str, float | None]],
+    title: str,
+) -> Iterator[str]:
+    """Report rows as they are measured: a Markdown table, ``--json`` and ``--plot``.
 
+    Args:
+        args: With ``json`` and ``plot``.
+        machine: Of :func:`describe_machine`.
+        columns: Header of the table.
+        measured: The rows.
+        cells: A row's cells as text.
+        label: A row's name in the plot; rows of one name make one group of bars.
+        milliseconds: A row's bars by contender; None where there is no figure.
+        title: Of the plot.
 
-def table_head(names: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    """The first two lines of a Markdown table."""
-    yield table_row(names, widths)
-    yield table_row(['-' * width for width in widths], widths)
+    Yields:
+        Lines.
+
+    Raises:
+        BenchmarkError: At the end, where a row has ``disagrees``.
+    """
+    widths = [max(9, len(column)) for column in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        return '| ' + ' | '.join(text.ljust(width) for text, width in zip(texts, widths, strict=True)) + ' |'
+
+    yield ', '.join(f'{key} {value}' for key, value in machine.items()) + '\n'
+    yield line(columns)
+    yield line(['-' * width for width in widths])
+    rows = []
+    for row in measured:
+        rows.append(row)
+        yield line(cells(row))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + '\n')
+    if args.plot:
+        groups = list(dict.fromkeys(map(label, rows)))
+        series: dict[str, list[float | None]] = {}
+        for row in rows:
+            for name, value in milliseconds(row).items():
+                series.setdefault(name, [None] * len(groups))[groups.index(label(row))] = value
+        plot_bars(args.plot, groups, series, title, 'ms')
+    if any(row.get('disagrees') for row in rows):
+        raise BenchmarkError('a result disagrees with the reference; its figures are left out.')
 
 
 def multiple(value: float, of: float | None) -> str:
@@ -264,17 +321,10 @@ def multiple(value: float, of: float | None) -> str:
     return f' ({value / of:.1f}x)' if of else ''
 
 
-def write_results(path: str | None, machine: Mapping[str, Any], rows: Sequence[Any]) -> None:
-    """Write all figures as JSON, if there is a path: ``{"machine": …, "rows": […]}``."""
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + '\n')
-
-
 def plot_bars(
-    path: str | None, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, unit: str
+    path: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, unit: str
 ) -> None:
-    """Draw groups of bars on a logarithmic axis, if there is a path; needs matplotlib.
+    """Draw groups of bars on a logarithmic axis; needs matplotlib.
 
     Args:
         path: File to write; the suffix tells the format.
@@ -283,8 +333,6 @@ def plot_bars(
         title: Title.
         unit: Name of the axis, such as 'ms'.
     """
-    if not path:
-        return
     # No pyplot: it would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

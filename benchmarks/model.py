@@ -35,13 +35,9 @@ from .common import (
     check_arguments,
     describe_machine,
     disagreeing,
-    format_machine,
     measure_times,
     multiple,
-    plot_bars,
-    table_head,
-    table_row,
-    write_results,
+    report,
 )
 from .peak import measure_peak
 from .shifted_sum import activation_space
@@ -270,35 +266,22 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             'ConvNeXt-T and Swin-T are those of timm, which is not installed '
             '(pip install timm); leave them out with --networks.'
         )
-    machine = describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train)
-    yield format_machine(machine)
-    yield (
-        f'Median time of a {"training pass (forward and backward)" if args.train else "forward"}'
-        f'{" pass" if not args.train else ""}, behind it the multiple of {_BASELINE}.\n'
+    what = 'training pass (forward and backward)' if args.train else 'forward pass'
+    yield f'Median time of a {what}, behind it the multiple of {_BASELINE}.'
+    yield from report(
+        args,
+        describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train),
+        ['image', 'network', 'ms', f'x {_BASELINE}', 'images/s', 'peak MiB'],
+        (row for size in args.size for batch in args.batch for row in measure(names, args, size, batch)),
+        cells,
+        _label,
+        lambda row: {row['network']: row['seconds'] and 1e3 * row['seconds']},
+        f'{what}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads',
     )
-    header = ['image', 'batch', 'network', 'ms', f'x {_BASELINE}', 'images/s', 'peak MiB']
-    widths = [9, 5, 20, 9, 12, 9, 9]
-    yield from table_head(header, widths)
-    rows: list[dict[str, Any]] = []
-    for size in args.size:
-        for batch in args.batch:
-            measured = measure(names, args, size, batch)
-            rows += measured
-            base = next((row['seconds'] for row in measured if row['network'] == _BASELINE), None)
-            for row in measured:
-                yield table_row(cells(row, base), widths)
-    write_results(args.json, machine, rows)
-    groups = {(tuple(row['size']), row['batch']): None for row in rows}
-    plot_bars(
-        args.plot,
-        [f'{h}x{w}, batch {batch}' for (h, w), batch in groups],
-        {name: [row['seconds'] and 1e3 * row['seconds'] for row in rows if row['network'] == name] for name in names},
-        f'{"training pass" if args.train else "forward"}, {args.dtype}, '
-        f'{machine["device"]}, {machine["threads"]} threads',
-        'ms',
-    )
-    if any(row['disagrees'] for row in rows):
-        raise BenchmarkError('a result disagrees with the reference; its figures are left out.')
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}'
 
 
 def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int], batch: int) -> list[dict[str, Any]]:
@@ -317,32 +300,29 @@ def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int
                 want = Case(family, **{**options, 'dtype': exact}).step()
             disagrees += disagreeing(own, want, 10 * TOLERANCE[DTYPES[args.dtype]])
     del cases, results
+    base = None if _BASELINE in disagrees else times.get(_BASELINE)
     rows = []
     for name in names:
-        wrong = name in disagrees
-        peak = None if wrong or args.no_memory else measure_peak(__name__, dict(options, contender=name))
-        rows.append(
-            dict(
-                options,
-                network=name,
-                disagrees=wrong,
-                peak_mib=peak,
-                seconds=None if wrong else times[name],
-                images_per_second=None if wrong else batch / times[name],
+        row: dict[str, Any] = dict(options, network=name, disagrees=name in disagrees, seconds=None, peak_mib=None)
+        if not row['disagrees']:
+            row.update(
+                seconds=times[name], images_per_second=batch / times[name], of_baseline=multiple(times[name], base)
             )
-        )
+            if not args.no_memory:
+                row.update(peak_mib=measure_peak(__name__, dict(options, contender=name)))
+        rows.append(row)
     return rows
 
 
-def cells(row: dict[str, Any], base: float | None) -> list[str]:
+def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table as text."""
-    texts = [f'{row["size"][0]}x{row["size"][1]}', str(row['batch']), row['network']]
     if row['disagrees']:
-        return [*texts, 'disagrees', '', '', '']
+        return [_label(row), row['network'], 'disagrees', '', '', '']
     return [
-        *texts,
-        f'{1e3 * row["seconds"]:.0f}',
-        multiple(row['seconds'], base).strip(' ()'),
-        f'{row["images_per_second"]:.2f}',
+        _label(row),
+        row['network'],
+        f'{1e3 * row["seconds"]:.3g}',
+        row['of_baseline'].strip(' ()'),
+        f'{row["images_per_second"]:.4g}',
         '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}',
     ]

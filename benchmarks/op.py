@@ -20,6 +20,7 @@ weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,18 +35,13 @@ from slak_mm.ops.shift_tables import assemble_kernels, num_filters, shift_tables
 from .common import (
     DTYPES,
     TOLERANCE,
-    BenchmarkError,
     add_measurement_arguments,
     check_arguments,
     describe_machine,
     disagreeing,
-    format_machine,
     measure_times,
     multiple,
-    plot_bars,
-    table_head,
-    table_row,
-    write_results,
+    report,
 )
 from .peak import measure_peak
 from .shifted_sum import activation_space
@@ -252,7 +248,8 @@ def _taps(kernel: int, size: int) -> int:
 
 def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP per second of a large matrix product, the best of some."""
-    a, b = torch.ones(2, MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
+    # Random numbers: a GPU is faster, and cooler, on ones.
+    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
     times = [measure_times({'product': lambda: a @ b}, 1, device)[0]['product'] for _ in range(10)]
     return 2 * MATRIX_SIZE**3 / min(times)
 
@@ -281,40 +278,30 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     machine = describe_machine(
         args.device, dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1)
     )
-    yield format_machine(machine)
     with_memory = args.family == 'shiftwise' and not args.no_memory
     memory_note = ' and, after @, peak memory above the inputs in MiB' if with_memory else ''
-    yield f'{args.family}: median times in ms{memory_note}; behind them the multiple of ours.\n'
-    names: list[str] = []
-    widths: list[int] = []
-    rows = []
-    for size in args.size:
-        for batch in args.batch:
-            for stage in args.stages:
-                options = dict(
-                    family=args.family, stage=stage, size=size, batch=batch, dtype=args.dtype, device=args.device
-                )
-                case = Case(**options)
-                if not names:
-                    names = [name for name in case.contenders() if name not in args.skip]
-                    if not set(LAYOUTS) <= set(names) and 'best mix' in names:
-                        names.remove('best mix')
-                    header = ['image', 'batch', 'stage', 'map', 'channels', 'kernel', 'pass', 'GFLOP/s', *names]
-                    widths = [9, 5, 5, 7, 8, 6, 4, 10, *(29 if with_memory else 16 for _ in names)]
-                    yield from table_head(header, widths)
-                for passing in PASSES[args.family]:
-                    rows.append(measure(case, options, names, passing, args, with_memory, rate))
-                    yield table_row(cells(rows[-1], names), widths)
-    write_results(args.json, machine, rows)
-    plot_bars(
-        args.plot,
-        [label(row) for row in rows],
-        {name: [1e3 * row['seconds'][name] if name in row['seconds'] else None for row in rows] for name in names},
+    yield f'{args.family}: median times in ms{memory_note}; behind them the multiple of ours.'
+    options = [
+        dict(family=args.family, stage=stage, size=size, batch=batch, dtype=args.dtype, device=args.device)
+        for size, batch, stage in itertools.product(args.size, args.batch, args.stages)
+    ]
+    names = [name for name in Case(**options[0]).contenders() if name not in args.skip]
+    if not set(LAYOUTS) <= set(names) and 'best mix' in names:
+        names.remove('best mix')
+    yield from report(
+        args,
+        machine,
+        ['image, batch, stage, pass', 'map', 'channels', 'kernel', 'GFLOP/s', *names],
+        (
+            measure(Case(**choice), choice, names, passing, args, with_memory, rate)
+            for choice in options
+            for passing in PASSES[args.family]
+        ),
+        lambda row: cells(row, names),
+        label,
+        lambda row: {name: 1e3 * row['seconds'][name] if name in row['seconds'] else None for name in names},
         f'{args.family}, {args.dtype}, {machine["device"]}, {machine["threads"]} threads',
-        'ms',
     )
-    if any(row['disagrees'] for row in rows):
-        raise BenchmarkError('a result disagrees with the reference; its figures are left out.')
 
 
 def measure(
@@ -386,13 +373,10 @@ def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     seconds, peaks = row['seconds'], row['peak_mib']
     share = row['of_matrix_product']
     texts = [
-        f'{row["size"][0]}x{row["size"][1]}',
-        str(row['batch']),
-        str(row['stage'] + 1),
+        label(row),
         f'{row["map"][0]}x{row["map"][1]}',
         str(row['channels']),
         str(row['kernel']),
-        row['passing'],
         f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else '',
     ]
     for name in names:

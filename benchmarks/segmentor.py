@@ -27,17 +27,13 @@ from .common import (
     check_arguments,
     describe_machine,
     disagreeing,
-    format_machine,
     measure_times,
     multiple,
-    plot_bars,
-    table_head,
-    table_row,
-    write_results,
+    report,
 )
 from .model import OfficialSLaK, official_shiftwise
 
-__all__ = ['add_parser', 'run']
+__all__ = ['Training', 'add_parser', 'run']
 
 CONTENDERS = ('ours', 'official', 'heads')
 
@@ -78,37 +74,26 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         ConfigOverrideError: The config cannot be read or built.
     """
     check_arguments(args)
-    training = _Training(args)
-    machine = describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats)
-    yield format_machine(machine)
-    yield 'Median time of a training step in ms, behind it the multiple of ours.\n'
-    widths = [9, 5, 9, 18, 18]
-    yield from table_head(('image', 'batch', *CONTENDERS), widths)
-    rows = []
-    for size in args.size:
-        for batch in args.batch:
-            row = training.measure(size, batch)
-            rows.append(row)
-            seconds = row['seconds']
-            yield table_row(
-                [
-                    f'{size[0]}x{size[1]}',
-                    str(batch),
-                    f'{1e3 * seconds["ours"]:.0f}',
-                    *(
-                        f'{1e3 * seconds[name]:.0f}' + multiple(seconds[name], seconds['ours'])
-                        for name in CONTENDERS[1:]
-                    ),
-                ],
-                widths,
-            )
-    write_results(args.json, machine, rows)
-    plot_bars(
-        args.plot,
-        [f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}' for row in rows],
-        {name: [1e3 * row['seconds'][name] for row in rows] for name in CONTENDERS},
+    training = Training(args)
+    yield 'Median time of a training step in ms, behind it the multiple of ours.'
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        seconds = row['seconds']
+        others = (f'{1e3 * seconds[name]:.0f}' + multiple(seconds[name], seconds['ours']) for name in CONTENDERS[1:])
+        return [label(row), f'{1e3 * seconds["ours"]:.0f}', *others]
+
+    def label(row: dict[str, Any]) -> str:
+        return f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}'
+
+    yield from report(
+        args,
+        describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats),
+        ('image', *CONTENDERS),
+        (training.measure(size, batch) for size in args.size for batch in args.batch),
+        cells,
+        label,
+        lambda row: {name: 1e3 * row['seconds'][name] for name in CONTENDERS},
         f'A training step of {Path(args.config).stem}',
-        'ms',
     )
 
 
@@ -124,7 +109,7 @@ class _Features(nn.Module):
         return tuple(self.features)
 
 
-class _Training:
+class Training:
     """A segmentor whose heads all contenders share."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -180,11 +165,18 @@ class _Training:
         images = torch.randn(batch, 3, *size, generator=generator).to(self.args.device)
         return dict(inputs=images, data_samples=samples)
 
-    def step(self, backbone: nn.Module, data: dict[str, Any]) -> Callable[[], list[Tensor]]:
-        """A training step; returns the loss, and the gradient of the backbone's first weight."""
+    def step(
+        self, backbone: nn.Module, data: dict[str, Any], attach: Callable[[torch.optim.Optimizer], Any] | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """A training step; returns the loss, and the gradient of the backbone's first weight.
+
+        ``attach`` gets the optimizer, to add masks to it.
+        """
         self.model.backbone = backbone
         # All compute with the same weights: a rate of 0 leaves them as they are.
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        if attach is not None:
+            attach(optimizer)
         first = next(backbone.parameters(), None)
 
         def step() -> list[Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,13 +26,9 @@ from .common import (
     add_measurement_arguments,
     check_arguments,
     describe_machine,
-    format_machine,
     measure_times,
-    plot_bars,
-    synchronize,
-    table_head,
-    table_row,
-    write_results,
+    report,
+    timed,
 )
 
 __all__ = ['add_parser', 'run']
@@ -90,43 +85,22 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         sparsity=args.sparsity,
         repeats=args.repeats,
     )
-    yield format_machine(machine)
-    columns = (
-        'image',
-        'batch',
-        'dense',
-        'static',
-        'update',
-        'masks, static',
-        'masks, update',
-        'static',
-        *(f'every {interval} steps' for interval in args.intervals),
-    )
-    widths = [max(10, len(column)) for column in columns]
-    yield from table_head(columns, widths)
+    averages = ['static', *(f'every {interval} steps' for interval in args.intervals)]
     training = _Training(args)
-    rows = []
-    for size in args.size:
-        for batch in args.batch:
-            row = training.measure(size, batch)
-            rows.append(row)
-            yield table_row(
-                [
-                    row['size'],
-                    str(batch),
-                    *(f'{1e3 * row["seconds"][name]:.1f} ms' for name in CONTENDERS),
-                    *(f'{1e3 * row["masks"][name]:.1f} ms' for name in ('static', 'update')),
-                    *(f'{share:.2%}' for share in row['overhead'].values()),
-                ],
-                widths,
-            )
-    write_results(args.json, machine, rows)
-    plot_bars(
-        args.plot,
-        [f'{row["size"]}, batch {row["batch"]}' for row in rows],
-        {name: [1e3 * row['seconds'][name] for row in rows] for name in CONTENDERS},
+    yield from report(
+        args,
+        machine,
+        ['image', *CONTENDERS, 'masks, static', 'masks, update', *averages],
+        (training.measure(size, batch) for size in args.size for batch in args.batch),
+        lambda row: [
+            row['name'],
+            *(f'{1e3 * row["seconds"][name]:.1f} ms' for name in CONTENDERS),
+            *(f'{1e3 * row["masks"][name]:.1f} ms' for name in ('static', 'update')),
+            *(f'{share:.2%}' for share in row['overhead'].values()),
+        ],
+        lambda row: row['name'],
+        lambda row: {name: 1e3 * row['seconds'][name] for name in CONTENDERS},
         f'A training step of {args.backbone} {args.arch}',
-        'ms',
     )
 
 
@@ -169,7 +143,8 @@ class _Training:
         for interval in self.args.intervals:
             mean = ((interval - 1) * masks['static'] + masks['update']) / interval
             overhead[f'every {interval}'] = mean / times['dense']
-        return dict(size=f'{size[0]}x{size[1]}', batch=batch, seconds=times, masks=masks, overhead=overhead)
+        name = f'{size[0]}x{size[1]}, batch {batch}'
+        return dict(name=name, batch=batch, seconds=times, masks=masks, overhead=overhead)
 
     def step(self, name: str, x: torch.Tensor) -> Callable[[], None]:
         """A training step of a contender."""
@@ -181,21 +156,13 @@ class _Training:
             loss.backward()
             spent = 0.0
             if sparse is not None:
-                spent += self.timed(lambda: sparse.gather_gradients(self.optimizer))
+                spent += timed(lambda: sparse.gather_gradients(self.optimizer), self.args.device)[0]
             self.optimizer.step()
             if sparse is not None:
-                spent += self.timed(lambda: sparse.step(self.optimizer))
+                spent += timed(lambda: sparse.step(self.optimizer), self.args.device)[0]
                 self.seconds[name].append(spent)
 
         return step
-
-    def timed(self, work: Callable[[], Any]) -> float:
-        """Seconds that something takes."""
-        synchronize(self.args.device)
-        begin = time.perf_counter()
-        work()
-        synchronize(self.args.device)
-        return time.perf_counter() - begin
 
     def check(self, name: str, sparse: SparseTraining) -> None:
         """Look for a weight or a moment that is not zero, and for a wrong number of weights."""

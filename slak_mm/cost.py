@@ -226,7 +226,8 @@ def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost
         masked: Number of zeros of weights of the backbone; for ShiftWise's filters
             tensors that are zero where the filters are masked.
     """
-    image = torch.empty(1, 3, *cost.size, device='meta')
+    channels = next((layer.in_channels for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
+    image = torch.empty(1, channels, *cost.size, device='meta')
     cost.parts = dict(_run_parts(model, image))
     cost.flops = sum(cost.parts.values())
     cost.parameters = sum(p.numel() for p in model.parameters())

@@ -37,7 +37,7 @@ class ExportError(RuntimeError):
 class SegmentationScores(nn.Module):
     """Class scores of an ``EncoderDecoder`` of mmsegmentation, at the size of the image.
 
-    Normalized images (N, 3, H, W) to scores (N, classes, H, W), as in its whole-image mode.
+    Normalized images (N, C, H, W) to scores (N, classes, H, W), as in its whole-image mode.
 
     Args:
         model: The segmentor.
@@ -65,8 +65,8 @@ def export(
     """Export a network in eval mode, and compare the file with it.
 
     Args:
-        model: Takes images (N, 3, H, W), returns a tensor or a tuple of tensors. Its weights are
-            float32 and on the CPU.
+        model: Takes images (N, C, H, W), C being the channels of its first convolution, and
+            returns a tensor or a tuple of tensors. Its weights are float32 and on the CPU.
         path: File to write; it is replaced once the new one is known to be right.
         file_format: A key of :data:`SUFFIXES`.
         size: Height and width of the images, in pixels. Default: (512, 512).
@@ -93,7 +93,8 @@ def export(
         _check_onnx()
     model.eval()
     # Two images, since a batch of one is taken for a constant by some exporters.
-    example = _images(1 if dynamic == 'none' else 2, *size)
+    channels = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
+    example = _images(1 if dynamic == 'none' else 2, channels, *size)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export-') as folder:
@@ -131,9 +132,9 @@ def _first_line(error: Exception) -> str:
     return f'{type(error).__name__}: {re.sub(r"^[^A-Za-z]*", "", line)}'
 
 
-def _images(n: int, height: int, width: int) -> Tensor:
+def _images(n: int, channels: int, height: int, width: int) -> Tensor:
     """Standard normal images, the same in every call."""
-    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def _worst_difference(
@@ -141,11 +142,11 @@ def _worst_difference(
 ) -> float:
     """Compare on the example, and on other batches and sizes where these may vary."""
     inputs = [example]
-    height, width = example.shape[2:]
+    channels, height, width = example.shape[1:]
     if dynamic == 'batch':
-        inputs = [_images(1, height, width), _images(3, height, width)]
+        inputs = [_images(1, channels, height, width), _images(3, channels, height, width)]
     elif dynamic == 'size':
-        inputs = [_images(1, height, width), _images(3, height + stride, width + 2 * stride)]
+        inputs = [_images(1, channels, height, width), _images(3, channels, height + stride, width + 2 * stride)]
     worst = 0.0
     for images in inputs:
         want = model(images)

@@ -117,6 +117,15 @@ def test_variants_have_the_figures_of_their_config():
     assert other.published is None and other.size == (512, 512)
 
 
+def test_a_fourth_channel_costs_its_share_of_the_stem(tmp_path):
+    pytest.importorskip('mmseg')
+    base = CONFIGS / 'upernet_slak_t_ade20k.py'
+    (tmp_path / 'four.py').write_text(f'_base_ = {str(base)!r}\nmodel = dict(backbone=dict(in_channels=4))\n')
+    three, four = (count(str(path), (64, 64)) for path in (base, tmp_path / 'four.py'))
+    # 4x4 pixels of one channel for each of the 124 filters at a quarter of the resolution.
+    assert four.flops - three.flops == 124 * 4 * 4 * 16 * 16
+
+
 # --------------------------------------------------------------------------------- other countings
 
 

@@ -35,6 +35,7 @@ def main() -> None:
         save_predictions(cfg, args.out)
     cli.init_distributed(cfg, args)
     cli.check_data(cfg, ('test_dataloader',))
+    cli.check_annotations(cfg, ('test_dataloader',))
     checkpoint = read_checkpoint(args.checkpoint)
     # All weights come from the checkpoint.
     cli.remove_weights(cfg)

@@ -77,6 +77,7 @@ def main() -> None:
         else:
             cli.check_weights(cfg, args.config)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    cli.check_annotations(cfg, ('train_dataloader', 'val_dataloader'))
 
     runner = cli.build_runner(cfg, ['train', 'val'])
     if args.from_scratch and resumed is None:

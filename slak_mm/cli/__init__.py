@@ -2,6 +2,7 @@
 
 from slak_mm._config import datasets_of, framework, model_of, type_name
 
+from .annotations import check_annotations
 from .arguments import (
     ArgumentParser,
     KeyValuePairs,
@@ -41,6 +42,7 @@ __all__ = [
     'apply_overrides',
     'build_model',
     'build_runner',
+    'check_annotations',
     'check_data',
     'check_output',
     'check_weights',

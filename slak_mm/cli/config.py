@@ -5,18 +5,19 @@ import difflib
 import importlib.util
 import os
 import os.path as osp
+import re
 from pathlib import Path
 
 from mmengine.config import Config
 
-from slak_mm._config import datasets_of, framework, model_of, walk
+from slak_mm._config import datasets_of, framework, model_of, type_name, walk
 
 from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
 from .device import set_amp
 from .errors import ConfigOverrideError, reason
 from .schedule import check_schedule, set_max_iters
-from .size import set_crop_size, set_img_scale
+from .size import RESIZES, set_crop_size, set_img_scale
 from .sparse import set_sparse, set_sparsity
 
 
@@ -102,7 +103,8 @@ def use_test_time_augmentation(cfg: Config) -> None:
     """Test with the config's ``tta_model`` and ``tta_pipeline``.
 
     Args:
-        cfg: Changed in place; left as it is where its model is one already.
+        cfg: Changed in place; left as it is where its model is one already. Images are read as
+            the test pipeline reads them: frameworks' bases have a ``tta_pipeline`` for RGB.
 
     Raises:
         ConfigOverrideError: The config has no test-time augmentation.
@@ -112,7 +114,8 @@ def use_test_time_augmentation(cfg: Config) -> None:
     if cfg.get('tta_model') is None or cfg.get('tta_pipeline') is None:
         raise ConfigOverrideError('--tta needs a config with tta_model and tta_pipeline; this one has none.')
     for _, dataset in datasets_of(cfg, ('test_dataloader',)):
-        dataset['pipeline'] = cfg.tta_pipeline
+        start = next((index for index, t in enumerate(cfg.tta_pipeline) if type_name(t) == 'TestTimeAug'), 0)
+        dataset['pipeline'] = (_reading(dataset.get('pipeline') or []) if start else []) + cfg.tta_pipeline[start:]
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
 
@@ -146,3 +149,11 @@ def tests_boxes_alone(cfg: Config) -> bool:
             f'mmdetection has test-time augmentation for boxes only, and this model predicts masks: {remedy}.'
         )
     return True
+
+
+def _reading(pipeline: list) -> list:
+    """The transforms that make the image: all before it is resized, annotated or packed."""
+    ends = (*RESIZES, 'Pad', 'TestTimeAug')
+    names = [type_name(transform) for transform in pipeline]
+    stops = (i for i, name in enumerate(names) if name in ends or re.match('Load.*Annotation|Pack', name))
+    return pipeline[: next(stops, None)]

@@ -10,6 +10,7 @@ import torch.distributed
 from mmengine.registry import Registry
 
 from slak_mm.checkpoints import CheckpointError, CheckpointMismatch
+from slak_mm.engine.samples import DataError
 from slak_mm.export import ExportError
 from slak_mm.ops.backends import ENVIRONMENT_VARIABLE
 from slak_mm.sparsity import SparsityError
@@ -33,8 +34,11 @@ def explain(error: Exception) -> str | None:
             "that fits, decoder included, add dict(type='StrictCheckpointHook', strict=False) to custom_hooks of the "
             'config, and name the checkpoint with --cfg-options load_from=CHECKPOINT.'
         )
-    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError, ExportError)):
+    if isinstance(error, (ConfigOverrideError, CheckpointError, SparsityError, ExportError, FloatingPointError)):
         return text
+    if isinstance(error, DataError):
+        # Out of a data worker it comes with the worker's traceback before it.
+        return text.rpartition('DataError: ')[2].strip()
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             'The GPU has too little memory for this run: lower --batch-size, --crop-size '
@@ -57,7 +61,7 @@ def explain(error: Exception) -> str | None:
     for cause in causes:
         if isinstance(cause, OSError) and cause.strerror:
             return f'{cause.strerror}: {cause.filename or "what was to be written"}.'
-    # What mmcv says of an image that cannot be decoded, behind a data worker's traceback.
+    # What mmcv says of an image that cannot be decoded, where a pipeline is not checked.
     unreadable = re.search(r'failed to load image: (.+)|cannot identify image file (.+)', text)
     if unreadable:
         return f'The image {(unreadable[1] or unreadable[2]).strip()} cannot be read.'

@@ -20,6 +20,7 @@ from slak_mm._config import add_hook, framework
 from slak_mm.checkpoints import CheckpointError
 from slak_mm.engine.hooks import unwrap_model
 from slak_mm.engine.reproducible import make_reproducible
+from slak_mm.engine.samples import check_samples
 from slak_mm.sparsity import SparsityError
 
 from .device import adapt_to_device
@@ -169,11 +170,12 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
 
     Args:
         cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
-            what :mod:`slak_mm.engine.reproducible` has.
+            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`.
         loops: Which of 'train', 'val' and 'test' to build.
 
     Returns:
-        With its model and those loops built, and the optimizer for training.
+        With its model and those loops built, and the optimizer for training. Its data sets
+        check what they load.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -181,6 +183,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     add_hook(cfg, 'StrictCheckpointHook', require_heads=bool(cfg.get('resume')))
     if 'train' in loops:
         make_reproducible(cfg)
+        add_hook(cfg, 'FiniteLossHook')
     try:
         if 'runner_type' in cfg:
             from mmengine.registry import RUNNERS
@@ -205,6 +208,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         raise
     except Exception as error:  # registries wrap whatever a constructor raises
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
+    check_samples(runner)
     model = unwrap_model(runner.model)
     check_channels(model, cfg)
     check_crop(model, cfg)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['class_shares', 'colorize', 'overlay', 'panel', 'with_legend']
+__all__ = ['class_shares', 'colorize', 'displayable', 'overlay', 'panel', 'with_legend']
 
 Palette = Sequence[Sequence[int]]
 _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
@@ -45,6 +45,28 @@ def colorize(labels: np.ndarray, palette: Palette, unlabeled: Sequence[int] = (0
     colors = np.asarray([*palette, unlabeled], np.uint8)
     known = (labels >= 0) & (labels < len(palette))
     return colors[np.where(known, labels, len(palette))]
+
+
+def displayable(image: np.ndarray) -> np.ndarray:
+    """Make a picture of an image of any depth and number of channels.
+
+    Args:
+        image: Gray (H, W), or with channels (H, W, C), the first three of which are blue,
+            green and red; fewer are shown as gray. Values beyond 0..255 are scaled so that
+            the smallest is black and the largest white.
+
+    Returns:
+        RGB image (H, W, 3), uint8.
+    """
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    image = np.nan_to_num(image.astype(np.float64))
+    low, high = image.min(), image.max()
+    if low < 0 or high > 255:
+        image = (image - low) * (255 / max(high - low, 1e-12))
+    return np.rint(image).astype(np.uint8)
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: float = 0.5) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from mmengine.dist import get_rank, is_distributed
 
+from slak_mm.engine.samples import DataError
 from slak_mm.ops.backends import forced_backend
 
 from .errors import explain
@@ -41,7 +42,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
         else:
             if os.environ.get('SLAK_MM_DEBUG', '0') != '0' or '--debug' in sys.argv:
                 traceback.print_exc()
-            if get_rank() == 0:
+            # Each process has data of its own.
+            if get_rank() == 0 or isinstance(error, DataError):
                 print(f'error: {message}', file=sys.stderr)
     except SystemExit as leaving:  # argparse's
         code = leaving.code

@@ -24,7 +24,7 @@ def _pipelines(cfg: Config) -> Iterator[ConfigDict]:
 
 
 #: Transforms that resize images to what their ``scale`` or ``scales`` say.
-_RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'FixScaleResize')
+RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'FixScaleResize')
 
 
 #: What else has a size in pixels in detection, and under which names.
@@ -81,7 +81,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
         kind = type_name(transform)
         if kind == 'RandomCrop' and 'crop_size' in transform:
             transform.crop_size = size
-        elif kind in _RESIZES:
+        elif kind in RESIZES:
             for key in ('scale', 'scales', 'max_size'):
                 if transform.get(key) is not None:
                     transform[key] = scale(transform[key])
@@ -125,7 +125,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
         tuple(sorted(pair(transform['scale']), reverse=True))
         for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
         for transform in walk(dataset.get('pipeline'))
-        if type_name(transform) in _RESIZES and transform.get('scale') is not None
+        if type_name(transform) in RESIZES and transform.get('scale') is not None
     }
     if len(scales) != 1:
         found = f'to {len(scales)} different scales' if scales else 'to no scale'
@@ -156,7 +156,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     batch_augments = [node.get('batch_augments') for node in preprocessors if node]
     for transform in [*_pipelines(cfg), *walk(batch_augments)]:
         kind = type_name(transform)
-        keys, change = (('scale', 'scales'), sides) if kind in _RESIZES else (_AREAS.get(kind, ()), area)
+        keys, change = (('scale', 'scales'), sides) if kind in RESIZES else (_AREAS.get(kind, ()), area)
         # The size of a relative crop is a share of the image.
         if str(transform.get('crop_type', '')).startswith('relative'):
             continue

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exit_code, tool_main
 
 from benchmarks import op
 from benchmarks.common import plot_bars, worst_difference
@@ -12,9 +13,9 @@ from slak_mm.ops import BACKENDS
 
 
 @pytest.fixture
-def tool(call_tool):
-    """Runs ``tools/benchmark.py op``."""
-    return functools.partial(call_tool, 'benchmark', 'op')
+def tool():
+    """Runs the tool with a list of arguments; gives the exit code."""
+    return functools.partial(exit_code, tool_main('benchmark'))
 
 
 @pytest.fixture
@@ -27,33 +28,15 @@ def small(tool, monkeypatch):
 
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
 @pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
-def test_table_and_json(small, family, dtype, tmp_path):
-    out = tmp_path / 'out.json'
-    plot = tmp_path / 'out.png'
-    done = small(
-        '--family',
-        family,
-        '--size',
-        '64x96',
-        '--stages',
-        '0',
-        '3',
-        '--repeats',
-        '1',
-        '--dtype',
-        dtype,
-        '--no-memory',
-        '--json',
-        str(out),
-        '--plot',
-        str(plot),
-    )
-    assert done.code == 0, done.text
-    printed = done.out
+def test_table_and_json(small, family, dtype, capsys, tmp_path):
+    out, plot = tmp_path / 'out.json', tmp_path / 'out.png'
+    options = f'op --family {family} --size 64x96 --stages 0 3 --repeats 1 --dtype {dtype} --no-memory'
+    assert small([*options.split(), '--json', str(out), '--plot', str(plot)]) == 0
+    printed = capsys.readouterr().out
     assert 'disagrees' not in printed and f'dtype {dtype}' in printed
     assert f'threads {torch.get_num_threads()}' in printed
     passes = op.PASSES[family]
-    assert printed.count('| 64x96 ') == 2 * len(passes)  # two stages
+    assert printed.count('| 64x96, ') == 2 * len(passes)  # two stages
     data = json.loads(out.read_text())
     assert data['machine']['torch'] == torch.__version__ and data['machine']['date']
     maps = [(16, 24)] * len(passes) + [(2, 3)] * len(passes)
@@ -65,17 +48,16 @@ def test_table_and_json(small, family, dtype, tmp_path):
 
 
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
-def test_no_figure_for_a_wrong_result(small, family, monkeypatch, tmp_path):
+def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_path):
     original = op.cross_dwconv2d
     monkeypatch.setattr(
         op, 'cross_dwconv2d', lambda x, *a, **k: torch.utils._pytree.tree_map(lambda y: y * 1.01, original(x, *a, **k))
     )
     out = tmp_path / 'out.json'
-    done = small(
-        '--family', family, '--size', '64x64', '--stages', '3', '--repeats', '1', '--no-memory', '--json', str(out)
-    )
-    assert done.code == 1, done.text
-    assert 'its figures are left out' in done.err
+    options = f'op --family {family} --size 64x64 --stages 3 --repeats 1 --no-memory'
+    assert small([*options.split(), '--json', str(out)]) == 1
+    captured = capsys.readouterr()
+    assert 'its figures are left out' in captured.err
     for row in json.loads(out.read_text())['rows']:
         # All that goes through the operator, and nothing else.
         assert set(row['disagrees']) - set(BACKENDS) == {'ours'}
@@ -88,19 +70,8 @@ def test_peak_memory_is_that_of_the_arithmetic():
     """60 channels become 1020 maps of 130 x 130 pixels in one formulation, 3 x 60 in the other."""
 
     def peak(contender):
-        return measure_peak(
-            op.__name__,
-            dict(
-                family='shiftwise',
-                stage=0,
-                size=(512, 512),
-                batch=1,
-                dtype='float32',
-                device='cpu',
-                contender=contender,
-                passing='fwd',
-            ),
-        )
+        case = dict(family='shiftwise', stage=0, size=(512, 512), batch=1, dtype='float32', device='cpu')
+        return measure_peak(op.__name__, dict(case, contender=contender, passing='fwd'))
 
     maps = 1020 * 130 * 130 * 4 / 2**20
     shifted = peak('shifted, own adjoint')
@@ -120,20 +91,19 @@ def test_peak_memory_is_that_of_the_arithmetic():
         (['--family', 'convnext'], 'invalid choice'),
     ],
 )
-def test_bad_arguments(tool, arguments, message):
-    assert message in tool(*arguments).err
+def test_bad_arguments(tool, arguments, message, capsys):
+    assert tool(['op', *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_what_is_not_there_is_named(tool, tmp_path):
-    arguments = {
-        'writes no "abc" files': ['--plot', tmp_path / 'out.abc'],
-        '--device is cpu or cuda, got abacus': ['--device', 'abacus'],
-    }
+def test_what_is_not_there_is_named(tool, capsys, tmp_path):
+    assert tool(['op', '--plot', str(tmp_path / 'out.abc')]) == 1
+    assert 'writes no "abc" files' in capsys.readouterr().err
+    assert tool(['op', '--device', 'abacus']) == 1
+    assert '--device is cpu or cuda, got abacus' in capsys.readouterr().err
     if not torch.cuda.is_available():
-        arguments['needs a CUDA device'] = ['--device', 'cuda']
-    for message, given in arguments.items():
-        result = tool(*given)
-        assert result.code == 1 and message in result.err
+        assert tool(['op', '--device', 'cuda']) == 1
+        assert 'needs a CUDA device' in capsys.readouterr().err
 
 
 def test_a_nan_is_a_difference():
@@ -160,10 +130,10 @@ def test_operations_of_taps_within_the_map(small):
     assert case.flops('sum') == 2 * sum(int(y.sum()) for y in results[:2])
 
 
-def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path):
+def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys):
     out = tmp_path / 'out.json'
-    done = small('--size', '64x64', '--stages', '3', '--repeats', '1', '--skip', 'gemm', 'cpu', '--json', str(out))
-    assert done.code == 0, done.text
+    options = 'op --size 64x64 --stages 3 --repeats 1 --skip gemm cpu'
+    assert small([*options.split(), '--json', str(out)]) == 0
     for row in json.loads(out.read_text())['rows']:
         layouts = row['branch_seconds']
         fastest = [min(pair) for pair in zip(*layouts.values())]
@@ -172,4 +142,4 @@ def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path):
         assert row['seconds']['best mix'] == sum(fastest)
         assert set(layouts) < set(row['seconds'])  # as a whole, too
         assert not {'gemm', 'cpu'} & set(row['seconds'])
-    assert '%)' in done.out
+    assert '%)' in capsys.readouterr().out

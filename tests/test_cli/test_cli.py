@@ -8,6 +8,7 @@ from mmengine.config import Config, ConfigDict
 
 from slak_mm import cli
 from slak_mm.cli import ConfigOverrideError
+from slak_mm.engine import DataError
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,10 @@ def test_img_scale_refuses(text):
         (ValueError('Expected more than 1 value per channel when training'), 'raise --batch-size'),
         (OSError(errno.ENOSPC, 'No space left on device', 'x.pth'), 'No space left.*x.pth'),
         (AssertionError('failed to load image: a.jpg'), 'The image a.jpg cannot be read'),
+        (
+            DataError('Caught DataError\n  a line of source\nslak_mm.DataError: a.jpg is empty.\n'),
+            '^error: a.jpg is empty.$',
+        ),
     ],
 )
 def test_errors_of_the_user_are_sentences(monkeypatch, capsys, error, message):
@@ -57,6 +62,18 @@ def test_errors_of_the_user_are_sentences(monkeypatch, capsys, error, message):
     err = capsys.readouterr().err
     assert exit_info.value.code == 1 and err.startswith('error: ') and 'Traceback' not in err
     assert re.search(message, err)
+
+
+@pytest.mark.parametrize('error,said', [(DataError('a.jpg is empty.'), True), (ConfigOverrideError('so'), False)])
+def test_each_process_speaks_of_its_own_data(monkeypatch, capsys, error, said):
+    monkeypatch.setattr('slak_mm.cli.run.get_rank', lambda: 1)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run_tool(main)
+    assert (str(error) in capsys.readouterr().err) == said
 
 
 def test_defects_keep_their_traceback():

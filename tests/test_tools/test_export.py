@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from slak_mm.export import export
+
 
 @pytest.fixture(scope='module')
 def checkpoint(build_tiny, tmp_path_factory):
@@ -46,6 +48,10 @@ def test_maps_of_the_backbone(run, tmp_path, monkeypatch):
     assert [tuple(y.shape) for y in program(torch.zeros(3, 3, 96, 128))] == [
         (3, c, 96 // s, 128 // s) for c, s in zip((8, 16, 24, 32), (4, 8, 16, 32))
     ]
+
+
+def test_images_have_the_channels_of_the_network(tmp_path):
+    assert export(torch.nn.Conv2d(4, 2, 1), tmp_path / 'x.pt', 'torchscript', size=(32, 32)) < 1e-6
 
 
 def test_what_cannot_be_exported(run, call_tool, config_path, tmp_path):

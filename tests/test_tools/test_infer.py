@@ -1,11 +1,17 @@
-"""``tools/infer.py``: overlays with legends."""
+"""``tools/infer.py``: overlays with legends, of images as the config reads them."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.fileio.backends import LocalBackend, backends, prefix_to_backends
 from PIL import Image
+
+from slak_mm.cli import ConfigOverrideError
+from slak_mm.cli.overlay import displayable
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +44,7 @@ def run(call_tool, config_path, checkpoint, tiny, tmp_path):
             *extra,
             '--cfg-options',
             *tiny,
-            'test_pipeline.1.scale=(256,64)',
+            'test_dataloader.dataset.pipeline.1.scale=(256,64)',
             'model.test_cfg.mode=whole',
         )
 
@@ -93,3 +99,102 @@ def test_nothing_to_do_is_an_error(run, tmp_path):
     assert result.code == 1 and 'has no images' in result.err
     result = run(tmp_path / 'nowhere.jpg')
     assert result.code == 1 and 'no image or folder' in result.err
+
+
+# Pixels (H, W, C) and EXIF orientation of an image, and how a config loads it.
+LOADERS = {
+    '16 bits': (np.uint16, (64, 64), 1, ['color_type=unchanged', 'to_float32=True']),
+    'alpha': (np.uint8, (64, 64, 4), 1, ['color_type=unchanged']),
+    'gray': (np.uint8, (64, 64, 3), 1, ['color_type=grayscale']),
+    'rotated': (np.uint8, (64, 64, 3), 6, []),
+    'as stored': (np.uint8, (64, 64, 3), 6, ['color_type=color_ignore_orientation']),
+    'pillow': (np.uint8, (64, 64), 3, ['imdecode_backend=pillow']),
+}
+VOC = Path(__file__).parents[2] / 'configs' / 'faster_rcnn_slak_t_voc07.py'
+OBJECT = (
+    '<annotation><object><name>cat</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>'
+    '</object></annotation>'
+)
+
+
+@pytest.fixture
+def received(monkeypatch):
+    """What a model's preprocessor gets; tools stop there. Weights do not matter."""
+    seen = []
+
+    def forward(self, data, training=False):
+        seen.append(data['inputs'][0])
+        raise ConfigOverrideError('seen')
+
+    for package, name in (('mmseg', 'SegDataPreProcessor'), ('mmdet', 'DetDataPreprocessor')):
+        if importlib.util.find_spec(package):
+            monkeypatch.setattr(getattr(importlib.import_module(f'{package}.models'), name), 'forward', forward)
+    monkeypatch.setattr('slak_mm.checkpoints.read_checkpoint', lambda source: {})
+    monkeypatch.setattr('slak_mm.engine.hooks.load_whole_model', lambda *args: None)
+    return seen
+
+
+@pytest.mark.parametrize('loader', LOADERS)
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+def test_reads_what_the_test_tool_reads(call_tool, received, request, tmp_path, scope, loader):
+    dtype, shape, orientation, options = LOADERS[loader]
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if scope == 'mmseg':
+        config, tiny = request.getfixturevalue('config_path'), request.getfixturevalue('tiny')
+        image = tmp_path / 'images/validation/a.jpg'
+        label = tmp_path / 'annotations/validation/a.png'
+        label.parent.mkdir(parents=True)
+        Image.fromarray(np.ones((64, 64), np.uint8)).save(label)
+    else:
+        pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")
+        config, tiny = VOC, request.getfixturevalue('tiny_detector')(VOC.stem)
+        image = tmp_path / 'VOC2007/JPEGImages/a.jpg'
+        for name, text in (('Annotations/a.xml', OBJECT), ('ImageSets/Main/test.txt', 'a')):
+            path = tmp_path / 'VOC2007' / name
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+    image.parent.mkdir(parents=True)
+    # What a file is called does not matter to decoders.
+    Image.fromarray(pixels).save(image, format='PNG', exif=exif)
+    tiny = [*tiny, *(f'test_dataloader.dataset.pipeline.0.{option}' for option in options)]
+    extra = ['--data-root', tmp_path, '--num-workers', '0', '--work-dir', tmp_path / 'w', '--cfg-options', *tiny]
+    calls = [
+        ('test', config, 'none', *extra),
+        ('infer', config, 'none', image, '--device', 'cpu', '--cfg-options', *tiny),
+    ]
+    for call in calls + [('test', config, 'none', '--tta', *extra)] * (scope == 'mmseg'):
+        result = call_tool(*call)
+        assert result.err.endswith('error: seen\n'), result.text
+    by_test, by_infer, *by_tta = received
+    assert torch.equal(by_test, by_infer)
+    assert by_test.shape[0] == {'16 bits': 1, 'alpha': 4, 'gray': 1}.get(loader, 3)
+    for first in by_tta:  # of another scale
+        assert first.shape[0] == by_test.shape[0]
+        assert float(first.float().mean()) == pytest.approx(float(by_test.float().mean()), rel=0.05)
+
+
+def test_an_address_is_read_by_the_backend_of_the_config(run, tmp_path, monkeypatch):
+    class Attic(LocalBackend):
+        def get(self, filepath):
+            return super().get(tmp_path / filepath.removeprefix('attic://'))
+
+    monkeypatch.setitem(backends, 'attic', Attic)
+    monkeypatch.setitem(prefix_to_backends, 'attic', Attic)
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / 'gray.png')
+    assert run('attic://gray.png', opacity='0').code == 0
+    assert (np.asarray(Image.open(tmp_path / 'out' / 'gray.png'))[:50, :60] == 90).all()
+
+
+@pytest.mark.parametrize(
+    'image,picture',
+    [
+        (np.array([[1, 200]], np.uint8), [[[1] * 3, [200] * 3]]),
+        (np.array([[[1, 2, 3, 4]]], np.uint8), [[[3, 2, 1]]]),
+        (np.array([[0, 32768, 65535]], np.uint16), [[[0] * 3, [128] * 3, [255] * 3]]),
+        (np.array([[1.0, 200.0]], np.float32), [[[1] * 3, [200] * 3]]),
+    ],
+)
+def test_pictures_have_8_bit_colors(image, picture):
+    assert displayable(image).tolist() == picture
