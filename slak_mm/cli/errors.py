@@ -1,6 +1,7 @@
 """Errors of the command line, and sentences about those of others."""
 
 import difflib
+import errno
 import os
 import re
 
@@ -14,6 +15,8 @@ from slak_mm.engine.samples import DataError
 from slak_mm.export import ExportError
 from slak_mm.ops.backends import ENVIRONMENT_VARIABLE
 from slak_mm.sparsity import SparsityError
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 PRETRAINED = (
     'model.pretrained names weights of another backbone: remove it from the config, or add '
@@ -50,17 +53,17 @@ def explain(error: Exception) -> str | None:
             'with SyncBN on several GPUs.'
         )
     if ENVIRONMENT_VARIABLE in text or 'was asked for but cannot run' in text:
-        return f'{text} ({ENVIRONMENT_VARIABLE}={os.environ.get(ENVIRONMENT_VARIABLE)}).'
+        forced = os.environ.get(ENVIRONMENT_VARIABLE)
+        return f'{text} ({ENVIRONMENT_VARIABLE}={forced}).' if forced else f'{text}.'
     unknown = _unknown_name(text)
     if unknown:
         return unknown[0].upper() + unknown[1:]
-    # A file that cannot be written whole: torch.save says so in words of its own, behind the disk's.
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    for cause in causes:
-        if isinstance(cause, OSError) and cause.strerror:
+    # Where a file cannot be written whole, torch.save says so in words of its own, behind the disk's.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror and (cause is error or cause.errno in _CANNOT_WRITE):
             return f'{cause.strerror}: {cause.filename or "what was to be written"}.'
+        cause = cause.__cause__ or cause.__context__
     # What mmcv says of an image that cannot be decoded, where a pipeline is not checked.
     unreadable = re.search(r'failed to load image: (.+)|cannot identify image file (.+)', text)
     if unreadable:

@@ -44,7 +44,7 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
             saying so, or there are fewer GPUs than processes.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    _check_numbers()
+    _check_numbers(args.launcher)
     cfg.launcher = args.launcher
     adapt_to_device(cfg)
     if args.launcher == 'none':
@@ -89,12 +89,14 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
         torch.distributed.init_process_group(backend=dist_cfg.get('backend', 'gloo'))
 
 
-def _check_numbers() -> None:
-    """Refuse launchers' variables that are no numbers, or do not go together."""
-    names = re.compile(r'(LOCAL_RANK|RANK|WORLD_SIZE|MASTER_PORT|SLURM_(PROCID|NTASKS|LOCALID)|OMPI_COMM_WORLD_\w+)')
+def _check_numbers(launcher: str) -> None:
+    """Refuse a launcher's variables that are no numbers, or do not go together."""
+    names = ['LOCAL_RANK', 'RANK', 'WORLD_SIZE'] + ['MASTER_PORT'] * (launcher != 'none')
+    names += ['SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'] * (launcher == 'slurm')
+    names += [f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK')] * (launcher == 'mpi')
     numbers = {}
     for name, value in os.environ.items():
-        if names.fullmatch(name):
+        if name in names:
             if not re.fullmatch(r'[0-9]+', value):
                 raise ConfigOverrideError(
                     f'The environment variable {name}="{value}" is no number. Launchers such as torchrun set it: '

@@ -1,7 +1,7 @@
 """Whether the parts of a model fit each other and the images, found out on a blank image."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,13 +15,6 @@ from .errors import ConfigOverrideError
 from .size import pair
 
 _SIZE = 64  # pixels: the smallest that leaves every stage more than one pixel
-
-
-class _Mismatch(Exception):
-    """A layer was given another number of channels than it has weights for."""
-
-    def __init__(self, layer: nn.Module, expected: int, got: int) -> None:
-        self.layer, self.expected, self.got = layer, expected, got
 
 
 def check_channels(model: nn.Module, cfg: Config) -> None:
@@ -41,10 +34,11 @@ def check_channels(model: nn.Module, cfg: Config) -> None:
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, nn.Module):
         return
-    handle = register_module_forward_pre_hook(_compare)
+    parts = _Parts(model, model_of(cfg))
+    handle = register_module_forward_pre_hook(parts.compare)
     try:
         with _blank(model, _SIZE, _SIZE) as image:
-            _follow(model, cfg, image)
+            _follow(model, framework(cfg), image, parts)
     finally:
         handle.remove()
 
@@ -105,53 +99,92 @@ def _blank(model: nn.Module, height: int, width: int) -> Iterator[Tensor]:
             module.training = True
 
 
-def _compare(layer: nn.Module, inputs: tuple) -> None:
-    """Hook before every layer."""
-    x = inputs[0] if inputs else None
-    if not isinstance(x, Tensor):
-        return
-    if isinstance(layer, nn.modules.conv._ConvNd) and x.ndim == layer.weight.ndim:
-        expected, got = layer.in_channels, x.shape[1]
-    elif isinstance(layer, nn.Linear) and x.ndim:
-        expected, got = layer.in_features, x.shape[-1]
-    else:
-        return
-    if expected != got:
-        raise _Mismatch(layer, expected, got)
+class _Parts:
+    """Runs parts of a model, and says of those that fail whether the channels are why.
+
+    Args:
+        model: The model.
+        node: Its config.
+    """
+
+    def __init__(self, model: nn.Module, node: ConfigDict) -> None:
+        self.model, self.node = model, node
+        #: The layer that was called last, the channels that it has weights for and those it got, if they differ.
+        self.misfit: tuple[nn.Module, int, int] | None = None
+
+    def compare(self, layer: nn.Module, inputs: tuple) -> None:
+        """Look at what a layer is given; a hook before every layer."""
+        self.misfit = None
+        x = inputs[0] if inputs else None
+        if isinstance(x, Tensor) and isinstance(layer, nn.modules.conv._ConvNd) and x.ndim == layer.weight.ndim:
+            expected, got = layer.in_channels, x.shape[1]
+        elif isinstance(x, Tensor) and isinstance(layer, nn.Linear) and x.ndim:
+            expected, got = layer.in_features, x.shape[-1]
+        else:
+            return
+        if expected != got:
+            self.misfit = layer, expected, got
+
+    def run(self, place: str, maps: Any, part: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a part that is given these maps; None if it fails for reasons of its own."""
+        self.misfit = None
+        try:
+            return part(*arguments, **options)
+        except Exception as error:
+            self._explain(error, place, [int(x.shape[1]) for x in maps])
+        return None
+
+    def _explain(self, error: Exception, place: str, given: list[int]) -> None:
+        """Raise a sentence about an error if it is one about channels."""
+        layer = ''
+        if self.misfit is not None:
+            wrong, expected, got = self.misfit
+            place = next((name for name, module in self.model.named_modules() if module is wrong), place)
+            layer = f' ({place} has weights for {expected} channels and gets {got})'
+        place, _, rest = place.partition('.')
+        settings = self.node.get(place) or {}
+        if isinstance(settings, (list, tuple)):
+            index = rest.partition('.')[0] if rest[:1].isdigit() else '0'
+            place, settings = f'{place}.{index}', settings[int(index)]
+        declared: Any = settings.get('in_channels')
+        chosen: Any = settings.get('in_index', range(len(given)))
+        if isinstance(declared, int) and not isinstance(chosen, int):
+            chosen = -1  # as the heads of mmsegmentation do
+        last = chosen if isinstance(chosen, int) else max(chosen)
+        if not layer and last < len(given) and (isinstance(declared, int) or len(declared or given) == len(given)):
+            return
+        fitting: Any = None
+        if declared is not None:
+            with contextlib.suppress(IndexError):
+                fitting = given[chosen] if isinstance(chosen, int) else [given[i] for i in chosen]
+        is_advice = fitting is not None and fitting != (declared if isinstance(declared, int) else list(declared))
+        advice = f'in_channels={str(fitting).replace(" ", "")}' if is_advice else 'in_channels, in_index and the like'
+        raise ConfigOverrideError(
+            f'{place} does not fit the backbone {type_name(self.node.backbone)}: it takes maps of {declared} '
+            f'channels and is given maps of {given}{layer}. In the config, set model.{place}.{advice}.'
+        ) from error
 
 
-def _follow(model: Any, cfg: Config, image: Tensor) -> None:
+def _follow(model: Any, scope: str, image: Tensor, parts: _Parts) -> None:
     """Run the parts one after the other."""
     try:
         maps = model.backbone(image)
     except Exception:  # a backbone of another kind; the run itself will tell
         return
-    node = model_of(cfg)
-
-    @contextlib.contextmanager
-    def part(place: str, maps: Any) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # what else fails here is not about channels
-            _explain(error, model, node, place, [int(x.shape[1]) for x in maps])
-
-    with part('neck', maps):
-        maps = model.extract_feat(image)
-    heads = {
-        f'auxiliary_head.{index}' if isinstance(model.auxiliary_head, nn.ModuleList) else 'auxiliary_head': head
-        for index, head in enumerate(_each(getattr(model, 'auxiliary_head', None)))
-    }
-    for place, head in heads.items():
-        with part(place, maps):
-            head(maps)
-    if framework(cfg) == 'mmseg':
-        with part('decode_head', maps):
-            model(image, mode='tensor')
-    elif framework(cfg) == 'mmdet':
-        _follow_detector(model, image, maps, part)
+    maps = parts.run('neck', maps, model.extract_feat, image)
+    if maps is None:
+        return
+    auxiliary = getattr(model, 'auxiliary_head', None)
+    heads = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary] if auxiliary is not None else []
+    for index, head in enumerate(heads):
+        parts.run(f'auxiliary_head.{index}', maps, head, maps)
+    if scope == 'mmseg':
+        parts.run('decode_head', maps, model, image, mode='tensor')
+    elif scope == 'mmdet':
+        _follow_detector(model, image, maps, parts)
 
 
-def _follow_detector(model: Any, image: Tensor, maps: Any, part: Any) -> None:
+def _follow_detector(model: Any, image: Tensor, maps: Any, parts: _Parts) -> None:
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
@@ -159,49 +192,9 @@ def _follow_detector(model: Any, image: Tensor, maps: Any, part: Any) -> None:
     shapes = dict.fromkeys(('img_shape', 'batch_input_shape', 'ori_shape', 'pad_shape'), size)
     samples = [DetDataSample(metainfo=dict(shapes, scale_factor=(1.0, 1.0)))]
     if getattr(model, 'roi_head', None) is None:
-        place = next(
-            (name for name in ('panoptic_head', 'bbox_head', 'mask_head') if hasattr(model, name)), 'bbox_head'
-        )
-        with part(place, maps):
-            model(image, samples, mode='tensor')
-        return
-    with part('rpn_head', maps):
-        model.rpn_head(maps)
-    # One box, in place of the thousand that an untrained RPN finds.
-    box = InstanceData(bboxes=image.new_tensor([[0.0, 0.0, 32.0, 32.0]]), scores=image.new_ones(1))
-    with part('roi_head', maps):
-        model.roi_head(maps, [box], samples)
-
-
-def _each(heads: Any) -> list[nn.Module]:
-    return list(heads) if isinstance(heads, nn.ModuleList) else [heads] if isinstance(heads, nn.Module) else []
-
-
-def _explain(error: Exception, model: nn.Module, node: ConfigDict, place: str, given: list[int]) -> None:
-    """Raise a sentence about an error if it is one about channels."""
-    layer = ''
-    if isinstance(error, _Mismatch):
-        place = next((name for name, module in model.named_modules() if module is error.layer), place)
-        layer = f' ({place} has weights for {error.expected} channels and gets {error.got})'
-    place, _, rest = place.partition('.')
-    settings = node.get(place) or {}
-    if isinstance(settings, (list, tuple)):
-        index = rest.partition('.')[0] if rest[:1].isdigit() else '0'
-        place, settings = f'{place}.{index}', settings[int(index)]
-    declared: Any = settings.get('in_channels')
-    chosen: Any = settings.get('in_index', range(len(given)))
-    if isinstance(declared, int) and not isinstance(chosen, int):
-        chosen = -1  # as the heads of mmsegmentation do
-    last = chosen if isinstance(chosen, int) else max(chosen)
-    if not layer and last < len(given) and (isinstance(declared, int) or len(declared or given) == len(given)):
-        return
-    fitting: Any = None
-    if declared is not None:
-        with contextlib.suppress(IndexError):
-            fitting = given[chosen] if isinstance(chosen, int) else [given[i] for i in chosen]
-    is_advice = fitting is not None and fitting != (declared if isinstance(declared, int) else list(declared))
-    advice = f'in_channels={str(fitting).replace(" ", "")}' if is_advice else 'in_channels, in_index and the like'
-    raise ConfigOverrideError(
-        f'{place} does not fit the backbone {type_name(node.backbone)}: it takes maps of {declared} channels and is '
-        f'given maps of {given}{layer}. In the config, set model.{place}.{advice}.'
-    ) from error
+        place = 'panoptic_head' if hasattr(model, 'panoptic_head') else 'bbox_head'
+        parts.run(place, maps, model, image, samples, mode='tensor')
+    elif parts.run('rpn_head', maps, model.rpn_head, maps) is not None:
+        # One box, in place of the thousand that an untrained RPN finds.
+        box = InstanceData(bboxes=image.new_tensor([[0.0, 0.0, 32.0, 32.0]]), scores=image.new_ones(1))
+        parts.run('roi_head', maps, model.roi_head, maps, [box], samples)

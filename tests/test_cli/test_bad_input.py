@@ -75,16 +75,18 @@ def test_the_smallest_crop_trains(train):
     [
         (dict(WORLD_SIZE='abc'), 'WORLD_SIZE="abc" is no number'),
         (dict(RANK='-1'), 'RANK="-1" is no number'),
-        (dict(SLURM_NTASKS='2(x3)'), 'SLURM_NTASKS="2(x3)" is no number'),
+        (dict(SLURM_NTASKS='2(x3)', launcher='slurm'), 'SLURM_NTASKS="2(x3)" is no number'),
         (dict(RANK='2', WORLD_SIZE='2'), 'RANK=2 and WORLD_SIZE=2 do not go together'),
-        (dict(MASTER_PORT='99999'), 'MASTER_PORT=99999 is no port'),
+        (dict(MASTER_PORT='99999', launcher='pytorch'), 'MASTER_PORT=99999 is no port'),
         (dict(SLAK_MM_BACKEND='foo'), "unknown backend 'foo'; choose from"),
     ],
 )
 def test_variables(train, monkeypatch, variables, message):
+    launcher = variables.get('launcher', 'none')
     for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    refused(train('--from-scratch'), message)
+        if name != 'launcher':
+            monkeypatch.setenv(name, value)
+    refused(train('--from-scratch', '--launcher', launcher), message)
 
 
 def test_a_port_that_is_taken(train, monkeypatch):
