@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slak_mm.cli import image_size, positive_int
+from slak_mm.cli import ConfigOverrideError, image_size, output_file, positive_int
 
 __all__ = [
     'DTYPES',
@@ -45,7 +45,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.01, torc
 LONG_SECONDS = 5.0
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(ConfigOverrideError):
     """The benchmark cannot run, or a contender computes something else; says what, and why."""
 
 
@@ -105,8 +105,8 @@ def add_measurement_arguments(
     )
     if memory:
         parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
-    parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
-    parser.add_argument('--plot', metavar='OUT.png', help='draw the figures (needs matplotlib)')
+    parser.add_argument('--json', type=output_file, metavar='OUT', help='write all figures to this file')
+    parser.add_argument('--plot', type=output_file, metavar='OUT.png', help='draw the figures (needs matplotlib)')
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         args: With any of ``device``, ``json`` and ``plot``.
 
     Raises:
-        BenchmarkError: There is no such device, no such folder, or no matplotlib.
+        BenchmarkError: There is no such device, or no matplotlib.
     """
     device = getattr(args, 'device', 'cpu')
     try:
@@ -127,10 +127,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BenchmarkError(f'--device is cpu or cuda, got {device}.')
     if kind == 'cuda' and not torch.cuda.is_available():
         raise BenchmarkError(f'--device {device} needs a CUDA device, and torch finds none.')
-    for option in ('json', 'plot'):
-        path = getattr(args, option, None)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise BenchmarkError(f'there is no folder {Path(path).parent} to write --{option} into.')
     if getattr(args, 'plot', None):
         if importlib.util.find_spec('matplotlib') is None:
             raise BenchmarkError('--plot needs matplotlib, which is not installed.')
@@ -307,6 +303,7 @@ def report(
         rows.append(row)
         yield line(cells(row))
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + '\n')
     if args.plot:
         groups = list(dict.fromkeys(map(label, rows)))
@@ -359,4 +356,5 @@ def plot_bars(
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

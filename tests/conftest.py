@@ -244,6 +244,15 @@ def tool_main(name):
     return load_tool(name).main
 
 
+def exit_code(main, *arguments):
+    """What a process that runs this ``main`` function ends with."""
+    from slak_mm.cli import run_tool
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_tool(lambda: main(*arguments))
+    return exit_info.value.code
+
+
 def forget_instances(kind=ManagerMixin):
     """Drop mmengine's global loggers, visualizers and message hubs.
 
@@ -265,7 +274,6 @@ def call_tool(monkeypatch, capfd):
 
     Returns exit code, what went to stdout and stderr, and both of these as one text.
     """
-    from slak_mm.cli import run_tool
 
     def call(name, *arguments):
         arguments = [str(argument) for argument in arguments]
@@ -282,12 +290,9 @@ def call_tool(monkeypatch, capfd):
         # For what the tool starts.
         monkeypatch.setenv('PYTHONPATH', python_path())
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            run_tool(tool_main(name))
+        code = exit_code(tool_main(name))
         captured = capfd.readouterr()
-        return SimpleNamespace(
-            code=exit_info.value.code, out=captured.out, err=captured.err, text=captured.out + captured.err
-        )
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err, text=captured.out + captured.err)
 
     return call
 

@@ -5,6 +5,8 @@ one training step with its own optimizer. The backbones have one block per stage
 their own size; the weights are random.
 """
 
+import re
+
 import pytest
 import torch
 from mmengine.config import Config, DictAction
@@ -14,6 +16,7 @@ from mmengine.structures import PixelData
 
 from slak_mm import cli
 from slak_mm.bases import framework_configs
+from slak_mm.cli.model import check_channels
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
@@ -48,11 +51,12 @@ CONFIGS = {
 }
 
 
-def load(name, backbone):
+def load(name, backbone, without=None, *more):
     """An installed config with its backbone exchanged, as ``--cfg-options`` would."""
     package, _, path = name.partition('/')
     cfg = Config.fromfile(framework_configs(package, f'../{path}.py')[0])
-    options = ['model.backbone._delete_=True', *BACKBONES[backbone], *SMALL, *CONFIGS[name]]
+    options = ['model.backbone._delete_=True', *BACKBONES[backbone], *SMALL]
+    options += [option for option in CONFIGS[name] if without is None or without not in option] + list(more)
     cfg.merge_from_dict(
         {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
     )
@@ -101,6 +105,9 @@ def test_stock_config(name, backbone):
         model = MODELS.build(cfg.model)
         model.backbone.init_weights()
         assert type(model.backbone).__name__ == backbone
+        state = {module: module.training for module in model.modules()}
+        check_channels(model, cfg)
+        assert state == {module: module.training for module in model.modules()}
         model.eval()
         results = model.test_step(batch)
         assert len(results) == len(batch['inputs'])
@@ -121,3 +128,40 @@ def test_stock_config(name, backbone):
     losses = {key: float(value) for key, value in logs.items() if 'loss' in key}
     assert losses and all(torch.isfinite(torch.tensor(list(losses.values()))))
     assert not torch.equal(weight, before)
+
+
+MISFITS = [
+    *((name, None, '', '') for name in CONFIGS),
+    # An option that is left out, others that are added, and what is said.
+    ('mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512', 'auxiliary', '', r'auxiliary_head.* 1024 .*=24\.'),
+    ('mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512', '', 'model.decode_head.in_index=4', 'in_index'),
+    (
+        'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512',
+        'c1_',
+        '',
+        r'decode_head.c1_bottleneck.conv has weights for 256 channels and gets 8',
+    ),
+    (
+        'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco',
+        '',
+        'model.backbone.out_indices=(2,3)',
+        r'\[8, 16, 24, 32\] .* \[24, 32\]\. .*neck.in_channels=\[24,32\]',
+    ),
+    ('mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco', '', 'model.neck.out_channels=16', 'rpn_head.in_channels=16'),
+    ('mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco', '', 'model.roi_head.mask_head.in_channels=16', 'mask_head.convs.0'),
+]
+
+
+@pytest.mark.parametrize('name, without, more, message', MISFITS)
+def test_channels_that_do_not_fit_are_named(name, without, more, message):
+    """A config whose heads are still set for another backbone."""
+    package = name.partition('/')[0]
+    pytest.importorskip(package)
+    cfg = load(name, 'SLaK', 'in_channels' if without is None else without or None, *filter(None, [more]))
+    with DefaultScope.overwrite_default_scope(package):
+        model = MODELS.build(cfg.model)
+        with pytest.raises(cli.ConfigOverrideError, match=f'does not fit the backbone SLaK.*{message}') as error:
+            check_channels(model, cfg)
+    if without is None:  # the first of several options
+        advice = re.search(r'set (model\.\S+in_channels=\S+)\.$', str(error.value))
+        assert advice[1] in CONFIGS[name]

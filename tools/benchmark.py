@@ -22,31 +22,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import gpu, model, op, segmentor, sparse
-from slak_mm.cli import ConfigOverrideError
+from slak_mm import cli
 
 COMMANDS = (op, model, segmentor, sparse, gpu)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     for command in COMMANDS:
         command.add_parser(commands)
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors of the user end in one sentence on stderr and exit code 1."""
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        for line in args.run(args):
-            print(line, flush=True)
-    except (RuntimeError, OSError, ConfigOverrideError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+    for line in args.run(args):
+        print(line, flush=True)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    cli.run_tool(main)

@@ -11,13 +11,13 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from slak_mm import cli
 from slak_mm.checkpoints import (
     FAMILIES,
     ZOO,
@@ -37,13 +37,11 @@ from slak_mm.checkpoints import (
 from slak_mm.checkpoints.errors import shown
 from slak_mm.cli.tables import table
 from slak_mm.engine.sparsity_hook import SPARSITY_KEY, finalize_checkpoint, saved_masks
-from slak_mm.sparsity import SparsityError
 from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsity
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
     inspect = commands.add_parser(
         'inspect', help='what a checkpoint holds: format, variant, shapes and zeros per layer'
@@ -52,13 +50,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     inspect.add_argument('--ema', action='store_true', help='look at the moving average')
     inspect.add_argument(
         '--picture',
+        type=cli.output_file,
         metavar='FILE.png',
         help='draw the non-zero weights of each layer, and of each tap of the large kernels',
     )
     inspect.set_defaults(run=run_inspect)
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
     convert.add_argument('checkpoint', help='path, address or zoo name')
-    convert.add_argument('out', help='file to write; .safetensors writes that format')
+    convert.add_argument('out', type=cli.output_file, help='file to write; .safetensors writes that format')
     spellings = dict.fromkeys(spelling for family in FAMILIES.values() for spelling in family.spellings)
     convert.add_argument(
         '--to', choices=['ours', 'official', *spellings], default='ours', help='whose names to write (default: ours)'
@@ -68,12 +67,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     convert.set_defaults(run=run_convert)
     final = commands.add_parser('finalize', help='write the weights alone, with the zeros of sparse training checked')
     final.add_argument('checkpoint', help='path of a training checkpoint')
-    final.add_argument('out', help='file to write; .safetensors writes that format')
+    final.add_argument('out', type=cli.output_file, help='file to write; .safetensors writes that format')
     final.add_argument('--force', action='store_true', help='replace an existing file')
     final.set_defaults(run=run_finalize)
     zoo = commands.add_parser('zoo', help='published checkpoints, and which are in the cache')
     zoo.set_defaults(run=run_zoo)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -193,16 +192,10 @@ def run_zoo(args: argparse.Namespace) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors of the user end in one sentence on stderr and exit code 1."""
-    args = parse_args(argv)
-    try:
-        args.run(args)
-    except (CheckpointError, SparsityError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    args = parse_args()
+    args.run(args)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    cli.run_tool(main)

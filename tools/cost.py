@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         'networks',
         nargs='*',
@@ -58,8 +58,7 @@ def parse_args() -> argparse.Namespace:
         help='of --sparsity over the layers (default: uniform)',
     )
     parser.add_argument('--parts', action='store_true', help='list backbone, neck and heads too')
-    parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
+    parser.add_argument('--json', type=cli.output_file, metavar='OUT', help='write all figures to this file')
     return parser.parse_args()
 
 
@@ -67,8 +66,6 @@ def main() -> None:
     args = parse_args()
     if args.checkpoint and len(args.networks) != 1:
         raise ConfigOverrideError('--checkpoint belongs to one network: name its config.')
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ConfigOverrideError(f'There is no folder {Path(args.json).parent} to write --json into.')
     networks = args.networks or [
         *(info.name for info in ZOO.values() if info.task == 'classification'),
         *(str(path) for path in sorted(CONFIGS.glob('*.py'))),
@@ -108,6 +105,7 @@ def main() -> None:
             parts = ', '.join(f'{part} {flops / 1e9:.2f}' for part, flops in cost.parts.items())
             print(f'{Path(cost.name).stem}: {parts}; large kernels {cost.large_flops / 1e9:.2f}')
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps([entry(cost) for cost in costs], indent=1) + '\n')
 
 

@@ -15,11 +15,17 @@ from slak_mm.cli.curves import draw_curves, read_scalars
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument(
         'work_dirs', nargs='+', metavar='WORK_DIR', help='work directory of a run; NAME=WORK_DIR names it in the legend'
     )
-    parser.add_argument('--out', default='curves.png', metavar='FILE', help='picture to write (default: %(default)s)')
+    parser.add_argument(
+        '--out',
+        type=cli.output_file,
+        default='curves.png',
+        metavar='FILE',
+        help='picture to write (default: %(default)s)',
+    )
     parser.add_argument(
         '--keys',
         nargs='+',
@@ -28,7 +34,6 @@ def parse_args() -> argparse.Namespace:
         'density, exploration, churn, lr and validation metrics)',
     )
     parser.add_argument('--title', help='written above the curves')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
 
@@ -44,19 +49,15 @@ def named(argument: str) -> tuple[str, Path]:
 def main() -> None:
     args = parse_args()
     runs = {}
-    try:
-        for argument in args.work_dirs:
-            name, folder = named(argument)
-            runs[name if name not in runs else str(folder)] = read_scalars(folder)
-        picture = draw_curves(runs, args.keys, args.title)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigOverrideError(str(error)) from error
     out = Path(args.out)
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ConfigOverrideError(f'{out} has no suffix of a picture format; use one such as .png.')
+    for argument in args.work_dirs:
+        name, folder = named(argument)
+        runs[name if name not in runs else str(folder)] = read_scalars(folder)
+    picture = draw_curves(runs, args.keys, args.title)
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        Image.fromarray(picture).save(out)
-    except ValueError as error:
-        raise ConfigOverrideError(f'{out} has no suffix of a picture format; use one such as .png.') from error
+    Image.fromarray(picture).save(out)
     height, width = picture.shape[:2]
     print(f'{len(runs)} runs: {out} ({width}x{height})')
 

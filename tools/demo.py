@@ -30,8 +30,8 @@ SHORT_RUN = {'optim_wrapper.optimizer.lr': '5e-4', 'model.backbone.drop_path_rat
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('--work-dir', default='work_dirs/demo', help='(default: %(default)s)')
+    parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('--work-dir', type=cli.output_folder, default='work_dirs/demo', help='(default: %(default)s)')
     parser.add_argument(
         '--max-iters', type=cli.positive_int, default=200, help='training iterations (default: %(default)s)'
     )
@@ -56,7 +56,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='further overrides of the config'
     )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
 

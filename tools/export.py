@@ -15,11 +15,11 @@ from torch import nn
 from slak_mm import cli, load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import read_checkpoint
 from slak_mm.engine.hooks import load_whole_model
-from slak_mm.export import SUFFIXES, ExportError, SegmentationScores, export
+from slak_mm.export import SUFFIXES, SegmentationScores, export
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='file, address or zoo name')
     parser.add_argument('--format', choices=list(SUFFIXES), default='onnx', help='(default: %(default)s)')
@@ -36,11 +36,12 @@ def parse_args() -> argparse.Namespace:
         help='what may vary later: nothing, the number of images, or height and '
         'width as well, in multiples of 32 (default: %(default)s)',
     )
-    parser.add_argument('--out', help='file to write (default: named like the config, in the current folder)')
+    parser.add_argument(
+        '--out', type=cli.output_file, help='file to write (default: named like the config, in the current folder)'
+    )
     parser.add_argument(
         '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override any key of the config'
     )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
 
@@ -55,10 +56,7 @@ def main() -> None:
     network = build(cfg, args.checkpoint, part)
     name = Path(args.config).stem + ('' if part == 'model' else '_backbone')
     out = Path(args.out or name + SUFFIXES[args.format])
-    try:
-        difference = export(network, out, args.format, args.size, args.dynamic)
-    except ExportError as error:
-        raise cli.ConfigOverrideError(str(error)) from error
+    difference = export(network, out, args.format, args.size, args.dynamic)
     megabytes = out.stat().st_size / 2**20
     print(f'{out}: {megabytes:.1f} MiB, differs from the network by {difference:.1e} of the largest value')
 

@@ -39,7 +39,7 @@ def opacity(text: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='file, address or zoo name')
     parser.add_argument(
@@ -48,7 +48,12 @@ def parse_args() -> argparse.Namespace:
         metavar='IMAGE_OR_DIR',
         help='image files or addresses, or folders that are searched for images',
     )
-    parser.add_argument('--out-dir', default='./infer_results', help='where the pictures go (default: %(default)s)')
+    parser.add_argument(
+        '--out-dir',
+        type=cli.output_folder,
+        default='./infer_results',
+        help='where the pictures go (default: %(default)s)',
+    )
     parser.add_argument(
         '--device', default='cuda:0' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
     )
@@ -62,7 +67,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override any key of the config'
     )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
 

@@ -19,12 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from slak_mm import cli
-from slak_mm.cli import ConfigOverrideError
-from slak_mm.cli.prepare_data import DATA_SETS, DataError, check, prepare
+from slak_mm.cli.prepare_data import DATA_SETS, check, prepare
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='+', choices=list(DATA_SETS), metavar='NAME', help=', '.join(DATA_SETS))
     parser.add_argument(
         '--root', default='data', metavar='DIR', help='folder that data sets are kept in (default: data)'
@@ -33,7 +32,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--keep-archives', action='store_true', help='keep what was downloaded, in .downloads below the root'
     )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser.parse_args()
 
 
@@ -45,6 +43,7 @@ def main() -> int:
         for name, missing in problems.items():
             print(f'{name}: ' + ('complete' if missing is None else f'NOT complete: {missing}'))
         return int(any(problems.values()))
+    cli.check_output(args.root, is_folder=True)
     columns = (
         TextColumn('{task.description}'),
         BarColumn(),
@@ -63,10 +62,7 @@ def main() -> int:
                 of = f' of {amount(total)}' if total else ''
                 progress.update(tasks[what], completed=done, total=total or None, amount=f'{amount(done)}{of}')
 
-            try:
-                folder = prepare(name, args.root, keep_archives=args.keep_archives, report=report)
-            except DataError as error:
-                raise ConfigOverrideError(str(error)) from error
+            folder = prepare(name, args.root, keep_archives=args.keep_archives, report=report)
         print(f'{name} is complete: {folder}')
     return 0
 

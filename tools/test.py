@@ -6,18 +6,18 @@ from mmengine.config import Config
 
 from slak_mm import cli
 from slak_mm.checkpoints import read_checkpoint
-from slak_mm.engine.hooks import load_whole_model
+from slak_mm.engine.hooks import load_whole_model, unwrap_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='file, address or zoo name; official checkpoints are converted')
     parser.add_argument('--tta', action='store_true', help='multi-scale and flip')
     parser.add_argument(
         '--out', help='save the predictions: a folder for label maps (segmentation), a .pkl file (detection)'
     )
-    parser.add_argument('--show-dir', help='save pictures of the predictions to this folder')
+    parser.add_argument('--show-dir', type=cli.output_folder, help='save pictures of the predictions to this folder')
     cli.add_override_arguments(parser, training=False)
     return parser.parse_args()
 
@@ -28,6 +28,7 @@ def main() -> None:
     cli.apply_overrides(cfg, args)
     if args.tta:
         cli.use_test_time_augmentation(cfg)
+    boxes_alone = cli.tests_boxes_alone(cfg)
     if args.show_dir:
         save_pictures(cfg, args.show_dir)
     if args.out:
@@ -53,6 +54,8 @@ def main() -> None:
 
     runner = cli.build_runner(cfg, ['test'])
     load_whole_model(runner.model, checkpoint, args.checkpoint)
+    if boxes_alone:
+        unwrap_model(runner.model).roi_head.mask_head = None
     runner.test()
 
 
@@ -72,8 +75,10 @@ def save_predictions(cfg: Config, out: str) -> None:
     if cli.framework(cfg) == 'mmdet':
         if not out.endswith(('.pkl', '.pickle')):
             raise cli.ConfigOverrideError(f'--out of a detection config must be a .pkl file, got "{out}".')
+        cli.check_output(out, is_folder=False)
         evaluators.append(dict(type='mmdet.DumpDetResults', out_file_path=out))
     else:
+        cli.check_output(out, is_folder=True)
         for evaluator in evaluators:
             if cli.type_name(evaluator) == 'IoUMetric':
                 evaluator.update(output_dir=out, keep_results=True)

@@ -10,7 +10,7 @@ from slak_mm import cli
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
     parser.add_argument(
         '--resume',

@@ -4,18 +4,22 @@ from slak_mm._config import datasets_of, framework, model_of, type_name
 
 from .annotations import check_annotations
 from .arguments import (
+    ArgumentParser,
     KeyValuePairs,
     add_config_arguments,
     add_override_arguments,
     add_size_arguments,
+    check_output,
     crop_size,
     image_size,
     img_scale,
     non_negative_int,
+    output_file,
+    output_folder,
     positive_int,
     share,
 )
-from .config import apply_overrides, load_config, use_test_time_augmentation
+from .config import apply_overrides, load_config, tests_boxes_alone, use_test_time_augmentation
 from .data import check_data, dataset_class, set_batch_size, set_data_root, set_num_workers
 from .device import adapt_to_device, set_amp
 from .errors import ConfigOverrideError, reason
@@ -28,6 +32,7 @@ from .weights import check_weights, named_weights, prepare_resume, remove_weight
 
 __all__ = [
     'SPARSE_CHOICES',
+    'ArgumentParser',
     'ConfigOverrideError',
     'KeyValuePairs',
     'adapt_to_device',
@@ -39,6 +44,7 @@ __all__ = [
     'build_runner',
     'check_annotations',
     'check_data',
+    'check_output',
     'check_weights',
     'crop_size',
     'dataset_class',
@@ -53,6 +59,8 @@ __all__ = [
     'model_of',
     'named_weights',
     'non_negative_int',
+    'output_file',
+    'output_folder',
     'own_work_dir',
     'positive_int',
     'prepare_resume',
@@ -69,6 +77,7 @@ __all__ = [
     'set_sparse',
     'set_sparsity',
     'share',
+    'tests_boxes_alone',
     'type_name',
     'use_test_time_augmentation',
 ]

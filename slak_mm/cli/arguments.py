@@ -1,9 +1,24 @@
 """Arguments that the command lines share."""
 
 import argparse
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import DictAction
+
+from .errors import ConfigOverrideError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser with ``--debug``, which :func:`slak_mm.cli.run_tool` looks for; so have its sub-commands."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_argument(
+            '--debug', action='store_true', help='show the traceback of every error (also: SLAK_MM_DEBUG=1)'
+        )
 
 
 class KeyValuePairs(DictAction):
@@ -85,10 +100,55 @@ def share(text: str) -> float:
     return value
 
 
+def check_output(path: str, is_folder: bool) -> None:
+    """Check that a file can be written, or files into a folder; what is missing of it can be made.
+
+    Args:
+        path: File or folder.
+        is_folder: Which of the two it is to be.
+
+    Raises:
+        ConfigOverrideError: Something else is there, or the place cannot be written to.
+    """
+    target = Path(path).absolute()
+    try:
+        if not is_folder:
+            if target.is_dir() or path.endswith(os.sep):
+                raise ConfigOverrideError(f'"{path}" is a folder: name a file in it.')
+            target = target.parent
+        existing = next(place for place in (target, *target.parents) if os.path.lexists(place))
+        if not existing.is_dir():
+            raise ConfigOverrideError(f'"{path}" cannot be written: "{existing}" is no folder.')
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigOverrideError(f'"{path}" cannot be written: {error.strerror}.') from error
+
+
+def output_file(text: str) -> str:
+    """Argument type: a file to write, checked by :func:`check_output`."""
+    return _checked_output(text, is_folder=False)
+
+
+def output_folder(text: str) -> str:
+    """Argument type: a folder to write into, checked by :func:`check_output`."""
+    return _checked_output(text, is_folder=True)
+
+
+def _checked_output(text: str, is_folder: bool) -> str:
+    try:
+        check_output(text, is_folder)
+    except ConfigOverrideError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every tool takes: the config, its options, the work dir, the launcher."""
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='where logs and results go (default: ./work_dirs/<name of the config>)')
+    parser.add_argument(
+        '--work-dir', type=output_folder, help='where logs and results go (default: ./work_dirs/<name of the config>)'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -104,9 +164,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes this; torchrun sets the environment variable instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        '--debug', action='store_true', help='show the traceback of every error (also: SLAK_MM_DEBUG=1)'
-    )
 
 
 def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> None:

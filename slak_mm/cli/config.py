@@ -10,12 +10,13 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from slak_mm._config import datasets_of, model_of, type_name
+from slak_mm._config import datasets_of, framework, model_of, type_name, walk
 
+from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
 from .device import set_amp
 from .errors import ConfigOverrideError, reason
-from .schedule import set_max_iters
+from .schedule import check_schedule, set_max_iters
 from .size import RESIZES, set_crop_size, set_img_scale
 from .sparse import set_sparse, set_sparsity
 
@@ -41,9 +42,11 @@ def load_config(path: str) -> Config:
         raise ConfigOverrideError(f'There is no config file "{path}".{hint}')
     try:
         cfg = Config.fromfile(path)
+    except KeyboardInterrupt:
+        raise
     except ImportError as error:
         raise ConfigOverrideError(f'{path} cannot be read: {error}') from error
-    except Exception as error:  # a config is a program: it can fail in any way
+    except BaseException as error:  # a config is a program: it can fail in any way, and leave
         raise ConfigOverrideError(f'{path} cannot be read: {reason(error)}') from error
     if 'model' not in cfg:
         raise ConfigOverrideError(f'{path} describes no model; is it a base config?')
@@ -64,7 +67,7 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         args: Parsed arguments; those a tool does not have are skipped.
 
     Raises:
-        ConfigOverrideError: An override or option does not fit the config.
+        ConfigOverrideError: An override or option does not fit the config, or the work dir cannot be written.
     """
     if getattr(args, 'work_dir', None) is not None:
         cfg.work_dir = args.work_dir
@@ -90,6 +93,10 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
             cfg.merge_from_dict(args.cfg_options)
         except Exception as error:  # it meets whatever the config has at that key
             raise ConfigOverrideError(f'--cfg-options does not fit {args.config}: {reason(error)}') from error
+    if hasattr(args, 'max_iters'):
+        check_schedule(cfg)
+    if hasattr(args, 'work_dir'):
+        check_output(cfg.work_dir, is_folder=True)
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
@@ -111,6 +118,37 @@ def use_test_time_augmentation(cfg: Config) -> None:
         dataset['pipeline'] = (_reading(dataset.get('pipeline') or []) if start else []) + cfg.tta_pipeline[start:]
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
+
+
+def tests_boxes_alone(cfg: Config) -> bool:
+    """Whether only the boxes of a model with masks are tested, under test-time augmentation.
+
+    Args:
+        cfg: A whole config.
+
+    Returns:
+        True if the mask head is to be left out after the weights were loaded.
+
+    Raises:
+        ConfigOverrideError: Masks would be predicted, which mmdetection cannot merge over views.
+    """
+    model = model_of(cfg)
+    if model is cfg.model or framework(cfg) != 'mmdet':
+        return False
+    judges_masks = 'segm' in str([node.get('metric') for node in walk(cfg.get('test_evaluator'))])
+    removable = bool((model.get('roi_head') or {}).get('mask_head'))
+    if not (judges_masks or removable or any(node.get('mask_head') or 'panoptic_head' in node for node in walk(model))):
+        return False
+    if judges_masks or not removable:
+        remedy = (
+            'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
+            if removable
+            else 'test it without --tta'
+        )
+        raise ConfigOverrideError(
+            f'mmdetection has test-time augmentation for boxes only, and this model predicts masks: {remedy}.'
+        )
+    return True
 
 
 def _reading(pipeline: list) -> list:

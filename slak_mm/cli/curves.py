@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import ConfigOverrideError
+
 __all__ = ['Curves', 'choose_keys', 'draw_curves', 'read_scalars', 'smoothed']
 
 #: Name of a scalar -> steps and values, both of shape (N,), in order of the steps.
@@ -41,13 +43,12 @@ def read_scalars(work_dir: str | Path) -> Curves:
         The numbers by name; bookkeeping such as ``time`` and ``memory`` is left out.
 
     Raises:
-        FileNotFoundError: There is no such file in the directory.
-        ValueError: The files have no numbers.
+        ConfigOverrideError: There is no such file in the directory, or the files have no numbers.
     """
     path = Path(work_dir)
     files = [path] if path.is_file() else sorted(path.glob('**/scalars.json'))
     if not files:
-        raise FileNotFoundError(
+        raise ConfigOverrideError(
             f'{path} has no scalars.json; give the work directory of a training run (with the '
             'LocalVisBackend, which mmengine uses by default).'
         )
@@ -67,7 +68,7 @@ def read_scalars(work_dir: str | Path) -> Curves:
         if values
     }
     if not curves:
-        raise ValueError(f'The scalars.json files below {path} have no numbers in them.')
+        raise ConfigOverrideError(f'The scalars.json files below {path} have no numbers in them.')
     return curves
 
 
@@ -112,7 +113,7 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
         Names, each once.
 
     Raises:
-        ValueError: No run has a wanted name.
+        ConfigOverrideError: No run has a wanted name.
     """
     there = {key: None for curves in runs.values() for key in curves}
     if wanted:
@@ -120,7 +121,7 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
         for name in wanted:
             matches = [key for key in there if key == name or (name.endswith('*') and key.startswith(name[:-1]))]
             if not matches:
-                raise ValueError(f'No run has a scalar "{name}"; there are {", ".join(sorted(there))}.')
+                raise ConfigOverrideError(f'No run has a scalar "{name}"; there are {", ".join(sorted(there))}.')
             chosen.update(dict.fromkeys(matches))
         return list(chosen)
     # Validation happens seldom, and its names are those that training does not write.
@@ -176,7 +177,7 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, t
         RGB image (H, W, 3), uint8.
 
     Raises:
-        ValueError: No run has any of the wanted scalars.
+        ConfigOverrideError: No run has any of the wanted scalars.
     """
     # The object interface: no window system, and no figures that pyplot would keep.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -185,7 +186,7 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, t
 
     names = choose_keys(runs, keys)
     if not names:
-        raise ValueError('There is nothing to draw: no run has a loss, a metric or a density.')
+        raise ConfigOverrideError('There is nothing to draw: no run has a loss, a metric or a density.')
     columns = min(len(names), 3 if len(names) > 4 else 2)
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.7), dpi=110, layout='constrained')

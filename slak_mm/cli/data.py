@@ -1,21 +1,23 @@
 """Data sets and loaders of a config: another root, batch size, number of workers; checks."""
 
+import contextlib
 import inspect
 import json
 import mmap
 import os
 import os.path as osp
 import re
-from pathlib import Path
 from typing import Any
 
+from mmengine import fileio
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS
+from mmengine.utils import is_abs
 
-from slak_mm._config import EVALUATORS, LOADERS, datasets_of, framework
+from slak_mm._config import EVALUATORS, LOADERS, datasets_of, framework, type_name, walk
 
 from . import prepare_data
-from .errors import ConfigOverrideError
+from .errors import ConfigOverrideError, reason
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -38,7 +40,7 @@ def set_data_root(cfg: Config, root: str) -> None:
             f'--data-root cannot replace several roots at once, this config has '
             f'{", ".join(sorted(old_roots))}; set each with --cfg-options.'
         )
-    if not osp.isdir(root):
+    if any(_Files(dict(dataset, data_root=root)).ask('isdir', root) is False for _, dataset in datasets_of(cfg)):
         layout = ', '.join(sorted({entry for _, dataset in datasets_of(cfg) for entry in _entries(dataset)}))
         known = next(dataset for _, dataset in datasets_of(cfg) if dataset.get('data_root'))
         raise ConfigOverrideError(
@@ -69,7 +71,13 @@ def set_data_root(cfg: Config, root: str) -> None:
 
 def _entries(dataset: dict) -> list[str]:
     """Files and folders below its root that a data set needs, as written in the config."""
-    entries = [value for key, value in (dataset.get('data_prefix') or {}).items() if isinstance(value, str) and value]
+    pipeline = dataset.get('pipeline')
+    labels_unread = pipeline and not any('Annotations' in type_name(node) for node in walk(pipeline))
+    entries = [
+        value
+        for key, value in (dataset.get('data_prefix') or {}).items()
+        if isinstance(value, str) and value and not (key == 'seg_map_path' and labels_unread)
+    ]
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file:
         entries.append(ann_file)
@@ -96,80 +104,131 @@ def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
             raise ConfigOverrideError(f'{error}{prepare_data.hint(dataset)}') from error
 
 
-def _check_dataset(where: str, dataset: dict, scope: str | None) -> None:
+def _check_dataset(where: str, dataset: dict, scope: str) -> None:
     """Check one data set; see :func:`check_data`."""
-    root = dataset.get('data_root') or ''
+    files = _Files(dataset)
     entries = _entries(dataset)
-    remedy = f'give the folder that has {" and ".join(entries)} with --data-root' if root else f'set {where}'
-    if root and not osp.isdir(root):
-        raise ConfigOverrideError(f'The data root "{root}" does not exist ({where}): {remedy}.')
-    for entry in entries:
-        if not osp.exists(osp.join(root, entry)):
-            raise ConfigOverrideError(f'"{osp.join(root, entry)}" does not exist ({where}): {remedy}.')
-    _check_pairs(where, root, dataset, scope)
-    _check_listed(where, root, dataset, scope)
+    remedy = f'give the folder that has {" and ".join(entries)} with --data-root' if files.root else f'set {where}'
+    uses_root = not entries or not all(map(is_abs, entries))
+    if files.root and uses_root and files.ask('isdir', files.root) is False:
+        raise ConfigOverrideError(f'The data root "{files.root}" does not exist ({where}): {remedy}.')
+    for path in map(files.path, entries):
+        if files.ask('exists', path) is False:
+            raise ConfigOverrideError(f'"{path}" does not exist ({where}): {remedy}.')
+    kind = dataset_class(dataset, scope)
+    bases = {base.__name__: base for base in inspect.getmro(kind)} if kind is not None else {}
+    for name, check in (
+        ('BaseSegDataset', _check_pairs),
+        ('XMLDataset', _check_listed),
+        ('CocoDataset', _check_listed),
+    ):
+        # A class that reads its list in a way of its own knows itself what it needs.
+        own = ('load_data_list', 'parse_data_info', '_join_prefix')
+        if (
+            kind is not None
+            and name in bases
+            and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own)
+        ):
+            check(where, files, dataset, kind)
 
 
-def _check_pairs(where: str, root: str, dataset: dict, scope: str | None) -> None:
+class _Files:
+    """Asks a data set's storage as the data set itself does: its root, its backend, links followed.
+
+    Args:
+        dataset: Config of the data set.
+    """
+
+    def __init__(self, dataset: dict) -> None:
+        self.root = dataset.get('data_root') or ''
+        self.backend_args = dataset.get('backend_args')
+
+    def path(self, entry: str) -> str:
+        """An entry below the root, or as it is where it is absolute."""
+        return entry if is_abs(entry) else osp.join(self.root, entry)
+
+    def ask(self, question: str, path: str, **arguments: Any) -> Any:
+        """Call a function of :mod:`mmengine.fileio`; None where the backend has no answer."""
+        try:
+            answer = getattr(fileio, question)(path, backend_args=self.backend_args, **arguments)
+            return set(answer) if question == 'list_dir_or_file' else answer
+        except (AttributeError, NotImplementedError):
+            return None
+        except FileNotFoundError:
+            return set() if question == 'list_dir_or_file' else None
+        except Exception as error:  # a backend raises what it likes
+            raise ConfigOverrideError(f'"{path}" cannot be read: {reason(error)}') from error
+
+    def lines(self, path: str) -> list[str] | None:
+        """Lines of a text file that are not empty; None where the backend cannot give it."""
+        text = self.ask('get_text', path)
+        return None if text is None else [line for line in text.split('\n') if line]
+
+    def names(self, folder: str, suffix: str | None = None, recursive: bool = False) -> set[str] | None:
+        """Files in a folder, relative to it; None where the backend cannot list."""
+        return self.ask('list_dir_or_file', folder, list_dir=False, suffix=suffix, recursive=recursive)
+
+
+def _check_pairs(where: str, files: _Files, dataset: dict, kind: type) -> None:
     """Check a folder-based segmentation data set: has images, each with its annotation."""
     prefix = dataset.get('data_prefix') or {}
-    if not prefix.get('img_path') or dataset.get('ann_file'):
+    image_suffix, label_suffix = _suffixes(dataset, kind)
+    if not prefix.get('img_path') or dataset.get('ann_file') or not isinstance(image_suffix, str):
         return
-    image_suffix, label_suffix = _suffixes(dataset, scope)
-    if image_suffix is None:
+    folder = files.path(prefix['img_path'])
+    found = files.names(folder, image_suffix, recursive=True)
+    if found is None:
         return
-    folder = Path(root, prefix['img_path'])
-    names = sorted(
-        path.relative_to(folder).as_posix()[: -len(image_suffix)] for path in folder.rglob(f'*{image_suffix}')
-    )
-    if not names:
+    if not found:
         raise ConfigOverrideError(f'"{folder}" has no *{image_suffix} images ({where}).')
-    if not prefix.get('seg_map_path') or label_suffix is None:
+    if prefix.get('seg_map_path') not in _entries(dataset) or not isinstance(label_suffix, str):
         return
-    labels = Path(root, prefix['seg_map_path'])
-    lacking = [name for name in names if not (labels / f'{name}{label_suffix}').is_file()]
+    labels = files.path(prefix['seg_map_path'])
+    present = files.names(labels, label_suffix, recursive=True)
+    needed = {name[: -len(image_suffix)] + label_suffix for name in found}
+    lacking = sorted(needed - present) if present is not None else []
     if lacking:
         raise ConfigOverrideError(
-            f'{len(lacking)} of {len(names)} images of "{folder}" have no annotation, the first '
-            f'is "{labels / (lacking[0] + label_suffix)}" ({where}).'
+            f'{len(lacking)} of {len(found)} images of "{folder}" have no annotation, the first '
+            f'is "{osp.join(labels, lacking[0])}" ({where}).'
         )
 
 
-def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> None:
+def _check_listed(where: str, files: _Files, dataset: dict, kind: type) -> None:
     """Check a detection data set with a list of images in VOC's or COCO's format."""
-    kind = dataset_class(dataset, scope) if dataset.get('ann_file') else None
-    bases = {cls.__name__: cls for cls in inspect.getmro(kind)} if kind is not None else {}
-    base = bases.get('XMLDataset') or bases.get('CocoDataset')
-    # A class that reads its list in a way of its own knows itself what it needs.
-    if base is None or any(
-        getattr(kind, name) is not getattr(base, name) for name in ('load_data_list', 'parse_data_info')
-    ):
+    if not dataset.get('ann_file'):
         return
-    listing = Path(root, dataset['ann_file'])
+    listing = files.path(dataset['ann_file'])
     prefix = dataset.get('data_prefix') or {}
-    if base.__name__ == 'CocoDataset':
-        folder = Path(root, prefix.get('img', ''))
-        images = _coco_images(listing, where)
-        needed = [('missing', folder, images)]
+    is_coco = any(base.__name__ == 'CocoDataset' for base in inspect.getmro(kind))
+    images = _coco_images(listing, files, where) if is_coco else files.lines(listing)
+    if images is None:
+        return
+    if is_coco:
+        needed = [('missing', files.path(prefix.get('img', '')), images)]
     else:
-        folder = Path(root, prefix.get('sub_data_root', ''))
-        images = [line for line in listing.read_text().split('\n') if line]
+        folder = files.path(prefix.get('sub_data_root', ''))
         needed = [
-            ('missing', folder / dataset.get('img_subdir', 'JPEGImages'), [f'{name}.jpg' for name in images]),
+            ('missing', osp.join(folder, dataset.get('img_subdir', 'JPEGImages')), [f'{name}.jpg' for name in images]),
             (
                 'without annotation',
-                folder / dataset.get('ann_subdir', 'Annotations'),
+                osp.join(folder, dataset.get('ann_subdir', 'Annotations')),
                 [f'{name}.xml' for name in images],
             ),
         ]
     if not images:
         raise ConfigOverrideError(f'"{listing}" lists no images ({where}).')
     for lack, folder, names in needed:
+        paths = [osp.join(folder, name) for name in names]
         # One listing of a folder is much faster than as many questions, above all over a network.
-        present: dict[Path, set[str]] = {}
-        for parent in {(folder / name).parent for name in names}:
-            present[parent] = set(os.listdir(parent)) if parent.is_dir() else set()
-        lacking = [path for path in (folder / name for name in names) if path.name not in present[path.parent]]
+        present = {parent: files.names(parent) for parent in {osp.dirname(path) for path in paths}}
+
+        def is_missing(path: str, present: dict[str, set[str] | None] = present) -> bool:
+            known = present[osp.dirname(path)]
+            # Listings leave hidden files out.
+            return known is not None and osp.basename(path) not in known and osp.basename(path)[:1] != '.'
+
+        lacking = [path for path in paths if is_missing(path)]
         if lacking:
             raise ConfigOverrideError(
                 f'{len(lacking)} of {len(names)} images that "{listing}" lists are {lack}, the '
@@ -177,16 +236,22 @@ def _check_listed(where: str, root: str, dataset: dict, scope: str | None) -> No
             )
 
 
-def _coco_images(listing: Path, where: str) -> list[str]:
-    """File names in a COCO annotation file, without the many seconds that parsing COCO takes."""
-    if listing.stat().st_size == 0:
-        raise ConfigOverrideError(f'"{listing}" is empty ({where}).')
-    with listing.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        if not text[-64:].rstrip().endswith(b'}'):
-            raise ConfigOverrideError(
-                f'"{listing}" ends in the middle, as after an interrupted download or unpacking ({where}).'
-            )
-        return [json.loads(name) for name in re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
+def _coco_images(listing: str, files: _Files, where: str) -> list[str] | None:
+    """File names in a COCO annotation file, without the many seconds that parsing takes; None if it cannot be had."""
+    try:
+        with fileio.get_local_path(listing, backend_args=files.backend_args) as path, open(path, 'rb') as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ConfigOverrideError(f'"{listing}" is empty ({where}).')
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                if not text[-64:].rstrip().endswith(b'}'):
+                    raise ConfigOverrideError(
+                        f'"{listing}" ends in the middle, as after an interrupted download or unpacking ({where}).'
+                    )
+                return [json.loads(name) for name in re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
+    except (AttributeError, NotImplementedError):  # the backend gives no files
+        return None
+    except OSError as error:
+        raise ConfigOverrideError(f'"{listing}" cannot be read ({where}): {error.strerror}.') from error
 
 
 def dataset_class(dataset: dict, scope: str | None) -> type | None:
@@ -202,16 +267,16 @@ def dataset_class(dataset: dict, scope: str | None) -> type | None:
     kind = dataset.get('type')
     if not isinstance(kind, str):
         return kind
-    with DATASETS.switch_scope_and_registry(scope) as registry:
+    with DATASETS.switch_scope_and_registry(scope) as registry, contextlib.suppress(RuntimeError):
         return registry.get(kind)
+    return None
 
 
-def _suffixes(dataset: dict, scope: str | None) -> tuple[str | None, str | None]:
+def _suffixes(dataset: dict, kind: type) -> tuple[str | None, str | None]:
     """Image and label suffix of a segmentation data set: its own, else its class's default."""
     suffixes = dict(img_suffix=dataset.get('img_suffix'), seg_map_suffix=dataset.get('seg_map_suffix'))
-    kind = dataset_class(dataset, scope) if None in suffixes.values() else None
     # A class that passes **kwargs on inherits the defaults of its base.
-    for cls in inspect.getmro(kind) if kind is not None else ():
+    for cls in inspect.getmro(kind):
         parameters = inspect.signature(vars(cls)['__init__']).parameters if '__init__' in vars(cls) else {}
         for key in suffixes:
             if suffixes[key] is None and key in parameters:

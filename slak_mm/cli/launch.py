@@ -1,11 +1,14 @@
 """Start the processes of a run and build what it needs."""
 
 import argparse
+import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -13,19 +16,21 @@ from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
 from slak_mm._config import add_hook, framework, type_name
 from slak_mm.checkpoints import CheckpointError
+from slak_mm.engine.hooks import unwrap_model
 from slak_mm.engine.reproducible import make_reproducible
 from slak_mm.engine.samples import check_samples
 from slak_mm.sparsity import SparsityError
 
 from .device import adapt_to_device
 from .errors import ConfigOverrideError, reason
+from .model import check_channels, check_crop
 from .weights import remove_weights
 
 
@@ -44,6 +49,7 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
             saying so, or there are fewer GPUs than processes.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    _check_numbers(args.launcher)
     cfg.launcher = args.launcher
     adapt_to_device(cfg)
     if args.launcher == 'none':
@@ -75,7 +81,8 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
                 f'There are more processes on this machine than GPUs '
                 f'({torch.cuda.device_count()}); start one process per GPU.'
             )
-        init_dist(args.launcher, **dist_cfg)
+        with _meeting():
+            init_dist(args.launcher, **dist_cfg)
         return
     if args.launcher == 'slurm':
         _slurm_environment(dist_cfg.pop('port', None))
@@ -83,7 +90,42 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
         for name, source in (('RANK', 'RANK'), ('WORLD_SIZE', 'SIZE'), ('LOCAL_RANK', 'LOCAL_RANK')):
             os.environ[name] = os.environ[f'OMPI_COMM_WORLD_{source}']
         os.environ.setdefault('MASTER_PORT', '29500')
-    torch.distributed.init_process_group(backend=dist_cfg.get('backend', 'gloo'))
+    with _meeting():
+        torch.distributed.init_process_group(backend=dist_cfg.get('backend', 'gloo'))
+
+
+def _check_numbers(launcher: str) -> None:
+    """Refuse a launcher's variables that are no numbers, or do not go together."""
+    names = ['LOCAL_RANK', 'RANK', 'WORLD_SIZE'] + ['MASTER_PORT'] * (launcher != 'none')
+    names += ['SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'] * (launcher == 'slurm')
+    names += [f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK')] * (launcher == 'mpi')
+    numbers = {}
+    for name, value in os.environ.items():
+        if name in names:
+            if not re.fullmatch(r'[0-9]+', value):
+                raise ConfigOverrideError(
+                    f'The environment variable {name}="{value}" is no number. Launchers such as torchrun set it: '
+                    'start the tool with one, or unset it.'
+                )
+            numbers[name] = int(value)
+    for rank, size in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')):
+        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
+            raise ConfigOverrideError(
+                f'The environment variables {rank}={numbers[rank]} and {size}={numbers[size]} do not go together: '
+                'processes are numbered from 0. Start the tool with a launcher such as torchrun, or unset them.'
+            )
+    if numbers.get('MASTER_PORT', 1) not in range(1, 2**16):
+        raise ConfigOverrideError(f'The environment variable MASTER_PORT={numbers["MASTER_PORT"]} is no port.')
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Say where processes were to meet that do not find each other."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+        raise ConfigOverrideError(f'The processes do not find each other at {place}: {reason(error)}') from error
 
 
 def _slurm_environment(port: int | None) -> None:
@@ -156,6 +198,13 @@ def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
         raise ConfigOverrideError(f'The model cannot be built: {reason(error)}') from error
 
 
+def _try_metrics(loop: Any) -> None:
+    """Let mmsegmentation's metrics compute from nothing: they look at their names after a whole validation only."""
+    for metric in loop.evaluator.metrics:
+        if hasattr(metric, 'total_area_to_metrics'):
+            metric.total_area_to_metrics(*[torch.ones(1)] * 4, metric.metrics)
+
+
 def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     """Build a runner and everything it is going to use.
 
@@ -189,15 +238,23 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
             if runner.train_loop is None:
                 raise ConfigOverrideError('This config has no training loop.')
             if runner._val_loop is not None:
-                runner.val_loop  # noqa: B018  # a property that builds it
+                _try_metrics(runner.val_loop)  # a property that builds it
+            kind = ((cfg.get('optim_wrapper') or {}).get('optimizer') or {}).get('type')
+            if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # mmengine calls None then
+                raise KeyError(f'{kind} is not in the mmengine::optimizer registry')
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        if 'test' in loops and runner.test_loop is None:
-            raise ConfigOverrideError('This config has no test loop.')
+        if 'test' in loops:
+            if runner.test_loop is None:
+                raise ConfigOverrideError('This config has no test loop.')
+            _try_metrics(runner.test_loop)
     except (ConfigOverrideError, CheckpointError, SparsityError):
         raise
     except Exception as error:  # registries wrap whatever a constructor raises
         raise ConfigOverrideError(f'The config cannot be built: {reason(error)}') from error
     check_samples(runner)
+    model = unwrap_model(runner.model)
+    check_channels(model, cfg)
+    check_crop(model, cfg)
     return runner
 
 

@@ -30,13 +30,15 @@ from slak_mm._config import type_name
 from slak_mm._files import DownloadError, Report, download, need_space
 from slak_mm.checkpoints.errors import shown
 
+from .errors import ConfigOverrideError
+
 __all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint', 'prepare']
 
 _CHUNK = 1 << 20
 _DOWNLOADS = '.downloads'
 
 
-class DataError(RuntimeError):
+class DataError(ConfigOverrideError):
     """A data set cannot be had or is not complete; says what, and what to do."""
 
 

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed
@@ -12,6 +14,7 @@ from mmengine.dist import get_rank, is_distributed
 
 from slak_mm.engine.loader import safe_reader
 from slak_mm.engine.samples import DataError
+from slak_mm.ops.backends import forced_backend
 
 from .errors import explain
 
@@ -22,34 +25,52 @@ def run_tool(main: Callable[[], int | None]) -> None:
     Whatever reads a checkpoint meanwhile, in mmengine and the libraries on it too, does so with this
     package's reader (:func:`slak_mm.engine.loader.safe_reader`).
 
-    What a user can cause (:class:`ConfigOverrideError`, ``CheckpointError``, and what
-    :func:`explain` knows) ends in one sentence on stderr and exit code 1; with
-    ``SLAK_MM_DEBUG=1`` or ``--debug`` the traceback is shown as well. Everything else is a
-    defect and keeps its traceback. An interrupt ends with exit code 130.
+    What a user can cause (:func:`slak_mm.cli.errors.explain` knows) ends in one sentence on stderr
+    and exit code 1; with ``--debug`` or ``SLAK_MM_DEBUG=1`` the traceback is shown as well.
+    Everything else is a defect and keeps its traceback. An interrupt ends with exit code 130, a
+    reader of stdout that went away (``| head``) with 141.
 
     Args:
         main: Does the work; returns the exit code, None for 0.
     """
-    code = 1
+    code: Any = 1
     try:
+        forced_backend()  # an unknown SLAK_MM_BACKEND is better refused now than in the first layer
         with safe_reader():
             code = main() or 0
     except Exception as error:
         message = explain(error)
-        if message is None:
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+            code = 141
+        elif message is None:
             raise
-        if os.environ.get('SLAK_MM_DEBUG', '0') != '0' or '--debug' in sys.argv:
-            traceback.print_exc()
-        # Each process has data of its own.
-        if get_rank() == 0 or isinstance(error, DataError):
-            print(f'error: {message}', file=sys.stderr)
+        else:
+            if os.environ.get('SLAK_MM_DEBUG', '0') != '0' or '--debug' in sys.argv:
+                traceback.print_exc()
+            # Each process has data of its own.
+            if get_rank() == 0 or isinstance(error, DataError):
+                print(f'error: {message}', file=sys.stderr)
+    except SystemExit as leaving:  # argparse's
+        code = leaving.code
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         code = 130
     finally:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            code = 141
+        if code == 141:  # or the interpreter would try to write the rest, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave_process_group()
     sys.exit(code)
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads stdout any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def leave_process_group() -> None:

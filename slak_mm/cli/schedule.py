@@ -83,6 +83,22 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
         logger.interval = max(1, min(logger.get('interval', 10), max_iters // 10))
 
 
+def check_schedule(cfg: Config) -> None:
+    """Refuse lengths and intervals that mmengine divides by or never reaches.
+
+    Args:
+        cfg: A whole config.
+
+    Raises:
+        ConfigOverrideError: Names the setting.
+    """
+    for key in ('max_iters', 'max_epochs', 'val_interval'):
+        value = (cfg.get('train_cfg') or {}).get(key, 1)
+        if not isinstance(value, (int, float)) or value < 1:
+            advice = ' To train without validation, set it above the length of the run.' if 'val' in key else ''
+            raise ConfigOverrideError(f'train_cfg.{key} must be at least 1, got {value!r}.{advice}')
+
+
 def _count_iterations(cfg: Config) -> None:
     """Switch what counts epochs beside the training loop to iterations."""
     cfg.log_processor = ConfigDict(cfg.get('log_processor') or dict(type='LogProcessor'))

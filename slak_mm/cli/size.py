@@ -61,7 +61,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
             '--crop-size is for semantic segmentation; detection trains on whole images, whose size --img-scale sets.'
         )
     crops = {
-        _pair(transform['crop_size'])
+        pair(transform['crop_size'])
         for _, dataset in datasets_of(cfg, ('train_dataloader',))
         for transform in walk(dataset)
         if type_name(transform) == 'RandomCrop'
@@ -86,7 +86,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
                 if transform.get(key) is not None:
                     transform[key] = scale(transform[key])
         elif kind == 'Pad' and transform.get('size') is not None:
-            transform.size = size if _pair(transform.size) == old else scale(transform.size)
+            transform.size = size if pair(transform.size) == old else scale(transform.size)
 
     model = model_of(cfg)
     for preprocessor in (cfg.get('data_preprocessor'), model.get('data_preprocessor')):
@@ -96,7 +96,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     if test_cfg.get('mode') == 'slide':
         test_cfg['stride'] = tuple(
             max(1, min(crop, scaled(stride, crop / old_crop)))
-            for stride, crop, old_crop in zip(_pair(test_cfg['stride']), size, _pair(test_cfg['crop_size']))
+            for stride, crop, old_crop in zip(pair(test_cfg['stride']), size, pair(test_cfg['crop_size']))
         )
         test_cfg['crop_size'] = size
     if cfg.get('crop_size') is not None:
@@ -122,7 +122,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     if framework(cfg) == 'mmseg':
         raise ConfigOverrideError('--img-scale is for detection; a segmentation config follows --crop-size.')
     scales = {
-        tuple(sorted(_pair(transform['scale']), reverse=True))
+        tuple(sorted(pair(transform['scale']), reverse=True))
         for _, dataset in datasets_of(cfg, ('test_dataloader', 'val_dataloader'))
         for transform in walk(dataset.get('pipeline'))
         if type_name(transform) in RESIZES and transform.get('scale') is not None
@@ -165,6 +165,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
                 transform[key] = change(transform[key])
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """Two numbers, of which a single one stands for both."""
     first, second = value if isinstance(value, (list, tuple)) else (value, value)
     return int(first), int(second)

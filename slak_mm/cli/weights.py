@@ -15,7 +15,7 @@ from slak_mm.engine.resume import check_state
 from slak_mm.engine.sparsity_hook import SPARSITY_KEY
 from slak_mm.models import registered_backbones
 
-from .errors import ConfigOverrideError
+from .errors import PRETRAINED, ConfigOverrideError
 from .sparse import sparsity_hooks
 
 
@@ -90,9 +90,13 @@ def check_weights(cfg: Config, config_path: str) -> None:
         config_path: For messages.
 
     Raises:
-        ConfigOverrideError: The config names no weights.
+        ConfigOverrideError: The config names no weights, or has ``pretrained`` beside our backbone.
         CheckpointError: They are not here and cannot be fetched.
     """
+    model, backbone = model_of(cfg), model_of(cfg).get('backbone') or {}
+    ours = type_name(backbone) in registered_backbones()
+    if ours and (model.get('pretrained') or backbone.get('pretrained')):
+        raise ConfigOverrideError(PRETRAINED)
     advice = 'To train from random weights on purpose, add --from-scratch.'
     sources = named_weights(cfg)
     load_from = cfg.get('load_from')
@@ -101,8 +105,6 @@ def check_weights(cfg: Config, config_path: str) -> None:
             f'{config_path} names no pretrained weights (init_cfg of the backbone, or load_from), '
             f'so this run would start from random ones. {advice}'
         )
-    backbone = model_of(cfg).get('backbone') or {}
-    ours = type_name(backbone) in registered_backbones()
     for place, source in sources:
         foreign = not (ours and '.backbone.' in place)
         if source.startswith(_FRAMEWORK_SCHEMES) or (foreign and '://' in source):

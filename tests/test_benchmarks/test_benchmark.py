@@ -1,24 +1,21 @@
-import importlib.util
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import exit_code, tool_main
 
 from benchmarks import op
 from benchmarks.common import plot_bars, worst_difference
 from benchmarks.peak import measure_peak
 from slak_mm.ops import BACKENDS
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'benchmark.py'
-
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location('benchmark_tool', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Runs the tool with a list of arguments; gives the exit code."""
+    return functools.partial(exit_code, tool_main('benchmark'))
 
 
 @pytest.fixture
@@ -34,7 +31,7 @@ def small(tool, monkeypatch):
 def test_table_and_json(small, family, dtype, capsys, tmp_path):
     out, plot = tmp_path / 'out.json', tmp_path / 'out.png'
     options = f'op --family {family} --size 64x96 --stages 0 3 --repeats 1 --dtype {dtype} --no-memory'
-    assert small.main([*options.split(), '--json', str(out), '--plot', str(plot)]) == 0
+    assert small([*options.split(), '--json', str(out), '--plot', str(plot)]) == 0
     printed = capsys.readouterr().out
     assert 'disagrees' not in printed and f'dtype {dtype}' in printed
     assert f'threads {torch.get_num_threads()}' in printed
@@ -58,7 +55,7 @@ def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_pa
     )
     out = tmp_path / 'out.json'
     options = f'op --family {family} --size 64x64 --stages 3 --repeats 1 --no-memory'
-    assert small.main([*options.split(), '--json', str(out)]) == 1
+    assert small([*options.split(), '--json', str(out)]) == 1
     captured = capsys.readouterr()
     assert 'its figures are left out' in captured.err
     for row in json.loads(out.read_text())['rows']:
@@ -95,20 +92,17 @@ def test_peak_memory_is_that_of_the_arithmetic():
     ],
 )
 def test_bad_arguments(tool, arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        tool.main(['op', *arguments])
+    assert tool(['op', *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_named(tool, capsys, tmp_path):
-    assert tool.main(['op', '--json', str(tmp_path / 'no' / 'out.json')]) == 1
-    assert 'there is no folder' in capsys.readouterr().err
-    assert tool.main(['op', '--plot', str(tmp_path / 'out.abc')]) == 1
+    assert tool(['op', '--plot', str(tmp_path / 'out.abc')]) == 1
     assert 'writes no "abc" files' in capsys.readouterr().err
-    assert tool.main(['op', '--device', 'abacus']) == 1
+    assert tool(['op', '--device', 'abacus']) == 1
     assert '--device is cpu or cuda, got abacus' in capsys.readouterr().err
     if not torch.cuda.is_available():
-        assert tool.main(['op', '--device', 'cuda']) == 1
+        assert tool(['op', '--device', 'cuda']) == 1
         assert 'needs a CUDA device' in capsys.readouterr().err
 
 
@@ -139,7 +133,7 @@ def test_operations_of_taps_within_the_map(small):
 def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys):
     out = tmp_path / 'out.json'
     options = 'op --size 64x64 --stages 3 --repeats 1 --skip gemm cpu'
-    assert small.main([*options.split(), '--json', str(out)]) == 0
+    assert small([*options.split(), '--json', str(out)]) == 0
     for row in json.loads(out.read_text())['rows']:
         layouts = row['branch_seconds']
         fastest = [min(pair) for pair in zip(*layouts.values())]

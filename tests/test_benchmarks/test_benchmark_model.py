@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tool_main
+from conftest import exit_code, tool_main
 from mmengine.registry import MODELS
 
 from benchmarks import model
@@ -28,7 +28,7 @@ def run(capsys):
 
     def call(options, networks, *arguments):
         options = f'model {options} --repeats 1 --no-memory --networks'
-        code = tool_main('benchmark')([*options.split(), *networks, *map(str, arguments)])
+        code = exit_code(tool_main('benchmark'), [*options.split(), *networks, *map(str, arguments)])
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
 

@@ -1,6 +1,8 @@
 """Learning-rate scales of the official downstream code (reference/semantics.md, section 6)."""
 
 import pytest
+import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
@@ -16,11 +18,11 @@ class Segmentor(nn.Module):
         self.decode_head = nn.Conv2d(4, 2, 1)
 
 
-def build(model, lr=1e-4, **paramwise):
+def build(model, lr=1e-4, weight_decay=0.05, **paramwise):
     constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
-        dict(
+        ConfigDict(
             type='LargeKernelLayerDecayConstructor',
-            optim_wrapper_cfg=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05)),
+            optim_wrapper_cfg=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=weight_decay)),
             paramwise_cfg=paramwise,
         )
     )
@@ -131,13 +133,69 @@ def test_groups_are_logged(caplog):
         (dict(), r'decay_rate must lie in \(0, 1\], got None'),
         (dict(decay_rate=1.5), r'decay_rate must lie in \(0, 1\], got 1.5'),
         (dict(decay_rate=0.9, decay_type='block_wise'), 'must be one of layer_wise, stage_wise'),
-        (dict(decay_rate=0.9, norm_decay_mult=0), r"unknown keys \['norm_decay_mult'\]"),
+        (dict(decay_rate=0.9, norm_decay_mul=0), "unknown key 'norm_decay_mul'; did you mean 'norm_decay_mult'"),
+        (dict(decay_rate=0.9, abc=0), "unknown key 'abc'; it takes decay_rate, "),
+        (dict(decay_rate=0.9, custom_keys=dict(head=dict(lr_mul=2))), "custom_keys.head has .*'lr_mul'; .*'lr_mult'"),
         (dict(decay_rate=0.9, num_layers=4), 'num_layers is 4, .* 9 blocks needs at least 6'),
     ],
 )
 def test_bad_options(paramwise, message):
     with pytest.raises(ValueError, match=message):
         build(Segmentor(), **paramwise)
+
+
+@pytest.mark.parametrize(
+    'paramwise, name, factor, decay',
+    [
+        (dict(custom_keys=dict(decode_head=dict(lr_mult=10))), 'decode_head.weight', 10, 0.05),
+        (dict(custom_keys=dict(decode_head=dict(lr_mult=10))), 'decode_head.bias', 10, 0),
+        (dict(custom_keys=dict(decode_head=dict(decay_mult=2))), 'decode_head.bias', 1, 0.1),
+        # The longest key counts, and multiplies what the layer has.
+        (
+            dict(custom_keys={'stages': dict(lr_mult=3), 'stages.0': dict(lr_mult=5, decay_mult=0)}),
+            'backbone.stages.0.0.pwconv1.weight',
+            5 * 0.5**6,
+            0,
+        ),
+        (dict(custom_keys=dict(stages=dict(lr_mult=3))), 'backbone.stages.0.0.norm.weight', 3 * 0.5**6, 0),
+        (dict(norm_decay_mult=1), 'backbone.stages.3.0.norm.weight', 0.5, 0.05),
+        (dict(norm_decay_mult=1), 'decode_head.bias', 1, 0),
+        (dict(bias_decay_mult=1, bias_lr_mult=2), 'decode_head.bias', 2, 0.05),
+        (dict(bias_decay_mult=1, bias_lr_mult=2), 'backbone.norm3.bias', 1, 0),
+        (dict(flat_decay_mult=1), 'backbone.stages.3.0.gamma', 0.5, 0.05),
+        (dict(dwconv_decay_mult=0), 'backbone.stages.3.0.large_kernel.small.conv.weight', 0.5, 0),
+    ],
+)
+def test_factors_of_mmengine_multiply_those_of_the_layers(paramwise, name, factor, decay):
+    model = Segmentor()
+    got = scales(model, build(model, decay_rate=0.5, **paramwise))
+    assert got[name] == pytest.approx((factor, decay))
+    assert len(got) == len(list(model.parameters()))
+
+
+def test_other_settings_of_a_part():
+    groups = build(Segmentor(), decay_rate=0.5, custom_keys=dict(decode_head=dict(eps=1e-3))).param_groups
+    assert {g['eps'] for g in groups if 'decode_head.weight' in g['param_names']} == {1e-3}
+    assert {g['eps'] for g in groups if 'backbone.norm3.weight' in g['param_names']} == {1e-8}
+
+
+def test_groups_can_be_compiled():
+    """torch.compile traces an optimizer whose groups are plain dicts, not mmengine's."""
+    model = nn.Sequential()
+    model.backbone, model.decode_head = Segmentor().backbone, nn.Conv2d(4, 2, 1)
+    optimizer = build(model, decay_rate=0.5)
+    assert {type(group) for group in optimizer.param_groups} == {dict}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = model.decode_head.weight.detach().clone()
+    torch.compile(optimizer.step, backend='eager')()
+    # AdamW's first step moves by the learning rate, and decays before.
+    torch.testing.assert_close(model.decode_head.weight.detach(), before * (1 - 1e-4 * 0.05) - 1e-4)
+
+
+def test_factors_of_weight_decay_need_one():
+    with pytest.raises(ValueError, match='weight_decay must be given: decay_mult multiplies it'):
+        build(Segmentor(), weight_decay=None, decay_rate=0.9, custom_keys=dict(decode_head=dict(decay_mult=0)))
 
 
 def test_needs_a_learning_rate():

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,18 +15,15 @@ ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, call_tool):
     """Call the tool in the temporary folder; gives stdout, or stderr if it should fail."""
-    spec = importlib.util.spec_from_file_location('checkpoint_tool', TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SLAK_MM_CACHE', str(tmp_path / 'cache'))
 
     def call(*args, code=0):
-        assert tool.main(args) == code
-        captured = capsys.readouterr()
-        return captured.err if code else captured.out
+        result = call_tool('checkpoint', *args)
+        assert result.code == code, result.text
+        return result.err if code else result.out
 
     return call
 

@@ -1,5 +1,6 @@
 """The detection configs through ``tools/train.py``, ``test.py`` and ``infer.py``, made tiny."""
 
+import argparse
 import pickle
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
+from slak_mm import cli
 from slak_mm.checkpoints import to_official
 
 pytest.importorskip('mmdet')
@@ -268,3 +270,43 @@ def test_sizes_are_for_the_other_kind_of_config(call_tool, arguments, config_pat
     assert result.code == 1 and '--crop-size' in result.err
     result = call_tool('train', config_path, '--img-scale', '1x2x3')
     assert result.code == 2 and '667x400' in result.err
+
+
+@pytest.mark.parametrize('metric', ['[bbox,segm]', 'bbox'])
+def test_augmentation_is_for_boxes_alone(call_tool, arguments, tiny_detector, tmp_path, metric):
+    """mmdetection merges boxes over views and no masks."""
+    name = 'cascade_mask_rcnn_slak_t_coco'
+    plain, *rest = arguments(name)
+    config = tmp_path / 'tta.py'
+    config.write_text(
+        f"""_base_ = {str(plain)!r}
+tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale=(1333, 800), keep_ratio=True)],
+        [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)],
+        [dict(type='PackDetInputs', meta_keys=keys)],
+    ]),
+]
+"""
+    )
+    cfg = cli.load_config(str(config))
+    options = [*tiny_detector(name), ALL_BOXES]
+    args = argparse.Namespace(
+        config=str(config),
+        cfg_options={k: DictAction._parse_iterable(v) for k, v in (o.split('=', 1) for o in options)},
+    )
+    cli.apply_overrides(cfg, args)
+    cli.adapt_to_device(cfg, has_gpu=lambda: False)
+    weights = tmp_path / 'weights.pth'
+    torch.save(dict(state_dict=cli.build_model(cfg, cfg.model).state_dict()), weights)
+    result = call_tool(
+        'test', config, *rest, weights, '--tta', '--cfg-options', *options, f'test_evaluator.metric={metric}'
+    )
+    if metric == 'bbox':
+        assert result.code == 0, result.text
+        assert 'bbox_mAP' in result.text and 'segm_mAP' not in result.text
+    else:
+        assert result.code == 1 and 'boxes only' in result.err and 'test_evaluator.metric=bbox' in result.err
