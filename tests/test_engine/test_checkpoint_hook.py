@@ -1,11 +1,14 @@
 """Saving that nothing cuts off, and going on exactly, in mmengine's runner on a small model."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
+import killed_run
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
@@ -45,46 +48,20 @@ def trained(folder, **options):
 # ---------------------------------------------------------------------------------- saving
 
 
-def kill_at(event):
-    """Let the process die at one of the calls that change what is on the disk, counted from 0."""
-    left = [event]
-
-    def dying(function):
-        def call(*args, **kwargs):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    def half(path, data):
-        with open(path, 'wb') as file:
-            file.write(data[: len(data) // 2])
-            file.flush()
-            dying(lambda: None)()
-            file.write(data[len(data) // 2 :])
-
-    Path.write_bytes, os.fsync, os.replace = half, dying(os.fsync), dying(os.replace)
-    AtomicLocalBackend.remove = dying(AtomicLocalBackend.remove)
-
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-def test_killed_at_every_step_of_saving(tmp_path):
+def test_killed_at_every_step_of_saving(tmp_path, monkeypatch):
     options = dict(iters=3, checkpoint_interval=1, checkpoint=dict(max_keep_ckpts=1))
     whole = trained(tmp_path / 'whole', **options)
     event = newest = 0
+    # Not forked from this process, whose threads would be missing.
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
+    processes = multiprocessing.get_context('forkserver')
+    processes.set_forkserver_preload(['killed_run'])
     while True:
         folder = tmp_path / str(event)
-        child = os.fork()
-        if not child:
-            try:
-                kill_at(event)
-                trained(folder, **options)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        child = processes.Process(target=killed_run.run, args=(event, folder, [STRICT], options))
+        child.start()
+        child.join()
+        code = child.exitcode
         if code == 0:
             break
         assert code == -signal.SIGKILL
