@@ -248,3 +248,28 @@ def test_sum_of_squares(shape, dtype, tolerance):
     single = 2**-8 if dtype is torch.bfloat16 else 0
     worst = float(((sum_of_squares(x).double() - want) / want).abs().max())
     assert worst <= max(tolerance, single if shape[0] < 100 else 0)
+
+
+@pytest.mark.parametrize('form', ['slak', 'norm without weights', 'gate alone', 'bare'])
+@pytest.mark.parametrize('channels', [5, 8])
+def test_padded_rows_change_nothing(form, channels, monkeypatch):
+    """As on CUDA in half precision; in float64 the zeros leave only the order of sums."""
+    operands = draw(form, (2, channels, 5, 9), dtype=torch.float64)
+    operands = {name: value.requires_grad_() for name, value in operands.items()}
+    want = compute(form, operands)
+    grads = torch.autograd.grad(want.square().sum(), list(operands.values()))
+    monkeypatch.setattr(pointwise, 'is_observed', lambda *tensors: True)
+    monkeypatch.setattr(pointwise, '_wants_alignment', lambda *operands: True)
+    got = compute(form, operands)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(got.square().sum(), list(operands.values())), grads):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(('width', 'wants'), [(124, True), (128, False)])
+def test_rows_are_padded_where_tensor_cores_need_it(width, wants):
+    meta = dict(device='meta', dtype=torch.bfloat16)
+    x, weight1, weight2 = (torch.empty(*s, **meta) for s in ((1, width, 2, 2), (4 * width, width), (width, 4 * width)))
+    on_cuda = type('OnCuda', (), dict(device=torch.device('cuda'), dtype=x.dtype))()
+    assert pointwise._wants_alignment(on_cuda, weight1, weight2, None) is wants
+    assert not pointwise._wants_alignment(x, weight1, weight2, None)
