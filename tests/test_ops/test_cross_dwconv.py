@@ -1,6 +1,7 @@
 """The cross convolution against scipy's correlation, and its backends against each other."""
 
 import asyncio
+import functools
 import threading
 
 import numpy as np
@@ -140,28 +141,38 @@ def test_kernel_gradient_on_maps_larger_than_the_kernel(backend, size, short):
         assert_near(got.grad, want.grad, torch.float32)
 
 
-@pytest.mark.parametrize(
-    'sizes',
-    [[(9, 9)], [(13, 5), (5, 13), (5, 5)], [(51, 3), (3, 51), (3, 3)], [(31, 1), (1, 31)], [(31, 31)]],
-    ids=lambda sizes: f'{sizes[0][0]}x{sizes[0][1]}',
-)
-@pytest.mark.parametrize('backend', CPU_BACKENDS)
-def test_every_side_of_a_map_from_1_to_67(backend, sizes):
-    """Also lines of pixels, and kernels longer or wider than the map."""
+@functools.lru_cache
+def cases_of_all_sides(sizes):
+    """Inputs, gradients of results, and results and gradients in float64, of lines of pixels and other narrow maps."""
     g = torch.Generator().manual_seed(0)
     kernels = [torch.randn(2, *size, generator=g) for size in sizes]
-    for side in range(1, 68):
-        for shape in ((1, 2, side, 1), (1, 2, 1, side), (1, 2, side, 68 - side)):
-            x, grads = torch.randn(shape, generator=g), [torch.randn(shape, generator=g) for _ in sizes]
-            exact = [t.double().requires_grad_() for t in (x, *kernels)]
-            want = [convolution(exact[0], k) for k in exact[1:]]
-            want = [t.detach() for t in (*want, *torch.autograd.grad(want, exact, [g.double() for g in grads]))]
-            inputs = [t.requires_grad_() for t in (x, *(k.detach() for k in kernels))]
-            with use_backend(backend):
-                got = [y for y in cross_dwconv2d(*inputs) if y is not None]
-                got += torch.autograd.grad(got, inputs, grads)
-            for a, b in zip(got, want, strict=True):
-                assert_near(a, b, torch.float32)
+    shapes = [shape for side in range(1, 68) for shape in ((1, 2, side, 1), (1, 2, 1, side))]
+    shapes += [(1, 2, side, 68 - side) for side in (2, 9, 23, 34, 50, 66)]
+    cases = []
+    for shape in shapes:
+        x, grads = torch.randn(shape, generator=g), [torch.randn(shape, generator=g) for _ in sizes]
+        exact = [t.double().requires_grad_() for t in (x, *kernels)]
+        want = [convolution(exact[0], k) for k in exact[1:]]
+        want = [t.detach() for t in (*want, *torch.autograd.grad(want, exact, [g.double() for g in grads]))]
+        cases.append(((x, *kernels), grads, want))
+    return cases
+
+
+@pytest.mark.parametrize('backend', CPU_BACKENDS)
+@pytest.mark.parametrize(
+    'sizes',
+    [((9, 9),), ((13, 5), (5, 13), (5, 5)), ((51, 3), (3, 51), (3, 3)), ((31, 1), (1, 31)), ((31, 31),)],
+    ids=lambda sizes: f'{sizes[0][0]}x{sizes[0][1]}',
+)
+def test_every_side_of_a_map_from_1_to_67(backend, sizes):
+    """Also lines of pixels, and kernels longer or wider than the map."""
+    for tensors, grads, want in cases_of_all_sides(sizes):
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        with use_backend(backend):
+            got = [y for y in cross_dwconv2d(*inputs) if y is not None]
+            got += torch.autograd.grad(got, inputs, grads)
+        for a, b in zip(got, want, strict=True):
+            assert_near(a, b, torch.float32)
 
 
 @pytest.mark.parametrize('channels', [1, 3, 17])
