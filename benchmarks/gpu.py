@@ -29,6 +29,7 @@ from . import model, op
 from .common import (
     TOLERANCE,
     BenchmarkError,
+    add_command,
     add_measurement_arguments,
     check_arguments,
     describe_machine,
@@ -36,8 +37,6 @@ from .common import (
     timed,
     worst_difference,
 )
-
-__all__ = ['add_parser', 'run']
 
 NETWORKS = ('ConvNeXt-T', 'SLaK-T', 'ShiftWise-T')
 #: Name, form, height and width, batch.
@@ -51,17 +50,12 @@ IMAGE = (512, 512)
 
 
 def add_parser(commands: Any) -> None:
-    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'gpu',
-        help='everything that matters on a GPU, in some minutes',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Add the sub-command."""
+    parser = add_command(commands, globals(), 'everything that matters on a GPU, in some minutes')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for results.jsonl and table.md')
     parser.add_argument('--config', default='configs/upernet_slak_t_ade20k.py', help='of the segmentor')
     add_measurement_arguments(parser, dtypes=('bfloat16', 'float32'), batches=(), memory=False)
-    parser.set_defaults(run=run, device='cuda')
+    parser.set_defaults(device='cuda')
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:

@@ -31,6 +31,7 @@ from .common import (
     DTYPES,
     TOLERANCE,
     BenchmarkError,
+    add_command,
     add_measurement_arguments,
     check_arguments,
     describe_machine,
@@ -42,8 +43,6 @@ from .common import (
 from .peak import measure_peak
 from .shifted_sum import activation_space
 
-__all__ = ['NETWORKS', 'OfficialSLaK', 'add_parser', 'official_shiftwise', 'peak_step', 'run']
-
 #: Configs of the two families. With random weights and a layer scale of 1 the maps grow from block
 #: to block, and with them the rounding that the comparison sees; a small one keeps them in bounds.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -51,40 +50,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     for family, name in (('SLaK-T', 'SLaK'), ('ShiftWise-T', 'ShiftWise'))
 }
 #: What is compared, in the order of the table.
-NETWORKS = (
-    'SLaK-T',
-    'SLaK-T deploy',
-    'SLaK-T official',
-    'ShiftWise-T',
-    'ShiftWise-T deploy',
-    'ShiftWise-T official',
-    'ConvNeXt-T',
-    'Swin-T',
-)
+NETWORKS = (*(name + form for name in CONFIGS for form in ('', ' deploy', ' official')), *('ConvNeXt-T', 'Swin-T'))
 _BASELINE = 'ConvNeXt-T'
 
 
 def add_parser(commands: Any) -> None:
-    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'model',
-        help='whole backbones beside ConvNeXt-T and Swin-T',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Add the sub-command."""
+    parser = add_command(commands, globals(), 'whole backbones beside ConvNeXt-T and Swin-T')
     add_measurement_arguments(parser, sizes=[(800, 1344)], batches=(1, 2), repeats=3)
-    parser.add_argument(
-        '--networks',
-        nargs='+',
-        choices=NETWORKS,
-        metavar='NAME',
-        default=list(NETWORKS),
-        help=f'what to compare (default: all of {", ".join(NETWORKS)})',
-    )
-    parser.add_argument(
-        '--train', action='store_true', help='forward and backward in training mode, instead of forward'
-    )
-    parser.set_defaults(run=run)
+    names = f'what to compare (default: all of {", ".join(NETWORKS)})'
+    parser.add_argument('--networks', nargs='+', choices=NETWORKS, metavar='NAME', default=list(NETWORKS), help=names)
+    train = 'forward and backward in training mode, instead of forward'
+    parser.add_argument('--train', action='store_true', help=train)
 
 
 # ---------------------------------------------------------------------------------- networks

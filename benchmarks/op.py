@@ -35,6 +35,7 @@ from slak_mm.ops.shift_tables import assemble_kernels, num_filters, shift_tables
 from .common import (
     DTYPES,
     TOLERANCE,
+    add_command,
     add_measurement_arguments,
     check_arguments,
     describe_machine,
@@ -45,8 +46,6 @@ from .common import (
 )
 from .peak import measure_peak
 from .shifted_sum import activation_space
-
-__all__ = ['Case', 'add_parser', 'peak_step', 'run']
 
 # SLaK-T, and the convolved channels of ShiftWise-T.
 CHANNELS = dict(slak=(124, 249, 499, 998), shiftwise=(60, 122, 246, 492))
@@ -65,27 +64,14 @@ MATRIX_SIZE = 2048
 
 
 def add_parser(commands: Any) -> None:
-    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'op',
-        help='the large-kernel operator, stage by stage',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Add the sub-command."""
+    parser = add_command(commands, globals(), 'the large-kernel operator, stage by stage')
     parser.add_argument('--family', choices=list(CHANNELS), default='slak')
-    add_measurement_arguments(
-        parser, sizes=[(512, 512), (800, 1344)], dtypes=('float32', 'float64', 'bfloat16', 'float16')
-    )
+    add_measurement_arguments(parser, sizes=[(512, 512), (800, 1344)])
     parser.add_argument('--stages', nargs='+', type=int, choices=range(4), default=[0, 1, 2, 3])
-    parser.add_argument(
-        '--skip',
-        nargs='+',
-        default=[],
-        metavar='NAME',
-        choices=sorted({c for names in CONTENDERS.values() for c in names[1:]} | set(BACKENDS)),
-        help='competitors to leave out, such as one that takes minutes',
-    )
-    parser.set_defaults(run=run)
+    others = sorted({c for names in CONTENDERS.values() for c in names[1:]} | set(BACKENDS))
+    what = 'competitors to leave out, such as one that takes minutes'
+    parser.add_argument('--skip', nargs='+', default=[], metavar='NAME', choices=others, help=what)
 
 
 class Case:
@@ -147,17 +133,14 @@ class Case:
         """All of them, ours first, with the backends that could take its place."""
         ours, *others = CONTENDERS[self.family]
         weights = [w.detach() for w in self.weights]
-        backends = (
-            []
-            if self.family != 'slak'
-            else [
-                name
-                for name, backend in BACKENDS.items()
-                if name not in ('reference', choose_backend(self.x, weights))
-                and backend.unavailable_reason(self.x, weights) is None
-                and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))
-            ]
-        )
+        backends = [
+            name
+            for name, backend in BACKENDS.items()
+            if self.family == 'slak'
+            and name not in ('reference', choose_backend(self.x, weights))
+            and backend.unavailable_reason(self.x, weights) is None
+            and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))
+        ]
         return [ours, *backends, *others]
 
     def layout(self, contender: str) -> torch.memory_format:
@@ -336,15 +319,10 @@ def measure(
         # The small kernel of the deployed form is part of the wide one.
         fastest = [min(pair) for pair in zip(*branches.values(), strict=True)]
         seconds['best mix'] = sum(fastest[:2] if passing == 'sum' else fastest)
-    memory = (
-        {
-            name: measure_peak(__name__, dict(options, contender=name, passing=passing))
-            for name in names
-            if name not in disagrees
-        }
-        if with_memory
-        else {}
-    )
+    memory = {}
+    if with_memory:
+        for name in set(names) - set(disagrees):
+            memory[name] = measure_peak(__name__, dict(options, contender=name, passing=passing))
     flops = case.flops(passing) if case.family == 'slak' else None
     return dict(
         **{**options, 'size': list(options['size'])},

@@ -19,8 +19,6 @@ import torch
 
 from .common import BenchmarkError, synchronize
 
-__all__ = ['measure_peak']
-
 
 def measure_peak(module: str, case: dict[str, Any]) -> float | None:
     """Peak memory of a pass above what was there before it.

@@ -23,6 +23,7 @@ from slak_mm.models import ShiftWise, SLaK
 from .common import (
     TOLERANCE,
     BenchmarkError,
+    add_command,
     add_measurement_arguments,
     check_arguments,
     describe_machine,
@@ -33,44 +34,25 @@ from .common import (
 )
 from .model import OfficialSLaK, official_shiftwise
 
-__all__ = ['Training', 'add_parser', 'run']
-
 CONTENDERS = ('ours', 'official', 'heads')
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'segmentor',
-        help="a segmentor's training step beside the official backbone",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        'config',
-        nargs='?',
-        default='configs/upernet_slak_t_ade20k.py',
-        help='config of a segmentor with one of our backbones (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override entries of the config'
-    )
+    parser = add_command(commands, globals(), "a segmentor's training step beside the official backbone")
+    config = 'configs/upernet_slak_t_ade20k.py'
+    what = 'config of a segmentor with one of our backbones (default: %(default)s)'
+    parser.add_argument('config', nargs='?', default=config, help=what)
+    cli.add_cfg_options(parser)
     add_measurement_arguments(parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
-    """Measure; see the module.
-
-    Args:
-        args: Of the sub-command.
-
-    Yields:
-        Lines of the report.
+    """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
-            the config has no such backbone, or the contenders disagree.
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, the config has no such backbone, or
+            the contenders disagree.
         ConfigOverrideError: The config cannot be read or built.
     """
     check_arguments(args)
@@ -128,9 +110,8 @@ class Training:
         elif isinstance(self.backbone, ShiftWise) and self.backbone.version == 2:
             self.official = official_shiftwise(self.backbone)
         else:
-            raise BenchmarkError(
-                f'The backbone of {args.config} is neither a decomposed SLaK nor ShiftWise of version 2.'
-            )
+            other = 'neither a decomposed SLaK nor ShiftWise of version 2'
+            raise BenchmarkError(f'The backbone of {args.config} is {other}.')
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps."""
@@ -138,11 +119,8 @@ class Training:
         with torch.no_grad():
             features = self.backbone(data['inputs'])
         backbones: dict[str, nn.Module] = dict(ours=self.backbone, official=self.official, heads=_Features(features))
-        times, results = measure_times(
-            {name: self.step(backbone, data) for name, backbone in backbones.items()},
-            self.args.repeats,
-            self.args.device,
-        )
+        steps = {name: self.step(backbone, data) for name, backbone in backbones.items()}
+        times, results = measure_times(steps, self.args.repeats, self.args.device)
         # Whole networks add up the rounding of their layers.
         wrong = disagreeing({'ours': results['ours']}, results['official'], 10 * TOLERANCE[torch.float32])
         if wrong:

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['FusedShiftAndAdd', 'activation_space', 'shift_and_add']
-
 
 def shift_and_add(filtered: Tensor, shifts: Tensor, picks: Tensor, small_kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the shifted results of the small filters.

@@ -23,6 +23,7 @@ from slak_mm.sparsity import PRESETS, SparseTraining, select_parameters
 
 from .common import (
     BenchmarkError,
+    add_command,
     add_measurement_arguments,
     check_arguments,
     describe_machine,
@@ -31,60 +32,34 @@ from .common import (
     timed,
 )
 
-__all__ = ['add_parser', 'run']
-
 CONTENDERS = ('dense', 'static', 'update')
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser(
-        'sparse',
-        help='training steps without masks, with masks, and with an update of them',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
-    parser.add_argument('--arch', default='tiny', help='tiny, small or base (default: tiny)')
-    parser.add_argument(
-        '--mode',
-        choices=('set', 'rigl', 'momentum'),
-        default='set',
-        help='how masks change (default: set, the published one)',
-    )
-    parser.add_argument('--sparsity', type=float, default=0.4, help='(default: 0.4)')
-    parser.add_argument(
-        '--intervals',
-        nargs='+',
-        type=positive_int,
-        metavar='STEPS',
-        default=sorted({int(p['update_interval']) for p in PRESETS.values()}),
-        help='steps between two updates, for the averages (default: those of the presets)',
-    )
+    parser = add_command(commands, globals(), 'training steps without masks, with masks, and with an update of them')
+    add = parser.add_argument
+    add('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
+    add('--arch', default='tiny', help='tiny, small or base (default: tiny)')
+    how = 'how masks change (default: set, the published one)'
+    add('--mode', choices=('set', 'rigl', 'momentum'), default='set', help=how)
+    add('--sparsity', type=float, default=0.4, help='(default: 0.4)')
+    intervals = sorted({int(p['update_interval']) for p in PRESETS.values()})
+    steps = 'steps between two updates, for the averages (default: those of the presets)'
+    add('--intervals', nargs='+', type=positive_int, metavar='STEPS', default=intervals, help=steps)
     add_measurement_arguments(parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',), memory=False)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
-    """Measure; see the module.
-
-    Args:
-        args: Of the sub-command.
-
-    Yields:
-        Lines of the report.
+    """Measure, and yield the lines of the report.
 
     Raises:
         BenchmarkError: A weight that should be zero is not, or a count is wrong.
     """
     check_arguments(args)
-    machine = describe_machine(
-        args.device,
-        backbone=f'{args.backbone} {args.arch}',
-        mode=args.mode,
-        sparsity=args.sparsity,
-        repeats=args.repeats,
-    )
+    name = f'{args.backbone} {args.arch}'
+    settings = dict(backbone=name, mode=args.mode, sparsity=args.sparsity, repeats=args.repeats)
+    machine = describe_machine(args.device, **settings)
     averages = ['static', *(f'every {interval} steps' for interval in args.intervals)]
     training = _Training(args)
     yield from report(
@@ -100,7 +75,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         ],
         lambda row: row['name'],
         lambda row: {name: 1e3 * row['seconds'][name] for name in CONTENDERS},
-        f'A training step of {args.backbone} {args.arch}',
+        f'A training step of {name}',
     )
 
 
@@ -110,10 +85,8 @@ class _Training:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         torch.manual_seed(0)
-        self.model: nn.Module = MODELS.build(dict(type=args.backbone, arch=args.arch, norm_cfg=dict(type='BN'))).to(
-            args.device
-        )
-        self.model.train()
+        network = dict(type=args.backbone, arch=args.arch, norm_cfg=dict(type='BN'))
+        self.model: nn.Module = MODELS.build(network).to(args.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         options: dict[str, Any] = dict(
             distribution='uniform', sparsity=args.sparsity, prune_rate=0.3, per_filter=args.backbone == 'ShiftWise'
@@ -129,9 +102,8 @@ class _Training:
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps, of what masks take in them, and its share of the dense step."""
-        x = torch.randn(
-            batch, 3, *size, device=self.args.device, generator=torch.Generator(self.args.device).manual_seed(1)
-        )
+        generator = torch.Generator(self.args.device).manual_seed(1)
+        x = torch.randn(batch, 3, *size, device=self.args.device, generator=generator)
         for name, sparse in self.masks.items():
             self.step(name, x)()
             self.check(name, sparse)

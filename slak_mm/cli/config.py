@@ -14,7 +14,7 @@ from slak_mm._config import datasets_of, framework, model_of, type_name, walk
 
 from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
-from .device import set_amp
+from .device import set_amp, set_compile
 from .errors import ConfigOverrideError, reason
 from .schedule import check_schedule, set_max_iters
 from .size import RESIZES, set_crop_size, set_img_scale
@@ -24,15 +24,8 @@ from .sparse import set_sparse, set_sparsity
 def load_config(path: str) -> Config:
     """Read a config.
 
-    Args:
-        path: Config file.
-
-    Returns:
-        The config.
-
     Raises:
-        ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is
-            not installed.
+        ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is not installed.
     """
     if not osp.isfile(path):
         folder = osp.dirname(path) or '.'
@@ -64,7 +57,7 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
 
     Args:
         cfg: Changed in place.
-        args: Parsed arguments; those a tool does not have are skipped.
+        args: Parsed arguments; those that a tool does not have are skipped.
 
     Raises:
         ConfigOverrideError: An override or option does not fit the config, or the work dir cannot be written.
@@ -86,8 +79,9 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None:
             change(cfg, value)
-    if getattr(args, 'amp', False):
-        set_amp(cfg)
+    for name, switch in (('amp', set_amp), ('compile', set_compile)):
+        if getattr(args, name, False):
+            switch(cfg)
     if args.cfg_options:
         try:
             cfg.merge_from_dict(args.cfg_options)
@@ -102,9 +96,10 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
 def use_test_time_augmentation(cfg: Config) -> None:
     """Test with the config's ``tta_model`` and ``tta_pipeline``.
 
+    Images are read as the test pipeline reads them: frameworks' bases have a ``tta_pipeline`` for RGB.
+
     Args:
-        cfg: Changed in place; left as it is where its model is one already. Images are read as
-            the test pipeline reads them: frameworks' bases have a ``tta_pipeline`` for RGB.
+        cfg: Changed in place, unless its model is one for augmentation already.
 
     Raises:
         ConfigOverrideError: The config has no test-time augmentation.
@@ -123,11 +118,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
 def tests_boxes_alone(cfg: Config) -> bool:
     """Whether only the boxes of a model with masks are tested, under test-time augmentation.
 
-    Args:
-        cfg: A whole config.
-
-    Returns:
-        True if the mask head is to be left out after the weights were loaded.
+    The mask head is then to be left out after the weights were loaded.
 
     Raises:
         ConfigOverrideError: Masks would be predicted, which mmdetection cannot merge over views.
@@ -140,11 +131,8 @@ def tests_boxes_alone(cfg: Config) -> bool:
     if not (judges_masks or removable or any(node.get('mask_head') or 'panoptic_head' in node for node in walk(model))):
         return False
     if judges_masks or not removable:
-        remedy = (
-            'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
-            if removable
-            else 'test it without --tta'
-        )
+        boxes = 'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
+        remedy = boxes if removable else 'test it without --tta'
         raise ConfigOverrideError(
             f'mmdetection has test-time augmentation for boxes only, and this model predicts masks: {remedy}.'
         )

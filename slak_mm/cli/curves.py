@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,8 @@ def _entries(file: Path) -> list[tuple[float, dict[str, float]]]:
             trained, by_epoch = step, 'epoch' in content
         elif by_epoch:
             step = trained
-        entries.append(
-            (
-                step,
-                {
-                    key: float(value)
-                    for key, value in content.items()
-                    if key not in _NOT_SCALARS and isinstance(value, (int, float))
-                },
-            )
-        )
+        numbers = {k: float(v) for k, v in content.items() if k not in _NOT_SCALARS and isinstance(v, (int, float))}
+        entries.append((step, numbers))
     return entries
 
 
@@ -105,12 +98,8 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
 
     Args:
         runs: Curves of each run.
-        wanted: Names to draw; a name ending in ``*`` stands for all
-            that begin so. Defaults to those of :data:`DEFAULT_KEYS` that some run has and that
-            are not zero throughout, and all metrics of validation.
-
-    Returns:
-        Names, each once.
+        wanted: Names to draw; one that ends in ``*`` stands for all that begin so. Defaults to those of
+            :data:`DEFAULT_KEYS` that are not zero throughout in some run, and all metrics of validation.
 
     Raises:
         ConfigOverrideError: No run has a wanted name.
@@ -131,30 +120,16 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
         for key, (steps, _) in curves.items()
         if 'loss' in curves and len(steps) == len(curves['loss'][0])
     }
-    keys = [
-        key
-        for key in DEFAULT_KEYS
-        if key in there and any(curves[key][1].any() for curves in runs.values() if key in curves)
-    ]
-    return keys + [
-        key
-        for key in there
-        if key not in keys
-        and key not in training
-        and not key.startswith(('sparsity/', 'base_lr'))
-        and 'loss' not in key
-    ]
+    moving = {key for curves in runs.values() for key, (_, values) in curves.items() if values.any()}
+    keys = [key for key in DEFAULT_KEYS if key in moving]
+    others = re.compile('sparsity/|base_lr|.*loss')
+    return keys + [key for key in there if key not in {*keys, *training} and not others.match(key)]
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered running mean; at both ends over the part of the window that is there.
+    """Centered running mean of (N,) values; at both ends over the part of the window that is there.
 
-    Args:
-        values: Shape (N,).
-        window: Number of values to average over; even ones are made odd.
-
-    Returns:
-        Shape (N,).
+    Even windows are made odd.
     """
     half = max(0, window // 2)
     totals = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
@@ -228,14 +203,8 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, t
             axis.set_ylim(middle - 0.05 * abs(middle), middle + 0.05 * abs(middle))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    figure.legend(
-        legend.values(),
-        legend.keys(),
-        loc='outside upper center',
-        ncols=min(len(legend), 4),
-        frameon=False,
-        fontsize=10,
-    )
+    look = dict(loc='outside upper center', ncols=min(len(legend), 4), frameon=False, fontsize=10)
+    figure.legend(legend.values(), legend.keys(), **look)
     if title:
         figure.suptitle(title, fontsize=12)
     canvas.draw()

@@ -84,19 +84,22 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
 
 
 def check_schedule(cfg: Config) -> None:
-    """Refuse lengths and intervals that mmengine divides by or never reaches.
-
-    Args:
-        cfg: A whole config.
+    """Refuse lengths and intervals of training that mmengine divides by or never reaches.
 
     Raises:
         ConfigOverrideError: Names the setting.
     """
-    for key in ('max_iters', 'max_epochs', 'val_interval'):
-        value = (cfg.get('train_cfg') or {}).get(key, 1)
-        if not isinstance(value, (int, float)) or value < 1:
-            advice = ' To train without validation, set it above the length of the run.' if 'val' in key else ''
-            raise ConfigOverrideError(f'train_cfg.{key} must be at least 1, got {value!r}.{advice}')
+    loop = cfg.get('train_cfg') or {}
+    values = {key: loop.get(key) for key in ('max_iters', 'max_epochs')}
+    if cfg.get('val_dataloader'):
+        values['val_interval'] = loop.get('val_interval')
+        values |= {f'dynamic_intervals[{i}]': pair[1] for i, pair in enumerate(loop.get('dynamic_intervals') or [])}
+    for key, value in values.items():
+        if value is not None and not (isinstance(value, (int, float)) and value >= 1):
+            remedy = '; to train without validation set val_dataloader, val_cfg and val_evaluator to None'
+            raise ConfigOverrideError(
+                f'train_cfg.{key} must be a number from 1, got {value!r}{"" if key.startswith("max") else remedy}.'
+            )
 
 
 def _count_iterations(cfg: Config) -> None:
@@ -114,11 +117,8 @@ def _count_iterations(cfg: Config) -> None:
     sampler = cfg.train_dataloader.get('sampler')
     if sampler and type_name(sampler) == 'DefaultSampler':
         cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
-    print_log(
-        '--max-iters: this config counts epochs; it is run by iterations instead, with its '
-        'schedule in the same proportions.',
-        logger='current',
-    )
+    text = 'this config counts epochs; it is run by iterations instead, with its schedule in the same proportions.'
+    print_log(f'--max-iters: {text}', logger='current')
 
 
 def _rescale(scheduler: ConfigDict, loop_by_epoch: bool, factor: float, max_iters: int) -> None:

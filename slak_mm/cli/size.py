@@ -29,14 +29,10 @@ RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge',
 
 #: What else has a size in pixels in detection, and under which names.
 _AREAS = {
+    **dict.fromkeys(('Mosaic', 'CachedMosaic', 'MixUp', 'CachedMixUp'), ('img_scale',)),
+    **dict.fromkeys(('Pad', 'BatchFixedSizePad'), ('size',)),
     'RandomCrop': ('crop_size',),
-    'Pad': ('size',),
     'FixShapeResize': ('width', 'height'),
-    'Mosaic': ('img_scale',),
-    'CachedMosaic': ('img_scale',),
-    'MixUp': ('img_scale',),
-    'CachedMixUp': ('img_scale',),
-    'BatchFixedSizePad': ('size',),
     'BatchResize': ('scale',),
     'BatchSyncRandomResize': ('random_size_range',),
 }
@@ -51,7 +47,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
 
     Args:
         cfg: Changed in place.
-        size: Height and width in pixels. Scales follow the shorter side.
+        size: Height and width in pixels; scales follow the shorter one.
 
     Raises:
         ConfigOverrideError: The config does not crop, or crops to several sizes.

@@ -20,11 +20,7 @@ from .sparse import sparsity_hooks
 
 
 def named_weights(cfg: Config) -> list[tuple[str, str]]:
-    """The pretrained weights that a config names.
-
-    Returns:
-        Place in the config and source of each, without ``load_from``.
-    """
+    """Place in the config and source of the pretrained weights that it names, without ``load_from``."""
     found: list[tuple[str, str]] = []
 
     def visit(path: str, node: Any) -> None:
@@ -45,14 +41,7 @@ def named_weights(cfg: Config) -> list[tuple[str, str]]:
 
 
 def remove_weights(cfg: Config) -> list[tuple[str, str]]:
-    """Remove every mention of pretrained weights, ``load_from`` included.
-
-    Args:
-        cfg: Changed in place.
-
-    Returns:
-        What was removed, as :func:`named_weights`.
-    """
+    """Remove every mention of pretrained weights, ``load_from`` included; returns them as :func:`named_weights`."""
     removed = named_weights(cfg)
     if cfg.get('load_from'):
         removed.append(('load_from', str(cfg.load_from)))
@@ -69,16 +58,8 @@ def remove_weights(cfg: Config) -> list[tuple[str, str]]:
 
 
 # Addresses that mmengine's own loader knows and this package does not.
-_FRAMEWORK_SCHEMES = (
-    'torchvision://',
-    'open-mmlab://',
-    'openmmlab://',
-    'mmcls://',
-    'modelzoo://',
-    'pavi://',
-    's3://',
-    'petrel://',
-    'local://',
+_FRAMEWORK_SCHEMES = tuple(
+    f'{name}://' for name in 'torchvision open-mmlab openmmlab mmcls modelzoo pavi s3 petrel local'.split()
 )
 
 
@@ -139,11 +120,8 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     if resume == 'auto':
         newest = _newest_checkpoint(cfg)
         if newest is None:
-            print_log(
-                f'{cfg.work_dir} has no checkpoint, training starts at the beginning.',
-                logger='current',
-                level=logging.WARNING,
-            )
+            text = f'{cfg.work_dir} has no checkpoint, training starts at the beginning.'
+            print_log(text, logger='current', level=logging.WARNING)
             cfg.resume = False
             return None
         found, checkpoint = newest
@@ -154,11 +132,8 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     randomness = ConfigDict(cfg.get('randomness') or {})
     if seed is not None:
         if randomness.get('seed') not in (None, seed):
-            print_log(
-                f'The run to resume has the seed {seed}; it goes on with that one.',
-                logger='current',
-                level=logging.WARNING,
-            )
+            text = f'The run to resume has the seed {seed}; it goes on with that one.'
+            print_log(text, logger='current', level=logging.WARNING)
         # mmengine takes the seed over itself, but only after the samplers were built.
         randomness.seed = seed
         cfg.randomness = randomness

@@ -7,24 +7,9 @@ from PIL import Image
 
 
 def test_demo(call_tool, tiny, tmp_path):
-    result = call_tool(
-        'demo',
-        '--work-dir',
-        tmp_path / 'demo',
-        '--max-iters',
-        '40',
-        '--crop-size',
-        '64',
-        '--batch-size',
-        '2',
-        '--num-train',
-        '6',
-        '--num-val',
-        '2',
-        '--cfg-options',
-        *tiny,
-        'optim_wrapper.optimizer.lr=0.02',
-    )
+    sizes = '--max-iters 40 --crop-size 64 --batch-size 2 --num-train 6 --num-val 2'
+    options = ['--cfg-options', *tiny, 'optim_wrapper.optimizer.lr=0.02']
+    result = call_tool('demo', '--work-dir', tmp_path / 'demo', sizes, *options)
     assert 'eta: ' in result.out and 'FROM SCRATCH' in result.out, result.text
     rows = dict(re.findall(r'^  (UperNet.*?|always "\w+")  +([\d.]+) %$', result.out, re.M))
     assert len(rows) == 2, result.text
