@@ -9,7 +9,8 @@ import re
 
 import pytest
 import torch
-from mmengine.config import Config, DictAction
+from conftest import parsed
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
@@ -20,12 +21,8 @@ from slak_mm.cli.model import check_channels
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
-    SLaK=[
-        'model.backbone.type=SLaK',
-        'model.backbone.width_factor=1.0',
-        'model.backbone.kernel_sizes=(13,11,9,7)',
-        'model.backbone.small_kernel=3',
-    ],
+    SLaK='model.backbone.type=SLaK model.backbone.width_factor=1.0 model.backbone.kernel_sizes=(13,11,9,7)'.split()
+    + ['model.backbone.small_kernel=3'],
     ShiftWise=['model.backbone.type=ShiftWise', 'model.backbone.kernel_sizes=(13,11,9,7)'],
 )
 # In place of `arch=tiny` and its widths.
@@ -57,9 +54,7 @@ def load(name, backbone, without=None, *more):
     cfg = Config.fromfile(framework_configs(package, f'../{path}.py')[0])
     options = ['model.backbone._delete_=True', *BACKBONES[backbone], *SMALL]
     options += [option for option in CONFIGS[name] if without is None or without not in option] + list(more)
-    cfg.merge_from_dict(
-        {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
-    )
+    cfg.merge_from_dict(parsed(options))
     cli.adapt_to_device(cfg, has_gpu=lambda: False)
     return cfg
 
@@ -74,14 +69,11 @@ def segmentation_batch(size):
     from mmseg.structures import SegDataSample
 
     generator = torch.Generator().manual_seed(0)
-    images, samples = [], []
-    for _ in range(2):
-        images.append(torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator))
-        sample = SegDataSample(
-            metainfo=dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size), padding_size=[0] * 4)
-        )
+    images = list(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator))
+    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), (size, size))
+    samples = [SegDataSample(metainfo=dict(shapes, padding_size=[0] * 4)) for _ in images]
+    for sample in samples:
         sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, size, size), generator=generator))
-        samples.append(sample)
     return dict(inputs=images, data_samples=samples)
 
 
@@ -118,11 +110,8 @@ def test_stock_config(name, backbone):
                 assert torch.isfinite(result.pred_instances.scores).all()
         model.train()
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-        weight = (
-            model.backbone.stages[0][0].pwconv1.weight
-            if backbone == 'SLaK'
-            else model.backbone.stages[0][0].ffn.fc1.weight
-        )
+        block = model.backbone.stages[0][0]
+        weight = block.pwconv1.weight if backbone == 'SLaK' else block.ffn.fc1.weight
         before = weight.detach().clone()
         logs = model.train_step(batch, optimizer)
     losses = {key: float(value) for key, value in logs.items() if 'loss' in key}

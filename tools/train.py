@@ -43,8 +43,8 @@ def main() -> None:
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise cli.ConfigOverrideError(
-                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch that its learning rate is '
-                'meant for.'
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch that its learning '
+                'rate is meant for.'
             )
         cfg.auto_scale_lr.enable = True
     if args.seed is not None or args.deterministic:

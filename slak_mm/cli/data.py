@@ -111,15 +111,13 @@ def _check_dataset(where: str, dataset: dict, scope: str) -> None:
         if files.ask('exists', path) is False:
             raise ConfigOverrideError(f'"{path}" does not exist ({where}): {remedy}.')
     kind = dataset_class(dataset, scope)
-    bases = {base.__name__: base for base in getattr(kind, '__mro__', ())}
+    if kind is None:
+        return
+    bases = {base.__name__: base for base in inspect.getmro(kind)}
     # A class that reads its list in a way of its own knows itself what it needs.
     own = ('load_data_list', 'parse_data_info', '_join_prefix')
     for name, check in dict(BaseSegDataset=_check_pairs, XMLDataset=_check_listed, CocoDataset=_check_listed).items():
-        if (
-            kind is not None
-            and name in bases
-            and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own)
-        ):
+        if name in bases and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own):
             check(where, files, dataset, kind)
 
 

@@ -25,7 +25,7 @@ def check_channels(model: nn.Module, cfg: Config) -> None:
     a part that fails and names another number of maps than it gets.
 
     Args:
-        model: A segmentor or detector, built, not wrapped. It is not changed.
+        model: A segmentor or detector, built, not wrapped; not changed.
         cfg: Its whole config.
 
     Raises:
@@ -100,12 +100,7 @@ def _blank(model: nn.Module, height: int, width: int) -> Iterator[Tensor]:
 
 
 class _Parts:
-    """Runs parts of a model, and says of those that fail whether the channels are why.
-
-    Args:
-        model: The model.
-        node: Its config.
-    """
+    """Runs parts of a model with this config, and says of those that fail whether the channels are why."""
 
     def __init__(self, model: nn.Module, node: ConfigDict) -> None:
         self.model, self.node = model, node

@@ -10,38 +10,19 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['class_shares', 'colorize', 'displayable', 'overlay', 'panel', 'with_legend']
-
 Palette = Sequence[Sequence[int]]
 _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
 
 
 def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
-    """The classes of a label map, the largest first.
-
-    Args:
-        labels: Label map (H, W).
-        num_classes: Number of classes; other values do not count.
-
-    Returns:
-        Class index and its share of all pixels, 0..1.
-    """
+    """Index and share of all pixels, 0..1, of the classes in a label map (H, W), the largest first."""
     counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(), minlength=num_classes)
     order = np.argsort(-counts, kind='stable')
     return [(int(index), float(counts[index] / labels.size)) for index in order if counts[index]]
 
 
 def colorize(labels: np.ndarray, palette: Palette, unlabeled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Paint every class in its color.
-
-    Args:
-        labels: Label map (H, W).
-        palette: RGB color 0..255 of each class.
-        unlabeled: Color of everything else. Defaults to black.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
-    """
+    """Paint every class of a label map (H, W) in its color of the palette; RGB (H, W, 3), uint8."""
     colors = np.asarray([*palette, unlabeled], np.uint8)
     known = (labels >= 0) & (labels < len(palette))
     return colors[np.where(known, labels, len(palette))]
@@ -136,24 +117,20 @@ def with_legend(
     for column, width in zip(columns, widths):
         for row, (text, color) in enumerate(column):
             top = gap + row * line
-            draw.rectangle(
-                (left, top, left + font_size, top + font_size), fill=tuple(int(value) for value in color), outline=_INK
-            )
+            square = (left, top, left + font_size, top + font_size)
+            draw.rectangle(square, fill=tuple(map(int, color)), outline=_INK)
             draw.text((left + line, top), text, fill=_INK, font=font)
         left += width
     return np.asarray(canvas)
 
 
 def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], font_size: int | None = None) -> np.ndarray:
-    """Put pictures side by side, each under its title.
+    """Put RGB pictures (uint8) of any sizes side by side, each under its title.
 
     Args:
-        pictures: RGB images, uint8, of any sizes.
+        pictures: RGB images.
         titles: One for each.
         font_size: In pixels. Defaults to a twentieth of the height, at least 12.
-
-    Returns:
-        RGB image.
 
     Raises:
         ValueError: There are not as many titles as pictures, or none.
