@@ -27,19 +27,7 @@ from slak_mm.models.shiftwise import FeedForward, ShiftWiseConv
 from slak_mm.models.slak import SLaKBlock
 from slak_mm.ops import use_backend
 
-from .common import (
-    DTYPES,
-    TOLERANCE,
-    BenchmarkError,
-    add_command,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    disagreeing,
-    measure_times,
-    multiple,
-    report,
-)
+from . import common
 from .peak import measure_peak
 from .shifted_sum import activation_space
 
@@ -56,8 +44,8 @@ _BASELINE = 'ConvNeXt-T'
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
-    parser = add_command(commands, globals(), 'whole backbones beside ConvNeXt-T and Swin-T')
-    add_measurement_arguments(parser, sizes=[(800, 1344)], batches=(1, 2), repeats=3)
+    parser = common.add_command(commands, globals(), 'whole backbones beside ConvNeXt-T and Swin-T')
+    common.add_measurement_arguments(parser, sizes=[(800, 1344)], batches=(1, 2), repeats=3)
     names = f'what to compare (default: all of {", ".join(NETWORKS)})'
     parser.add_argument('--networks', nargs='+', choices=NETWORKS, metavar='NAME', default=list(NETWORKS), help=names)
     train = 'forward and backward in training mode, instead of forward'
@@ -184,15 +172,15 @@ class Case:
     """
 
     def __init__(self, contender: str, size: Sequence[int], batch: int, dtype: str, device: str, train: bool) -> None:
-        network = _build(contender, size, DTYPES[dtype])
-        self.network = network.to(device, DTYPES[dtype]).train(train)
+        network = _build(contender, size, common.DTYPES[dtype])
+        self.network = network.to(device, common.DTYPES[dtype]).train(train)
         if contender == 'ConvNeXt-T':
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(batch, 3, *size, generator=generator)
         if contender == 'ConvNeXt-T':
             images = images.contiguous(memory_format=torch.channels_last)
-        self.images = images.to(device, DTYPES[dtype])
+        self.images = images.to(device, common.DTYPES[dtype])
         self.is_training = train
         self.grads: list[Tensor] | None = None
 
@@ -234,20 +222,20 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
             or timm is not installed; or, after everything else, a network disagreed.
     """
-    check_arguments(args)
+    common.check_arguments(args)
     names = [name for name in NETWORKS if name in args.networks and not (args.train and name.endswith('deploy'))]
     if not names:
-        raise BenchmarkError('--train leaves nothing of --networks: deployed forms do not train.')
+        raise common.BenchmarkError('--train leaves nothing of --networks: deployed forms do not train.')
     if set(names) & {'ConvNeXt-T', 'Swin-T'} and importlib.util.find_spec('timm') is None:
-        raise BenchmarkError(
+        raise common.BenchmarkError(
             'ConvNeXt-T and Swin-T are those of timm, which is not installed '
             '(pip install timm); leave them out with --networks.'
         )
     what = 'training pass (forward and backward)' if args.train else 'forward pass'
     yield f'Median time of a {what}, behind it the multiple of {_BASELINE}.'
-    yield from report(
+    yield from common.report(
         args,
-        describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train),
+        common.describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train),
         ['image', 'network', 'ms', f'x {_BASELINE}', 'images/s', 'peak MiB'],
         (row for size in args.size for batch in args.batch for row in measure(names, args, size, batch)),
         cells,
@@ -265,17 +253,17 @@ def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int
     """All figures for one batch of images."""
     options: dict[str, Any] = dict(size=list(size), batch=batch, dtype=args.dtype, device=args.device, train=args.train)
     cases = {name: Case(name, **options) for name in names}
-    times, results = measure_times({name: case.step for name, case in cases.items()}, args.repeats, args.device)
+    times, results = common.measure_times({name: case.step for name, case in cases.items()}, args.repeats, args.device)
     # Low precision is compared with a sharper one. Whole networks add up the rounding of their
     # layers: allow ten times the difference of one operator.
-    exact = args.dtype if DTYPES[args.dtype].itemsize >= 4 else 'float32'
+    exact = args.dtype if common.DTYPES[args.dtype].itemsize >= 4 else 'float32'
     disagrees = []
     for family in CONFIGS:
         own = {name: result for name, result in results.items() if name.startswith(family)}
         if own:
             with use_backend('reference'):
                 want = Case(family, **{**options, 'dtype': exact}).step()
-            disagrees += disagreeing(own, want, 10 * TOLERANCE[DTYPES[args.dtype]])
+            disagrees += common.disagreeing(own, want, 10 * common.TOLERANCE[common.DTYPES[args.dtype]])
     del cases, results
     base = None if _BASELINE in disagrees else times.get(_BASELINE)
     rows = []
@@ -283,7 +271,9 @@ def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int
         row: dict[str, Any] = dict(options, network=name, disagrees=name in disagrees, seconds=None, peak_mib=None)
         if not row['disagrees']:
             row.update(
-                seconds=times[name], images_per_second=batch / times[name], of_baseline=multiple(times[name], base)
+                seconds=times[name],
+                images_per_second=batch / times[name],
+                of_baseline=common.multiple(times[name], base),
             )
             if not args.no_memory:
                 row.update(peak_mib=measure_peak(__name__, dict(options, contender=name)))

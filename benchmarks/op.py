@@ -32,18 +32,7 @@ from torch import Tensor
 from slak_mm.ops import BACKENDS, choose_backend, cross_dwconv2d, use_backend
 from slak_mm.ops.shift_tables import assemble_kernels, num_filters, shift_tables
 
-from .common import (
-    DTYPES,
-    TOLERANCE,
-    add_command,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    disagreeing,
-    measure_times,
-    multiple,
-    report,
-)
+from . import common
 from .peak import measure_peak
 from .shifted_sum import activation_space
 
@@ -65,9 +54,9 @@ MATRIX_SIZE = 2048
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
-    parser = add_command(commands, globals(), 'the large-kernel operator, stage by stage')
+    parser = common.add_command(commands, globals(), 'the large-kernel operator, stage by stage')
     parser.add_argument('--family', choices=list(CHANNELS), default='slak')
-    add_measurement_arguments(parser, sizes=[(512, 512), (800, 1344)])
+    common.add_measurement_arguments(parser, sizes=[(512, 512), (800, 1344)])
     parser.add_argument('--stages', nargs='+', type=int, choices=range(4), default=[0, 1, 2, 3])
     others = sorted({c for names in CONTENDERS.values() for c in names[1:]} | set(BACKENDS))
     what = 'competitors to leave out, such as one that takes minutes'
@@ -105,7 +94,7 @@ class Case:
         self.map = tuple(
             math.ceil(n / 2 ** (stage + 2)) if family == 'shiftwise' else n // 2 ** (stage + 2) for n in size
         )
-        self.dtype = DTYPES[dtype]
+        self.dtype = common.DTYPES[dtype]
         self.device = device
         generator = torch.Generator().manual_seed(0)
 
@@ -233,7 +222,7 @@ def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP per second of a large matrix product, the best of some."""
     # Random numbers: a GPU is faster, and cooler, on ones.
     a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
-    times = [measure_times({'product': lambda: a @ b}, 1, device)[0]['product'] for _ in range(10)]
+    times = [common.measure_times({'product': lambda: a @ b}, 1, device)[0]['product'] for _ in range(10)]
     return 2 * MATRIX_SIZE**3 / min(times)
 
 
@@ -256,9 +245,9 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses;
             or, after everything else, a contender disagreed with the reference.
     """
-    check_arguments(args)
-    rate = matrix_product_rate(DTYPES[args.dtype], args.device)
-    machine = describe_machine(
+    common.check_arguments(args)
+    rate = matrix_product_rate(common.DTYPES[args.dtype], args.device)
+    machine = common.describe_machine(
         args.device, dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1)
     )
     with_memory = args.family == 'shiftwise' and not args.no_memory
@@ -271,7 +260,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     names = [name for name in Case(**options[0]).contenders() if name not in args.skip]
     if not set(LAYOUTS) <= set(names) and 'best mix' in names:
         names.remove('best mix')
-    yield from report(
+    yield from common.report(
         args,
         machine,
         ['image, batch, stage, pass', 'map', 'channels', 'kernel', 'GFLOP/s', *names],
@@ -302,7 +291,7 @@ def measure(
     }
     if 'best mix' in names:  # branch by branch, with one result in memory at a time
         steps.update((f'{layout} {i}', case.branch(layout, i, passing)) for layout in LAYOUTS for i in range(3))
-    times, results = measure_times(steps, args.repeats, args.device)
+    times, results = common.measure_times(steps, args.repeats, args.device)
     branches = {layout: [times[f'{layout} {i}'] for i in range(3)] for layout in LAYOUTS if 'best mix' in names}
     results = {name: result for name, result in results.items() if name in names}
     judge = JUDGE[case.family]
@@ -312,7 +301,7 @@ def measure(
     else:
         exact = 'float64' if is_short else args.dtype
         want = Case(**{**options, 'dtype': exact}).step(judge, passing)()
-    disagrees = disagreeing(results, want, TOLERANCE[case.dtype])
+    disagrees = common.disagreeing(results, want, common.TOLERANCE[case.dtype])
     del results, want
     seconds = {name: times[name] for name in names if name in times and name not in disagrees}
     if 'best mix' in names and not set(LAYOUTS) & set(disagrees):
@@ -364,8 +353,8 @@ def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
         others = name != 'ours'
         time = 1e3 * seconds[name]
         text = f'{time:.2f}' if time < 10 else f'{time:.1f}'
-        text += multiple(seconds[name], others and seconds.get('ours'))
+        text += common.multiple(seconds[name], others and seconds.get('ours'))
         if peaks.get(name) is not None:
-            text += f' @ {peaks[name]:.0f}' + multiple(peaks[name], others and peaks.get('ours'))
+            text += f' @ {peaks[name]:.0f}' + common.multiple(peaks[name], others and peaks.get('ours'))
         texts.append(text)
     return texts

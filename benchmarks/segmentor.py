@@ -20,18 +20,7 @@ from torch import Tensor, nn
 from slak_mm import cli
 from slak_mm.models import ShiftWise, SLaK
 
-from .common import (
-    TOLERANCE,
-    BenchmarkError,
-    add_command,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    disagreeing,
-    measure_times,
-    multiple,
-    report,
-)
+from . import common
 from .model import OfficialSLaK, official_shiftwise
 
 CONTENDERS = ('ours', 'official', 'heads')
@@ -39,12 +28,14 @@ CONTENDERS = ('ours', 'official', 'heads')
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = add_command(commands, globals(), "a segmentor's training step beside the official backbone")
+    parser = common.add_command(commands, globals(), "a segmentor's training step beside the official backbone")
     config = 'configs/upernet_slak_t_ade20k.py'
     what = 'config of a segmentor with one of our backbones (default: %(default)s)'
     parser.add_argument('config', nargs='?', default=config, help=what)
     cli.add_cfg_options(parser)
-    add_measurement_arguments(parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False)
+    common.add_measurement_arguments(
+        parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False
+    )
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -55,21 +46,23 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             the contenders disagree.
         ConfigOverrideError: The config cannot be read or built.
     """
-    check_arguments(args)
+    common.check_arguments(args)
     training = Training(args)
     yield 'Median time of a training step in ms, behind it the multiple of ours.'
 
     def cells(row: dict[str, Any]) -> list[str]:
         seconds = row['seconds']
-        others = (f'{1e3 * seconds[name]:.0f}' + multiple(seconds[name], seconds['ours']) for name in CONTENDERS[1:])
+        others = (
+            f'{1e3 * seconds[name]:.0f}' + common.multiple(seconds[name], seconds['ours']) for name in CONTENDERS[1:]
+        )
         return [label(row), f'{1e3 * seconds["ours"]:.0f}', *others]
 
     def label(row: dict[str, Any]) -> str:
         return f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}'
 
-    yield from report(
+    yield from common.report(
         args,
-        describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats),
+        common.describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats),
         ('image', *CONTENDERS),
         (training.measure(size, batch) for size in args.size for batch in args.batch),
         cells,
@@ -99,7 +92,7 @@ class Training:
         cfg = cli.load_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         if cli.framework(cfg) != 'mmseg':
-            raise BenchmarkError(f'{args.config} is no config of a segmentor.')
+            raise common.BenchmarkError(f'{args.config} is no config of a segmentor.')
         cfg.model.backbone.drop_path_rate = 0.0
         cli.adapt_to_device(cfg, has_gpu=lambda: args.device != 'cpu')
         torch.manual_seed(0)
@@ -111,7 +104,7 @@ class Training:
             self.official = official_shiftwise(self.backbone)
         else:
             other = 'neither a decomposed SLaK nor ShiftWise of version 2'
-            raise BenchmarkError(f'The backbone of {args.config} is {other}.')
+            raise common.BenchmarkError(f'The backbone of {args.config} is {other}.')
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps."""
@@ -120,11 +113,11 @@ class Training:
             features = self.backbone(data['inputs'])
         backbones: dict[str, nn.Module] = dict(ours=self.backbone, official=self.official, heads=_Features(features))
         steps = {name: self.step(backbone, data) for name, backbone in backbones.items()}
-        times, results = measure_times(steps, self.args.repeats, self.args.device)
+        times, results = common.measure_times(steps, self.args.repeats, self.args.device)
         # Whole networks add up the rounding of their layers.
-        wrong = disagreeing({'ours': results['ours']}, results['official'], 10 * TOLERANCE[torch.float32])
+        wrong = common.disagreeing({'ours': results['ours']}, results['official'], 10 * common.TOLERANCE[torch.float32])
         if wrong:
-            raise BenchmarkError('ours disagrees with the official backbone; no figure is given.')
+            raise common.BenchmarkError('ours disagrees with the official backbone; no figure is given.')
         self.model.backbone = self.backbone
         return dict(size=list(size), batch=batch, seconds=times)
 

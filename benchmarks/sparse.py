@@ -21,23 +21,16 @@ from torch import nn
 from slak_mm.cli import positive_int
 from slak_mm.sparsity import PRESETS, SparseTraining, select_parameters
 
-from .common import (
-    BenchmarkError,
-    add_command,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    measure_times,
-    report,
-    timed,
-)
+from . import common
 
 CONTENDERS = ('dense', 'static', 'update')
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
-    parser = add_command(commands, globals(), 'training steps without masks, with masks, and with an update of them')
+    parser = common.add_command(
+        commands, globals(), 'training steps without masks, with masks, and with an update of them'
+    )
     add = parser.add_argument
     add('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
     add('--arch', default='tiny', help='tiny, small or base (default: tiny)')
@@ -47,7 +40,9 @@ def add_parser(commands: Any) -> None:
     intervals = sorted({int(p['update_interval']) for p in PRESETS.values()})
     steps = 'steps between two updates, for the averages (default: those of the presets)'
     add('--intervals', nargs='+', type=positive_int, metavar='STEPS', default=intervals, help=steps)
-    add_measurement_arguments(parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',), memory=False)
+    common.add_measurement_arguments(
+        parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',), memory=False
+    )
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -56,13 +51,13 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     Raises:
         BenchmarkError: A weight that should be zero is not, or a count is wrong.
     """
-    check_arguments(args)
+    common.check_arguments(args)
     name = f'{args.backbone} {args.arch}'
     settings = dict(backbone=name, mode=args.mode, sparsity=args.sparsity, repeats=args.repeats)
-    machine = describe_machine(args.device, **settings)
+    machine = common.describe_machine(args.device, **settings)
     averages = ['static', *(f'every {interval} steps' for interval in args.intervals)]
     training = _Training(args)
-    yield from report(
+    yield from common.report(
         args,
         machine,
         ['image', *CONTENDERS, 'masks, static', 'masks, update', *averages],
@@ -108,7 +103,9 @@ class _Training:
             self.step(name, x)()
             self.check(name, sparse)
         self.seconds = {name: [] for name in self.masks}
-        times, _ = measure_times({name: self.step(name, x) for name in CONTENDERS}, self.args.repeats, self.args.device)
+        times, _ = common.measure_times(
+            {name: self.step(name, x) for name in CONTENDERS}, self.args.repeats, self.args.device
+        )
         # The first of each warms up, if it was not the only one.
         masks = {name: statistics.median(seconds[1:] or seconds) for name, seconds in self.seconds.items()}
         overhead = {'static': masks['static'] / times['dense']}
@@ -128,10 +125,10 @@ class _Training:
             loss.backward()
             spent = 0.0
             if sparse is not None:
-                spent += timed(lambda: sparse.gather_gradients(self.optimizer), self.args.device)[0]
+                spent += common.timed(lambda: sparse.gather_gradients(self.optimizer), self.args.device)[0]
             self.optimizer.step()
             if sparse is not None:
-                spent += timed(lambda: sparse.step(self.optimizer), self.args.device)[0]
+                spent += common.timed(lambda: sparse.step(self.optimizer), self.args.device)[0]
                 self.seconds[name].append(spent)
 
         return step
@@ -143,9 +140,9 @@ class _Training:
             state = self.optimizer.state[parameter]
             tensors = [parameter.detach(), state['exp_avg'], state['exp_avg_sq']]
             if any(bool(t.view(torch.int32)[~mask].any()) for t in tensors):
-                raise BenchmarkError(f'{name}: pruned entries of {layer} are not zero')
+                raise common.BenchmarkError(f'{name}: pruned entries of {layer} are not zero')
             # Filters count as one, with all their taps.
             units = len(mask) if self.args.backbone == 'ShiftWise' else mask.numel()
             want = round((1 - self.args.sparsity) * units) * (mask.numel() // units)
             if int(mask.count_nonzero()) != want:
-                raise BenchmarkError(f'{name}: {layer} should have {want} active weights')
+                raise common.BenchmarkError(f'{name}: {layer} should have {want} active weights')

@@ -163,13 +163,8 @@ def _car(canvas: _Canvas, x: float, y: float) -> None:
     paints = [(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45), (190, 160, 50)]
     paint = canvas.color(paints[rng.integers(5)], 15)
     left, right = x - width / 2, x + width / 2
-    corners = (
-        (left + 0.2 * width, 1),
-        (left + 0.32 * width, 1.8),
-        (right - 0.3 * width, 1.8),
-        (right - 0.14 * width, 1),
-    )
-    cabin = [(x_, y - up * height) for x_, up in corners]
+    cabin = [(left + 0.2 * width, y - height), (left + 0.32 * width, y - 1.8 * height)]
+    cabin += [(right - 0.3 * width, y - 1.8 * height), (right - 0.14 * width, y - height)]
 
     def body(draw: ImageDraw.ImageDraw) -> None:
         draw.rectangle((left, y - height, right, y), fill=255)
