@@ -105,7 +105,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
         if suffix not in FigureCanvasBase.get_supported_filetypes():
             raise BenchmarkError(
-                f'matplotlib {matplotlib.__version__} writes no "{suffix}" files; name --plot such as figures.png.'
+                f'matplotlib {matplotlib.__version__} writes no "{suffix}" files; name --plot e.g. x.png.'
             )
 
 
@@ -286,9 +286,8 @@ def plot_bars(
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(series.items()):
         shown = [math.nan if value is None else value for value in values]
-        bars = axes.barh(
-            [row - 0.4 + (index + 0.5) * height for row in range(len(groups))], shown, height=height * 0.92, label=name
-        )
+        places = [row - 0.4 + (index + 0.5) * height for row in range(len(groups))]
+        bars = axes.barh(places, shown, height=height * 0.92, label=name)
         labels = [f'{v:.0f}' if v >= 100 else f'{v:.3g}' if math.isfinite(v) else '' for v in shown]
         axes.bar_label(bars, labels, padding=2, fontsize=7)
     axes.set_yticks(range(len(groups)), groups)

@@ -190,9 +190,7 @@ def start_up(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 command = [sys.executable, '-W', 'ignore', '-m', __name__, case]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
-                    raise common.BenchmarkError(
-                        f'the first step of {name} failed: {done.stderr.strip().splitlines()[-1]}'
-                    )
+                    raise common.BenchmarkError(f'step 1 of {name} failed: {done.stderr.strip().splitlines()[-1]}')
                 seconds = float(done.stdout.split()[-1])
                 yield dict(name=f'{name}: first step, {caches} caches', text=f'{seconds:.1f} s', seconds=seconds)
 
@@ -216,10 +214,8 @@ def segmentor(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         return wrapped
 
-    steps = {
-        'dense': autocast(training.step(training.backbone, data)),
-        'masks': autocast(training.step(training.backbone, data, masks.attach)),
-    }
+    contenders = dict(dense=(), masks=(masks.attach,))
+    steps = {name: autocast(training.step(training.backbone, data, *attach)) for name, attach in contenders.items()}
     seconds, _ = common.measure_times(steps, args.repeats, args.device)
     text = f'{1e3 * seconds["masks"]:.1f} ms, {seconds["masks"] / seconds["dense"] - 1:+.1%} for the masks'
     yield dict(name=f'UperNet training step with masks, autocast, batch {batch}', text=text, seconds=seconds)

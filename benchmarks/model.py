@@ -270,11 +270,8 @@ def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int
     for name in names:
         row: dict[str, Any] = dict(options, network=name, disagrees=name in disagrees, seconds=None, peak_mib=None)
         if not row['disagrees']:
-            row.update(
-                seconds=times[name],
-                images_per_second=batch / times[name],
-                of_baseline=common.multiple(times[name], base),
-            )
+            row.update(seconds=times[name], images_per_second=batch / times[name])
+            row.update(of_baseline=common.multiple(times[name], base))
             if not args.no_memory:
                 row.update(peak_mib=measure_peak(__name__, dict(options, contender=name)))
         rows.append(row)

@@ -43,7 +43,6 @@ SMALL_KERNEL = dict(slak=5, shiftwise=3)
 CONTENDERS = dict(
     slak=('ours', 'NCHW', 'channels-last', 'best mix'), shiftwise=('ours', 'shifted, own adjoint', 'shifted, autograd')
 )
-"""Contenders of each family, without the further backends."""
 PASSES = dict(slak=('fwd', 'sum', 'f+b'), shiftwise=('fwd', 'f+b'))
 LAYOUTS = {'NCHW': torch.contiguous_format, 'channels-last': torch.channels_last}
 # The plain convolutions, or the shifted sum of the official code.
@@ -91,9 +90,8 @@ class Case:
         self.kernel = KERNELS[stage]
         self.small = SMALL_KERNEL[family]
         self.channels = channels or CHANNELS[family][stage]
-        self.map = tuple(
-            math.ceil(n / 2 ** (stage + 2)) if family == 'shiftwise' else n // 2 ** (stage + 2) for n in size
-        )
+        stride = 2 ** (stage + 2)
+        self.map = tuple(math.ceil(n / stride) if family == 'shiftwise' else n // stride for n in size)
         self.dtype = common.DTYPES[dtype]
         self.device = device
         generator = torch.Generator().manual_seed(0)
@@ -247,9 +245,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """
     common.check_arguments(args)
     rate = matrix_product_rate(common.DTYPES[args.dtype], args.device)
-    machine = common.describe_machine(
-        args.device, dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1)
-    )
+    settings = dict(dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1))
+    machine = common.describe_machine(args.device, **settings)
     with_memory = args.family == 'shiftwise' and not args.no_memory
     memory_note = ' and, after @, peak memory above the inputs in MiB' if with_memory else ''
     yield f'{args.family}: median times in ms{memory_note}; behind them the multiple of ours.'
@@ -264,11 +261,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         args,
         machine,
         ['image, batch, stage, pass', 'map', 'channels', 'kernel', 'GFLOP/s', *names],
-        (
-            measure(Case(**choice), choice, names, passing, args, with_memory, rate)
-            for choice in options
-            for passing in PASSES[args.family]
-        ),
+        (measure(Case(**o), o, names, p, args, with_memory, rate) for o in options for p in PASSES[args.family]),
         lambda row: cells(row, names),
         label,
         lambda row: {name: 1e3 * row['seconds'][name] if name in row['seconds'] else None for name in names},
@@ -286,9 +279,7 @@ def measure(
     rate: float,
 ) -> dict[str, Any]:
     """All figures of one pass at one stage."""
-    steps: dict[str, Callable[[], list[Tensor]]] = {
-        name: case.step(name, passing) for name in names if name != 'best mix'
-    }
+    steps = {name: case.step(name, passing) for name in names if name != 'best mix'}
     if 'best mix' in names:  # branch by branch, with one result in memory at a time
         steps.update((f'{layout} {i}', case.branch(layout, i, passing)) for layout in LAYOUTS for i in range(3))
     times, results = common.measure_times(steps, args.repeats, args.device)

@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument('config', nargs='?', default=config, help=what)
     cli.add_cfg_options(parser)
     common.add_measurement_arguments(
-        parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False
+        parser, sizes=[(256, 256)], batches=[4], repeats=3, dtypes=['float32'], memory=False
     )
 
 
@@ -52,10 +52,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
 
     def cells(row: dict[str, Any]) -> list[str]:
         seconds = row['seconds']
-        others = (
-            f'{1e3 * seconds[name]:.0f}' + common.multiple(seconds[name], seconds['ours']) for name in CONTENDERS[1:]
-        )
-        return [label(row), f'{1e3 * seconds["ours"]:.0f}', *others]
+        ours, *others = (seconds[name] for name in CONTENDERS)
+        return [label(row), f'{1e3 * ours:.0f}', *(f'{1e3 * s:.0f}{common.multiple(s, ours)}' for s in others)]
 
     def label(row: dict[str, Any]) -> str:
         return f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}'

@@ -28,9 +28,7 @@ CONTENDERS = ('dense', 'static', 'update')
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
-    parser = common.add_command(
-        commands, globals(), 'training steps without masks, with masks, and with an update of them'
-    )
+    parser = common.add_command(commands, globals(), 'training steps without masks, with masks, and with their update')
     add = parser.add_argument
     add('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
     add('--arch', default='tiny', help='tiny, small or base (default: tiny)')
@@ -40,9 +38,7 @@ def add_parser(commands: Any) -> None:
     intervals = sorted({int(p['update_interval']) for p in PRESETS.values()})
     steps = 'steps between two updates, for the averages (default: those of the presets)'
     add('--intervals', nargs='+', type=positive_int, metavar='STEPS', default=intervals, help=steps)
-    common.add_measurement_arguments(
-        parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',), memory=False
-    )
+    common.add_measurement_arguments(parser, sizes=[(512, 512)], dtypes=('float32',), memory=False)
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -103,9 +99,8 @@ class _Training:
             self.step(name, x)()
             self.check(name, sparse)
         self.seconds = {name: [] for name in self.masks}
-        times, _ = common.measure_times(
-            {name: self.step(name, x) for name in CONTENDERS}, self.args.repeats, self.args.device
-        )
+        steps = {name: self.step(name, x) for name in CONTENDERS}
+        times, _ = common.measure_times(steps, self.args.repeats, self.args.device)
         # The first of each warms up, if it was not the only one.
         masks = {name: statistics.median(seconds[1:] or seconds) for name, seconds in self.seconds.items()}
         overhead = {'static': masks['static'] / times['dense']}

@@ -57,10 +57,8 @@ def main() -> None:
     ]
     # What replaces SyncBN and the like is of no concern here.
     MMLogger.get_current_instance().setLevel('WARNING')
-    costs = [
-        count(name, args.size, checkpoint=args.checkpoint, sparsity=args.sparsity, distribution=args.distribution)
-        for name in networks
-    ]
+    masks = dict(checkpoint=args.checkpoint, sparsity=args.sparsity, distribution=args.distribution)
+    costs = [count(name, args.size, **masks) for name in networks]
     notes = [key for key in CONVENTIONS if any(cost.published and cost.published.counted == key for cost in costs)]
     header = 'network,image,parameters,FLOPs,masks,not masked,FLOPs,published,counted the same way,difference,note'
     print('Parameters in millions, FLOPs in 10^9 multiply-adds.\n')

@@ -56,9 +56,8 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
     wanted = re.compile(show)
     # The tool must not outlive this process.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    process = subprocess.Popen(
-        [sys.executable, '-u', *command], text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, '-u', *command], text=True, cwd=ROOT, **pipes)
     assert process.stdout is not None
     try:
         with log.open('w') as file:
@@ -161,15 +160,8 @@ def main() -> int:
     arguments += f'--max-iters {args.max_iters} --batch-size {args.batch_size} --seed {args.seed} --cfg-options'.split()
     run('Training', [*arguments, *options], work_dir / 'train.log', r'Iter\(train\)|FROM SCRATCH|error:')
     trained = time.time()
-    arguments = [
-        'tools/test.py',
-        config,
-        str(work_dir / f'iter_{args.max_iters}.pth'),
-        *common,
-        '--out',
-        str(predictions),
-    ]
-    arguments += ['--work-dir', str(work_dir / 'test'), '--cfg-options', *args.cfg_options]
+    arguments = ['tools/test.py', config, str(work_dir / f'iter_{args.max_iters}.pth'), *common]
+    arguments += ['--out', str(predictions), '--work-dir', str(work_dir / 'test'), '--cfg-options', *args.cfg_options]
     arguments += ['default_hooks.logger.interval=50']
     log = run('Evaluation on held-out images', arguments, work_dir / 'test.log', r'mIoU: |error:')
     count = write_pictures(data, predictions, work_dir / 'pictures')

@@ -151,19 +151,15 @@ def _read(path: str, dataset: dict, parse: Any, what: str) -> Any:
     try:
         return parse(content)
     except (ValueError, ElementTree.ParseError) as error:
-        raise ConfigOverrideError(
-            f'"{path}" is not valid {what}, it is damaged or ends in the middle: {error}.'
-        ) from error
+        text = f'"{path}" is not valid {what}, it is damaged or ends in the middle: {error}.'
+        raise ConfigOverrideError(text) from error
 
 
 def _is_usable(box: Sequence[float], width: float, height: float) -> bool:
     """Whether a box (left, upper, right, lower) has an area within its image, whose size may be unknown (0)."""
     left, upper, right, lower = box
-    return (
-        all(map(math.isfinite, box))
-        and min(right, width or math.inf) > max(left, 0)
-        and min(lower, height or math.inf) > max(upper, 0)
-    )
+    is_there = min(right, width or math.inf) > max(left, 0) and min(lower, height or math.inf) > max(upper, 0)
+    return is_there and all(map(math.isfinite, box))
 
 
 def _read_coco(where: str, dataset: dict, path: str) -> _Boxes:
@@ -213,13 +209,11 @@ def _read_voc(where: str, dataset: dict, path: str) -> _Boxes:
                 ]
                 ignored = item.findtext('difficult', '0') != '0' or _is_small(dataset, width, height)
                 ignored |= 0 < smallest > min(box[2] - box[0], box[3] - box[1])
-                found.boxes.append(
-                    (item.find('name').text, file, _is_usable(box, width, height), ignored, False)  # type: ignore
-                )
+                name = item.find('name').text  # type: ignore[union-attr]
+                found.boxes.append((name, file, _is_usable(box, width, height), ignored, False))  # type: ignore
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ConfigOverrideError(
-                f'"{file}" has an object without a name or a box of finite numbers, or a size that is not one '
-                f'({where}).'
+                f'"{file}" has an object without a name or a finite box, or a size that is not one ({where}).'
             ) from error
     found.names = list(dict.fromkeys(box[0] for box in found.boxes))
     return found

@@ -66,9 +66,8 @@ def img_scale(text: str) -> tuple[int, int]:
     try:
         sides = crop_size(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f'must be like 400 (shorter side) or 667x400 (longer x shorter side), got {text}'
-        ) from None
+        wanted = f'must be like 400 (shorter side) or 667x400 (longer x shorter side), got {text}'
+        raise argparse.ArgumentTypeError(wanted) from None
     return (max(sides) if 'x' in text.lower().replace(',', 'x') else 0), min(sides)
 
 

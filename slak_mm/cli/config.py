@@ -134,7 +134,7 @@ def tests_boxes_alone(cfg: Config) -> bool:
         boxes = 'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
         remedy = boxes if removable else 'test it without --tta'
         raise ConfigOverrideError(
-            f'mmdetection has test-time augmentation for boxes only, and this model predicts masks: {remedy}.'
+            f'mmdetection augments the test of boxes only, and this model predicts masks: {remedy}.'
         )
     return True
 

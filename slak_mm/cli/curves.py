@@ -63,11 +63,8 @@ def read_scalars(work_dir: str | Path) -> Curves:
         for step, scalars in entries:
             for key, value in scalars.items():
                 found.setdefault(key, {})[step] = value
-    curves = {
-        key: (np.array(sorted(values)), np.array([values[s] for s in sorted(values)]))
-        for key, values in found.items()
-        if values
-    }
+    numbers = {key: sorted(values.items()) for key, values in found.items() if values}
+    curves = {key: (np.array([s for s, _ in n]), np.array([v for _, v in n])) for key, n in numbers.items()}
     if not curves:
         raise ConfigOverrideError(f'The scalars.json files below {path} have no numbers in them.')
     return curves
@@ -114,12 +111,8 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
             chosen.update(dict.fromkeys(matches))
         return list(chosen)
     # Validation happens seldom, and its names are those that training does not write.
-    training = {
-        key
-        for curves in runs.values()
-        for key, (steps, _) in curves.items()
-        if 'loss' in curves and len(steps) == len(curves['loss'][0])
-    }
+    drawn = [run for run in runs.values() if 'loss' in run]
+    training = {key for run in drawn for key in run if len(run[key][0]) == len(run['loss'][0])}
     moving = {key for curves in runs.values() for key, (_, values) in curves.items() if values.any()}
     keys = [key for key in DEFAULT_KEYS if key in moving]
     others = re.compile('sparsity/|base_lr|.*loss')

@@ -158,7 +158,7 @@ def _check_pairs(where: str, files: _Files, dataset: dict, kind: type) -> None:
     """Check a folder-based segmentation data set: has images, each with its annotation."""
     prefix = dataset.get('data_prefix') or {}
     image_suffix, label_suffix = (
-        default_of(kind, key) if dataset.get(key) is None else dataset[key] for key in ('img_suffix', 'seg_map_suffix')
+        default_of(kind, k) if dataset.get(k) is None else dataset[k] for k in ('img_suffix', 'seg_map_suffix')
     )
     if not prefix.get('img_path') or dataset.get('ann_file') or not isinstance(image_suffix, str):
         return
@@ -228,7 +228,7 @@ def _coco_images(listing: str, files: _Files, where: str) -> list[str] | None:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 if not text[-64:].rstrip().endswith(b'}'):
                     raise ConfigOverrideError(
-                        f'"{listing}" ends in the middle, as after an interrupted download or unpacking ({where}).'
+                        f'"{listing}" ends in the middle, as after an interrupted download ({where}).'
                     )
                 return [json.loads(name) for name in re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
     except (AttributeError, NotImplementedError):  # the backend gives no files

@@ -61,9 +61,7 @@ def set_amp(cfg: Config) -> None:
     """
     wrapper = cfg.get('optim_wrapper') or ConfigDict()
     if type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
-        raise ConfigOverrideError(
-            f'--amp cannot be used with the optimizer wrapper "{type_name(wrapper)}" of this config.'
-        )
+        raise ConfigOverrideError(f'--amp cannot be used with the optimizer wrapper "{type_name(wrapper)}".')
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
     cfg.optim_wrapper = wrapper

@@ -55,7 +55,7 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
         if 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', '1')) > 1:
             count = os.environ['WORLD_SIZE']
             raise ConfigOverrideError(
-                f'torchrun started {count} processes, which would each do the whole run: add --launcher pytorch.'
+                f'torchrun started {count} processes, each of which would do all: add --launcher pytorch.'
             )
         return
     variables = dict(

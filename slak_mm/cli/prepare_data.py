@@ -155,9 +155,7 @@ def hint(data_set: Mapping[str, Any]) -> str:
         if known.kind != type_name(data_set) or not is_year:
             continue
         # The configs' roots are the folder of the data set, or VOCdevkit above it.
-        ends = (
-            folder for folder in (known.folder, known.folder.partition('/')[0]) if f'/{root}'.endswith(f'/{folder}')
-        )
+        ends = (f for f in (known.folder, known.folder.partition('/')[0]) if f'/{root}'.endswith(f'/{f}'))
         above = next((root.removesuffix(folder).rstrip('/') or '.' for folder in ends), 'data')
         return f' To download it: python tools/prepare_data.py {name} --root {above}'
     return ''
@@ -211,9 +209,8 @@ def _names(group: Files, locate: Callable[[str], Path]) -> list[str] | str:
         return f'{listing} is missing'
     try:
         text = listing.read_text()
-        listed = (
-            [image['file_name'] for image in json.loads(text)['images']] if listing.suffix == '.json' else text.split()
-        )
+        is_coco = listing.suffix == '.json'
+        listed = [image['file_name'] for image in json.loads(text)['images']] if is_coco else text.split()
     except (ValueError, KeyError, TypeError):
         return f'{listing} cannot be read'
     if len(listed) != group.count:
@@ -288,9 +285,8 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
     target = folder / part.target
     staging = target.parent / f'.{target.name}.unpacking'
     inner = staging / part.inside
-    files = tuple(
-        group for group in data_set.files if f'{group.folder}/'.startswith(f'{part.target}/' if part.target else '')
-    )
+    start = f'{part.target}/' if part.target else ''
+    files = tuple(group for group in data_set.files if f'{group.folder}/'.startswith(start))
 
     def missing(place: Path) -> str | None:
         """What of this part is missing at a place; its lists may be in another part."""
@@ -305,9 +301,7 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
         lacking = missing(target)
         if lacking is None:
             return
-        raise DataError(
-            f'{target} exists, but is not complete: {lacking}. Move it away, and this command gets a whole one.'
-        )
+        raise DataError(f'{target} exists, but is not complete: {lacking}. Move it away and call this again.')
     archives = [_download(archive, downloads, report) for archive in part.archives]
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of an interrupted call
@@ -425,9 +419,8 @@ def _unpack(path: Path, folder: Path, report: Report) -> None:
             remedy = 'Make room, or choose another --root.'
         else:
             remedy = 'The archive is not the one that was published: delete it and try again.'
-        raise DataError(
-            f'{shown(name)} in {path} cannot be unpacked to {folder}: {error.strerror}. {remedy}'
-        ) from error
+        text = f'{shown(name)} in {path} cannot be unpacked to {folder}: {error.strerror}. {remedy}'
+        raise DataError(text) from error
 
 
 def _refuse_escape(path: Path, member: _Member) -> None:
@@ -436,6 +429,4 @@ def _refuse_escape(path: Path, member: _Member) -> None:
         raise DataError(f'{path} was refused: {shown(name)} in it is neither a file nor a folder.')
     parts = PurePosixPath(name.replace('\\', '/'))
     if parts.is_absolute() or '..' in parts.parts or ':' in name or '\0' in name:
-        raise DataError(
-            f'{path} was refused: {shown(name)} in it would be written outside the folder that it is unpacked in.'
-        )
+        raise DataError(f'{path} was refused: {shown(name)} in it would be written outside of its folder.')

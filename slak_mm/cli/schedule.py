@@ -42,10 +42,8 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
     factor = max_iters / old
 
     if by_epoch:
-        cfg.train_cfg = ConfigDict(
-            {key: value for key, value in loop.items() if key in ('val_begin', 'val_interval', 'dynamic_intervals')}
-        )
-        cfg.train_cfg.type = 'IterBasedTrainLoop'
+        kept = {key: loop[key] for key in ('val_begin', 'val_interval', 'dynamic_intervals') if key in loop}
+        cfg.train_cfg = ConfigDict(kept, type='IterBasedTrainLoop')
         _count_iterations(cfg)
         loop = cfg.train_cfg
         # EpochBasedTrainLoop validates after every epoch unless told otherwise.
@@ -55,9 +53,7 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
     if 'val_begin' in loop:
         loop.val_begin = scaled(loop.val_begin, factor, 1)
     if loop.get('dynamic_intervals'):
-        loop.dynamic_intervals = [
-            (scaled(begin, factor), scaled(interval, factor, 1)) for begin, interval in loop.dynamic_intervals
-        ]
+        loop.dynamic_intervals = [(scaled(a, factor), scaled(b, factor, 1)) for a, b in loop.dynamic_intervals]
 
     schedulers = cfg.get('param_scheduler') or []
     schedulers = [schedulers] if isinstance(schedulers, dict) else schedulers
@@ -97,9 +93,8 @@ def check_schedule(cfg: Config) -> None:
     for key, value in values.items():
         if value is not None and not (isinstance(value, (int, float)) and value >= 1):
             remedy = '; to train without validation set val_dataloader, val_cfg and val_evaluator to None'
-            raise ConfigOverrideError(
-                f'train_cfg.{key} must be a number from 1, got {value!r}{"" if key.startswith("max") else remedy}.'
-            )
+            remedy = '' if key.startswith('max') else remedy
+            raise ConfigOverrideError(f'train_cfg.{key} must be a number from 1, got {value!r}{remedy}.')
 
 
 def _count_iterations(cfg: Config) -> None:

@@ -53,9 +53,7 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
         ConfigOverrideError: The config does not crop, or crops to several sizes.
     """
     if framework(cfg) == 'mmdet':
-        raise ConfigOverrideError(
-            '--crop-size is for semantic segmentation; detection trains on whole images, whose size --img-scale sets.'
-        )
+        raise ConfigOverrideError('--crop-size is for segmentation; detection trains on whole images, see --img-scale.')
     crops = {
         pair(transform['crop_size'])
         for _, dataset in datasets_of(cfg, ('train_dataloader',))
@@ -126,7 +124,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     if len(scales) != 1:
         found = f'to {len(scales)} different scales' if scales else 'to no scale'
         raise ConfigOverrideError(
-            f'--img-scale needs a config that resizes all test images to one scale; this one resizes them {found}.'
+            f'--img-scale needs a config with one scale of test images; this one resizes them {found}.'
         )
     old_long, old_short = scales.pop()
     short_factor = size[1] / old_short
@@ -138,10 +136,8 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
         if not isinstance(value, (list, tuple)):
             return scaled(value, short_factor, 1)
         # Configs write (width, height) as well as (short, long).
-        factors = (long_factor, short_factor)
-        return type(value)(
-            scaled(side, factor, 1) for side, factor in zip(value, factors if value[0] >= value[1] else factors[::-1])
-        )
+        factors = (long_factor, short_factor)[:: 1 if value[0] >= value[1] else -1]
+        return type(value)(scaled(side, factor, 1) for side, factor in zip(value, factors))
 
     def area(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

@@ -46,7 +46,7 @@ def set_sparsity(cfg: Config, sparsity: float) -> None:
     hooks = sparsity_hooks(cfg)
     if not hooks:
         raise ConfigOverrideError(
-            f'--sparsity needs a config with a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
+            f'--sparsity needs a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
         )
     for hook in hooks:
         own = hook.get('distribution', 'from_weights')

@@ -151,9 +151,7 @@ def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folder = Path(cfg.work_dir)
     if '://' in (hook.get('out_dir') or ''):
-        raise ConfigOverrideError(
-            f'The checkpoints of this config are kept at {hook["out_dir"]}: name one after --resume.'
-        )
+        raise ConfigOverrideError(f'The checkpoints of this run are kept at {hook["out_dir"]}: name one by --resume.')
     if hook.get('out_dir') and Path(hook['out_dir']) != folder:
         folder = Path(hook['out_dir'], folder.absolute().name)
     own = hook.get('filename_tmpl') or ('epoch_{}.pth' if hook.get('by_epoch', True) else 'iter_{}.pth')
@@ -173,9 +171,8 @@ def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
             passed.append(f'{path.name} ({str(error).splitlines()[0]})')
             continue
         others = f' Passed over, because they cannot be resumed: {"; ".join(passed)}' if passed else ''
-        print_log(
-            f'The run goes on from {path}.{others}', logger='current', level=logging.WARNING if passed else logging.INFO
-        )
+        level = logging.WARNING if passed else logging.INFO
+        print_log(f'The run goes on from {path}.{others}', logger='current', level=level)
         return str(path), checkpoint
     if passed:
         raise ConfigOverrideError(

@@ -14,9 +14,7 @@ pytest.importorskip('mmdet')
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ('train_dataloader', 'val_dataloader')
-HEADS = [f'model.roi_head.bbox_head.{stage}.num_classes' for stage in range(3)] + [
-    'model.roi_head.mask_head.num_classes'
-]
+HEADS = [f'model.roi_head.{name}.num_classes' for name in ('bbox_head.0', 'bbox_head.1', 'bbox_head.2', 'mask_head')]
 TWO = {f'{loader}.dataset.metainfo.classes': ['worker', 'thing'] for loader in TRAINING} | dict.fromkeys(HEADS, 2)
 
 
@@ -105,10 +103,8 @@ def test_what_is_ignored_is_counted(check_coco, monkeypatch):
     said = []
     monkeypatch.setattr(annotations, 'print_log', lambda text, **options: said.append(text))
     content = coco()
-    content['annotations'] += [
-        dict(content['annotations'][0], id=3, category_id=3),
-        dict(content['annotations'][0], id=4, bbox=[1, 1, 0, 5]),
-    ]
+    first = content['annotations'][0]
+    content['annotations'] += [dict(first, id=3, category_id=3), dict(first, id=4, bbox=[1, 1, 0, 5])]
     content['categories'].append(dict(id=3, name='other'))
     check_coco(TWO, content)
     assert len(said) == 2
@@ -194,7 +190,6 @@ def test_classes_of_segmentation_are_compared(config_path):
 def test_published_configs_are_accepted(monkeypatch, name):
     monkeypatch.setattr(annotations, '_read_boxes', lambda *args: None)
     package, _, path = name.partition('/')
-    cfg = cli.load_config(
-        framework_configs(package, f'../{path}.py')[0] if path else str(ROOT / 'configs' / f'{name}.py')
-    )
+    file = framework_configs(package, f'../{path}.py')[0] if path else str(ROOT / 'configs' / f'{name}.py')
+    cfg = cli.load_config(file)
     cli.check_annotations(cfg, (*TRAINING, 'test_dataloader'))

@@ -30,10 +30,7 @@ def refused(result, message):
         ('param_scheduler.0.type=LinearLRR', 'no parameter scheduler "LinearLRR"; did you mean LinearLR'),
         ('train_dataloader.sampler.type=InfinitSampler', 'no data sampler "InfinitSampler"; did you mean Inf'),
         ('train_dataloader.dataset.pipeline.1.type=Flipp', 'no transform "Flipp"'),
-        (
-            'train_cfg.val_interval=0',
-            'train_cfg.val_interval must be a number from 1, got 0; to train without validation',
-        ),
+        ('train_cfg.val_interval=0', 'val_interval must be a number from 1, got 0; to train without validation'),
         ('train_cfg.max_iters=0', 'train_cfg.max_iters must be a number from 1, got 0'),
         ('model.pretrained=open-mmlab://resnet50_v1c', 'model.pretrained names weights of another backbone'),
         ('model.decode_head.in_channels=[96,192,384,768]', 'set model.decode_head.in_channels=[8,16,24,32]'),

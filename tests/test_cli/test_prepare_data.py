@@ -123,9 +123,8 @@ def served(server):
 
 
 def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()
-    }
+    files = [path for path in Path(folder).rglob('*') if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def whole(root):
@@ -136,9 +135,8 @@ def whole(root):
 def test_download_unpack_verify(served, server, tmp_path):
     seen = {}
     assert check('ade', tmp_path, served) == f'there is no folder {tmp_path / "ade" / "ADE"}'
-    folder = prepare(
-        'ade', tmp_path, data_sets=served, report=lambda what, done, total: seen.update({what: (done, total)})
-    )
+    report = lambda what, done, total: seen.update({what: (done, total)})  # noqa: E731
+    folder = prepare('ade', tmp_path, data_sets=served, report=report)
     assert folder == tmp_path / 'ade' / 'ADE' and whole(tmp_path)
     size = len(server.files['/ade.zip'])
     assert seen == {'ade.zip': (size, size), 'md5 of ade.zip': (size, size), 'unpacking ade.zip': (6, 6)}
@@ -254,12 +252,7 @@ def test_a_wrong_checksum(served, server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'damage',
-    [
-        lambda content: content[:-500],
-        lambda content: b'no archive',
-        lambda content: content[:1000] + b'?' + content[1001:],
-    ],
+    'damage', [lambda old: old[:-500], lambda old: b'no archive', lambda old: old[:1000] + b'?' + old[1001:]]
 )
 def test_a_damaged_archive_without_checksum(server, tmp_path, damage):
     refused(server, tmp_path, 'is damaged or no archive', damage(zipped(ADE)))
@@ -403,10 +396,7 @@ def test_voc_as_published(tmp_path):
 
 def test_the_table():
     """Published sizes: Zhou et al. 2017, Everingham et al. 2007 and 2012, cocodataset.org."""
-    counts = {
-        name: {(group.folder, group.listed_in): group.count for group in data_set.files}
-        for name, data_set in DATA_SETS.items()
-    }
+    counts = {name: {(g.folder, g.listed_in): g.count for g in data.files} for name, data in DATA_SETS.items()}
     for kind in ('images', 'annotations'):
         assert counts['ade20k'][f'{kind}/training', ''] == 20210
         assert counts['ade20k'][f'{kind}/validation', ''] == 2000

@@ -42,11 +42,8 @@ def said(monkeypatch):
 
 
 def config(folder, **checkpoint):
-    return Config(
-        dict(
-            model=dict(), work_dir=str(folder), default_hooks=dict(checkpoint=dict(dict(by_epoch=False), **checkpoint))
-        )
-    )
+    hooks = dict(checkpoint=dict(dict(by_epoch=False), **checkpoint))
+    return Config(dict(model=dict(), work_dir=str(folder), default_hooks=hooks))
 
 
 def resume(folder, source='auto', **checkpoint):
@@ -154,9 +151,8 @@ def test_no_checkpoints_on_purpose():
 
 @pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_explained(code):
-    assert explain(OSError(code, 'Full', 'w/iter_2.pth')) == (
-        'Full: w/iter_2.pth. Make room there; what was saved before is intact.'
-    )
+    said = 'Full: w/iter_2.pth. Make room there; what was saved before is intact.'
+    assert explain(OSError(code, 'Full', 'w/iter_2.pth')) == said
 
 
 HOLD = """
@@ -182,8 +178,6 @@ def test_one_training_in_a_work_dir(tmp_path):
         with cli.own_work_dir(cfg):
             pass
         (tmp_path / 'file').touch()
-        with (
-            pytest.raises(ConfigOverrideError, match='cannot be written'),
-            cli.own_work_dir(Config(dict(work_dir=str(tmp_path / 'file')))),
-        ):
+        cfg.work_dir = str(tmp_path / 'file')
+        with pytest.raises(ConfigOverrideError, match='cannot be written'), cli.own_work_dir(cfg):
             pass

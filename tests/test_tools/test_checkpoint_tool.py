@@ -90,19 +90,16 @@ def trained(tmp_path):
 
     torch.manual_seed(0)
     model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
-    training = SparseTraining(
-        select_parameters(model), mode='set', distribution='uniform', sparsity=0.25, total_steps=10
-    )
+    settings = dict(mode='set', distribution='uniform', sparsity=0.25, total_steps=10)
+    training = SparseTraining(select_parameters(model), **settings)
     training.initialize()
     state = {f'backbone.{key}': value for key, value in model.state_dict().items()}
     state['head.weight'] = torch.ones(4, 32)
     sparsity = training.state_dict()
     for key in ('masks', 'explored', 'replaced'):
         sparsity[key] = {f'backbone.{name}': value for name, value in sparsity[key].items()}
-    torch.save(
-        dict(meta=dict(iter=3), state_dict=state, optimizer=dict(state={}), message_hub=dict(), sparsity=sparsity),
-        tmp_path / 'iter_3.pth',
-    )
+    run = dict(meta=dict(iter=3), optimizer=dict(state={}), message_hub=dict(), sparsity=sparsity)
+    torch.save(dict(run, state_dict=state), tmp_path / 'iter_3.pth')
     return state
 
 
@@ -179,7 +176,6 @@ def test_finalize(tmp_path, run, trained):
     checkpoint = torch.load(tmp_path / 'iter_3.pth', weights_only=True)
     checkpoint['state_dict']['backbone.stages.0.0.pwconv1.weight'] += 1
     torch.save(checkpoint, tmp_path / 'iter_3.pth')
-    assert '64 pruned weights of backbone.stages.0.0.pwconv1.weight are not zero' in run(
-        'finalize', 'iter_3.pth', 'other.pth', code=1
-    )
+    message = '64 pruned weights of backbone.stages.0.0.pwconv1.weight are not zero'
+    assert message in run('finalize', 'iter_3.pth', 'other.pth', code=1)
     assert not (tmp_path / 'other.pth').exists()

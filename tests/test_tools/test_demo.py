@@ -21,9 +21,8 @@ def test_demo(call_tool, tiny, tmp_path):
     # The trivial predictor: one class everywhere, so its IoU is that class's share of the pixels.
     labels = [np.asarray(Image.open(path)) for path in (tmp_path / 'demo/data/annotations/validation').glob('*.png')]
     known = np.concatenate([label[label > 0] for label in labels])
-    train = np.concatenate(
-        [np.asarray(Image.open(path)).ravel() for path in (tmp_path / 'demo/data/annotations/training').glob('*.png')]
-    )
+    paths = (tmp_path / 'demo/data/annotations/training').glob('*.png')
+    train = np.concatenate([np.asarray(Image.open(path)).ravel() for path in paths])
     constant = np.bincount(train[train > 0]).argmax()
     expected = 100 * (known == constant).mean() / len(set(known.tolist()) | {constant})
     assert abs(trivial - expected) < 0.06

@@ -45,10 +45,7 @@ DATA = ['--data-root', 'DATA']
         (['CONFIG', '--launcher', 'pytorch'], 'torchrun'),
         (['CONFIG', '--launcher', 'slurm'], 'srun'),
         (['CONFIG', *SCRATCH, 'model.backbone.drop_path_rate.x=1'], '--cfg-options does not fit'),
-        (
-            ['CONFIG', *DATA, '--cfg-options', 'model.backbone.init_cfg=None'],
-            'names no pretrained weights.*--from-scratch',
-        ),
+        (['CONFIG', *DATA, '--cfg-options', 'model.backbone.init_cfg=None'], 'names no .* weights.*--from-scratch'),
         (['CONFIG', *DATA, *SCRATCH, 'model.backbone.arch=huge'], "no arch 'huge'"),
         (['CONFIG', *DATA, *SCRATCH, 'model.decode_head.type=NoHead'], 'NoHead'),
         (['CONFIG', *SCRATCH, 'train_cfg.val_interval=0'], 'val_interval must be .* from 1, got 0; .*val_evaluator'),

@@ -143,11 +143,8 @@ def test_shiftwise_prunes_whole_filters(call_tool, small, tiny, tmp_path):
     checkpoint = load(tmp_path / 'w' / 'iter_4.pth')
     assert checkpoint['sparsity']['updates'] == 1
     masks = saved_masks(checkpoint)
-    filters = {
-        key: value.flatten(1)
-        for key, value in checkpoint['state_dict'].items()
-        if re.search(r'filters\.\d\.weight$', key)
-    }
+    weights = checkpoint['state_dict']
+    filters = {key: weights[key].flatten(1) for key in weights if re.search(r'filters\.\d\.weight$', key)}
     assert len(filters) == 4 * 2 and masks.keys() == filters.keys()
     kept = {key: mask.flatten() for key, mask in masks.items()}
     # A filter is there or not, with all of its taps.
