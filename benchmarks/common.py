@@ -33,9 +33,6 @@ class BenchmarkError(ConfigOverrideError):
     """The benchmark cannot run, or a contender computes something else; says what, and why."""
 
 
-# --------------------------------------------------------------------------------- arguments
-
-
 def add_command(commands: Any, module: Any, summary: str) -> argparse.ArgumentParser:
     """Add a module's sub-command, which has its last name, to the result of ``ArgumentParser.add_subparsers``."""
     name, raw = module['__name__'].rpartition('.')[2], argparse.RawDescriptionHelpFormatter
@@ -109,9 +106,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
 
 
-# ------------------------------------------------------------------------------ measurements
-
-
 def synchronize(device: str) -> None:
     """Wait for the GPU."""
     if device != 'cpu':
@@ -175,9 +169,6 @@ def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor],
     return [name for name, got in results.items() if not worst_difference(got, want) <= tolerance]
 
 
-# ------------------------------------------------------------------------------------ output
-
-
 def describe_machine(device: str = 'cpu', **settings: Any) -> dict[str, Any]:
     """Processor, cores, threads, load, device, versions, date, and further settings that figures depend on."""
     processor = platform.processor() or platform.machine()
@@ -227,9 +218,6 @@ def report(
         milliseconds: A row's bars by contender; None where there is no figure.
         title: Of the plot.
 
-    Yields:
-        Lines.
-
     Raises:
         BenchmarkError: At the end, where a row has ``disagrees``.
     """
@@ -269,12 +257,7 @@ def plot_bars(
 ) -> None:
     """Draw groups of bars on a logarithmic axis; needs matplotlib.
 
-    Args:
-        path: File to write; the suffix tells the format.
-        groups: Labels of the groups, such as one for each image size.
-        series: For each contender its value in each group; None or NaN draws nothing.
-        title: Title.
-        unit: Name of the axis, such as 'ms'.
+    ``series`` has for each contender its value in each group, such as an image size; None or NaN draws nothing.
     """
     # No pyplot: it would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -52,9 +52,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument('--train', action='store_true', help=train)
 
 
-# ---------------------------------------------------------------------------------- networks
-
-
 class OfficialSLaK(nn.Module):
     """A SLaK backbone as the official code computes it, with the same weights.
 
@@ -210,9 +207,6 @@ def peak_step(*, contender: str, size: Sequence[int], **options: Any) -> Callabl
     """
     Case(contender, (64, 64), **{**options, 'batch': 2}).step()
     return Case(contender, size, **options).step
-
-
-# -------------------------------------------------------------------------------------- report
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:

@@ -50,14 +50,9 @@ def load_config(path: str) -> Config:
 
 
 def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
-    """Apply the work dir, :func:`add_override_arguments`, and last ``--cfg-options``.
+    """Apply the work dir, :func:`add_override_arguments`, and last ``--cfg-options``; skip what a tool does not have.
 
-    The options come last so that they mean what they say: an interval given by hand is not
-    scaled by ``--max-iters``.
-
-    Args:
-        cfg: Changed in place.
-        args: Parsed arguments; those that a tool does not have are skipped.
+    The options come last so that they mean what they say: an interval given by hand is not scaled by ``--max-iters``.
 
     Raises:
         ConfigOverrideError: An override or option does not fit the config, or the work dir cannot be written.
@@ -94,12 +89,9 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
-    """Test with the config's ``tta_model`` and ``tta_pipeline``.
+    """Test with the config's ``tta_model`` and ``tta_pipeline``, unless its model is one for augmentation already.
 
     Images are read as the test pipeline reads them: frameworks' bases have a ``tta_pipeline`` for RGB.
-
-    Args:
-        cfg: Changed in place, unless its model is one for augmentation already.
 
     Raises:
         ConfigOverrideError: The config has no test-time augmentation.

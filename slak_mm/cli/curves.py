@@ -29,19 +29,12 @@ _STYLES = ('-', '--', '-.', ':')
 
 
 def read_scalars(work_dir: str | Path) -> Curves:
-    """Read the scalars of a run, over all of its interruptions.
+    """Read the scalars of a run, over all of its interruptions, from its work directory or a ``scalars.json``.
 
-    mmengine's local visualization backend writes one ``<time>/vis_data/scalars.json`` with a
-    JSON object per line for each start of a run. What a resumed run wrote replaces what the
-    earlier ones wrote from its first step on. A line that was cut off when a run was killed is
-    skipped. Where a run counts epochs, validation results stand at the last training step
-    before them.
-
-    Args:
-        work_dir: Work directory, or a ``scalars.json`` itself.
-
-    Returns:
-        The numbers by name; bookkeeping such as ``time`` and ``memory`` is left out.
+    mmengine's local visualization backend writes one ``<time>/vis_data/scalars.json`` with a JSON object per line for
+    each start of a run. What a resumed run wrote replaces what the earlier ones wrote from its first step on. A line
+    that was cut off when a run was killed is skipped, bookkeeping such as ``time`` and ``memory`` left out. Where a run
+    counts epochs, validation results stand at the last training step before them.
 
     Raises:
         ConfigOverrideError: There is no such file in the directory, or the files have no numbers.
@@ -132,17 +125,10 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, title: str | None = None) -> np.ndarray:
-    """Draw the curves of one or several runs as one picture, a panel for each scalar.
+    """Draw the curves of runs, by their names for the legend, as one RGB picture (H, W, 3), a panel for each scalar.
 
-    Losses are drawn as they are, pale, and as a running mean over a twentieth of the run.
-
-    Args:
-        runs: Name of each run for the legend -> its curves.
-        keys: Which scalars, see :func:`choose_keys`.
-        title: Written above everything.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
+    Losses are drawn as they are, pale, and as a running mean over a twentieth of the run. For the keys see
+    :func:`choose_keys`.
 
     Raises:
         ConfigOverrideError: No run has any of the wanted scalars.

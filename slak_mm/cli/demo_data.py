@@ -182,11 +182,7 @@ def _car(canvas: _Canvas, x: float, y: float) -> None:
 
 
 def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one scene.
-
-    Args:
-        rng: The only source of randomness.
-        size: Side of the square image in pixels. Defaults to 160.
+    """Draw one square scene of ``size`` pixels, with all randomness from ``rng``.
 
     Returns:
         RGB image (size, size, 3) and annotation (size, size), both uint8; the annotation has the values of
@@ -229,15 +225,9 @@ def _photograph(canvas: _Canvas) -> np.ndarray:
 
 
 def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, size: int = 160, seed: int = 0) -> Path:
-    """Write the data set as ADE20K has it, as a function of the seed.
+    """Write scenes as ADE20K has them, as a function of the seed; returns the root, which is made.
 
-    Args:
-        root: Folder to write to, created if missing and returned; it gets ``images/{training,validation}/*.jpg``
-            and ``annotations/{training,validation}/*.png``.
-        num_train: Number of training scenes. Defaults to 48.
-        num_val: Number of held-out scenes. Defaults to 12.
-        size: Side of the images in pixels. Defaults to 160.
-        seed: Defaults to 0.
+    It gets ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png`` of ``size`` pixels.
     """
     root = Path(root)
     for split, count, stream in (('training', num_train, 0), ('validation', num_val, 1)):
@@ -251,8 +241,6 @@ def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, si
             Image.fromarray(labels).save(annotations / f'{name}.png')
     return root
 
-
-# ---------------------------------------------------------------------------------- detection
 
 Point = tuple[float, float]
 
@@ -322,15 +310,7 @@ class DemoObject(NamedTuple):
 
 
 def draw_objects(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, list[DemoObject]]:
-    """Draw one to three objects, whole and apart from each other.
-
-    Args:
-        rng: The only source of randomness.
-        size: Side of the square image in pixels. Defaults to 160.
-
-    Returns:
-        RGB image (size, size, 3), uint8, and what it shows.
-    """
+    """Draw one to three objects, whole and apart from each other; RGB image (size, size, 3), uint8, and what it shows."""
     canvas = _Canvas(size, rng)
     horizon = rng.uniform(0.4, 0.7) * size
     _sky(canvas, horizon)
@@ -386,16 +366,10 @@ def write_demo_voc(
     seed: int = 0,
     years: Sequence[int] = (2007,),
 ) -> Path:
-    """Write a detection set as VOC has it, as a function of the seed.
+    """Write a detection set as VOC has it, as a function of the seed; returns the root, which is made.
 
-    Args:
-        root: Folder to write to, created if missing and returned, which stands for ``VOCdevkit``; it gets
-            ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists ``trainval`` and ``test``.
-        num_train: Number of images to train on, in each year. Defaults to 24.
-        num_test: Number of images to test on; only 2007 has them. Defaults to 8.
-        size: Side of the images in pixels. Defaults to 160.
-        seed: Defaults to 0.
-        years: Which years to write. Defaults to 2007 alone.
+    It stands for ``VOCdevkit`` and gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists ``trainval``
+    (``num_train`` images in each year) and ``test`` (in 2007 alone).
     """
     root = Path(root)
     for year in years:
@@ -437,15 +411,9 @@ def _voc_annotation(name: str, size: int, objects: list[DemoObject]) -> ElementT
 
 
 def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, size: int = 160, seed: int = 0) -> Path:
-    """Write an instance segmentation set as COCO 2017 has it; needs mmdet for COCO's categories.
+    """Write an instance segmentation set as COCO 2017 has it, as a function of the seed; returns the root, which is made.
 
-    Args:
-        root: Folder to write to, created if missing and returned; it gets ``{train,val}2017/*.jpg`` and
-            ``annotations/instances_{train,val}2017.json``.
-        num_train: Number of images to train on. Defaults to 24.
-        num_val: Number of images to test on. Defaults to 8.
-        size: Side of the images in pixels. Defaults to 160.
-        seed: Defaults to 0.
+    It gets ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``. Needs mmdet, for the categories.
     """
     from mmdet.datasets import CocoDataset
 

@@ -34,18 +34,14 @@ from .weights import remove_weights
 
 
 def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
-    """Adapt a config to the machine and start the process group of a distributed run.
+    """Adapt a config to the machine, in place, and start the process group of a distributed run.
 
-    mmengine's launchers do it where there are GPUs. They select a GPU unconditionally, so
-    without one the process group is made here, from the same environment variables.
-
-    Args:
-        cfg: Changed in place, see :func:`slak_mm.cli.adapt_to_device`.
-        args: Parsed arguments, with ``launcher`` and ``local_rank``.
+    mmengine's launchers do it where there are GPUs. They select a GPU unconditionally, so without one the process group
+    is made here, from the same environment variables.
 
     Raises:
-        ConfigOverrideError: The process was not started by that launcher, or by torchrun without
-            saying so, or there are fewer GPUs than processes.
+        ConfigOverrideError: The process was not started by that launcher, or by torchrun without saying so, or there
+            are fewer GPUs than processes.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     _check_numbers(args.launcher)
@@ -174,9 +170,7 @@ def own_work_dir(cfg: Config) -> Iterator[None]:
 def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
     """Build a model, or a part of one, with random weights and outside of a runner.
 
-    Args:
-        cfg: A complete config, adapted to the device; weights that it names are left out, in place.
-        node: Its model, or a part of that.
+    The config is adapted to the device already; weights that it names are left out, in place.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -197,13 +191,11 @@ def _try_metrics(loop: Any) -> None:
 
 
 def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
-    """Build a runner and everything it is going to use.
+    """Build a runner and everything that the loops 'train', 'val' and 'test' are going to use.
 
-    Args:
-        cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
-            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`; mmengine's
-            checkpoint hook and loop over epochs become those of this package.
-        loops: Which of 'train', 'val' and 'test' to build. Data sets check what they load.
+    :class:`StrictCheckpointHook` is added to the config, and for training what :mod:`slak_mm.engine.reproducible` has and
+    :class:`FiniteLossHook`; mmengine's checkpoint hook and loop over epochs become those of this package. Data sets
+    check what they load.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.

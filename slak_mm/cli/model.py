@@ -18,15 +18,11 @@ _SIZE = 64  # pixels: the smallest that leaves every stage more than one pixel
 
 
 def check_channels(model: nn.Module, cfg: Config) -> None:
-    """Compare neck and heads with the backbone before anything is trained.
+    """Compare neck and heads of a segmentor or detector with the backbone before anything is trained.
 
-    One blank image goes through the parts of the model in their own order. Only what would fail
-    in the first iteration is refused: a layer that gets other channels than it has weights for, or
-    a part that fails and names another number of maps than it gets.
-
-    Args:
-        model: A segmentor or detector, built, not wrapped; not changed.
-        cfg: Its whole config.
+    One blank image goes through the parts of the model in their own order. Only what would fail in the first iteration
+    is refused: a layer that gets other channels than it has weights for, or a part that fails and names another number
+    of maps than it gets. The model is not changed.
 
     Raises:
         ConfigOverrideError: Names what the part takes, what it gets, and the setting.
@@ -45,10 +41,6 @@ def check_channels(model: nn.Module, cfg: Config) -> None:
 
 def check_crop(model: nn.Module, cfg: Config) -> None:
     """Refuse crops of semantic segmentation that the backbone cannot reduce to its last stage.
-
-    Args:
-        model: A segmentor, built, not wrapped. It is not changed.
-        cfg: Its whole config.
 
     Raises:
         ConfigOverrideError: Names the crop and a size that works.

@@ -29,15 +29,10 @@ def colorize(labels: np.ndarray, palette: Palette, unlabeled: Sequence[int] = (0
 
 
 def displayable(image: np.ndarray) -> np.ndarray:
-    """Make a picture of an image of any depth and number of channels.
+    """Make an RGB picture (H, W, 3), uint8, of an image of any depth and number of channels.
 
-    Args:
-        image: Gray (H, W), or with channels (H, W, C), the first three of which are blue,
-            green and red; fewer are shown as gray. Values beyond 0..255 are scaled so that
-            the smallest is black and the largest white.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
+    An image is gray (H, W), or has channels (H, W, C), the first three of which are blue, green and red; fewer are shown
+    as gray. Values beyond 0..255 are scaled so that the smallest is black and the largest white.
     """
     image = image.reshape(*image.shape[:2], -1)
     image = image[..., 2::-1] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
@@ -51,16 +46,7 @@ def displayable(image: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: float = 0.5) -> np.ndarray:
-    """Lay the colors of a label map over its image.
-
-    Args:
-        image: RGB image (H, W, 3), uint8.
-        labels: Label map (H, W).
-        palette: RGB color 0..255 of each class.
-        opacity: Weight of the colors, from 0 (the image alone) to 1. Defaults to 0.5.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
+    """Lay the colors of a label map (H, W) over its RGB image (H, W, 3), uint8; opacity 0 gives the image alone.
 
     Raises:
         ValueError: Image and label map differ in size, or opacity is not within 0..1.
@@ -89,17 +75,10 @@ def _text_size(text: str, font: Any) -> tuple[int, int]:
 def with_legend(
     picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]], font_size: int | None = None
 ) -> np.ndarray:
-    """Put a legend to the right of a picture.
+    """Put a legend of text and RGB color to the right of an RGB picture (H, W, 3), uint8; without entries give it back.
 
-    Args:
-        picture: RGB image (H, W, 3), uint8.
-        entries: Text and RGB color of each line. What does not fit in the height goes
-            on in further columns.
-        font_size: In pixels. Defaults to a fortieth of the height, at least 12.
-
-    Returns:
-        RGB image of at least the same height, and wider; the picture itself when
-        there are no entries.
+    What does not fit in the height goes on in further columns. The font has a fortieth of the height by default, at
+    least 12 pixels.
     """
     if not entries:
         return picture
@@ -127,10 +106,7 @@ def with_legend(
 def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], font_size: int | None = None) -> np.ndarray:
     """Put RGB pictures (uint8) of any sizes side by side, each under its title.
 
-    Args:
-        pictures: RGB images.
-        titles: One for each.
-        font_size: In pixels. Defaults to a twentieth of the height, at least 12.
+    The font has a twentieth of the height by default, at least 12 pixels.
 
     Raises:
         ValueError: There are not as many titles as pictures, or none.

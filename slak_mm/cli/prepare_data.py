@@ -161,17 +161,8 @@ def hint(data_set: Mapping[str, Any]) -> str:
     return ''
 
 
-# ----------------------------------------------------------------------------------- checking
-
-
 def check(name: str, root: str | os.PathLike, data_sets: Mapping[str, DataSet] = DATA_SETS) -> str | None:
-    """The first thing that a data set lacks, as a sentence without its end; None if it is complete.
-
-    Args:
-        name: A key of ``data_sets``.
-        root: Folder that data sets are kept in, 'data' in the configs.
-        data_sets: The known data sets. Defaults to :data:`DATA_SETS`.
-    """
+    """The first thing that a data set below a root lacks, as a sentence without its end; None if it is complete."""
     data_set = data_sets[name]
     folder = Path(root, data_set.folder)
     if not folder.is_dir():
@@ -224,9 +215,6 @@ def _is_whole_json(path: Path) -> bool:
         return file.read().rstrip().endswith((b'}', b']'))
 
 
-# ---------------------------------------------------------------------------------- preparing
-
-
 def prepare(
     name: str,
     root: str | os.PathLike,
@@ -240,8 +228,7 @@ def prepare(
     Args:
         name: A key of ``data_sets``.
         root: Folder that data sets are kept in; created if need be.
-        keep_archives: Keep the downloaded archives, in ``.downloads`` below the root.
-            Defaults to False.
+        keep_archives: Keep the downloaded archives, in ``.downloads`` below the root. Defaults to False.
         report: Called with what is done, how much of it and how much in all (bytes or files; 0 if not known).
         data_sets: The known data sets. Defaults to :data:`DATA_SETS`.
 
@@ -249,9 +236,8 @@ def prepare(
         Folder of the complete data set.
 
     Raises:
-        DataError: It cannot be downloaded, an archive is damaged or wants to write outside its
-            folder, there is too little space, another process is at it, or a folder with other
-            content is in the way.
+        DataError: It cannot be downloaded, an archive is damaged or wants to write outside its folder, there is too
+            little space, another process is at it, or a folder with other content is in the way.
     """
     data_set = data_sets[name]
     folder = Path(root, data_set.folder)
@@ -321,9 +307,6 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-# -------------------------------------------------------------------------------- downloading
-
-
 def _download(archive: Archive, folder: Path, report: Report) -> Path:
     """Get an archive into a folder, unless it is there."""
     path = folder / archive.filename
@@ -352,9 +335,6 @@ def _verify(part: Path, archive: Archive, report: Report) -> None:
             f'published file has {expected}: it was damaged on the way or is another file. It '
             'was deleted; try again.'
         )
-
-
-# ---------------------------------------------------------------------------------- unpacking
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,9 @@ def scaled(value: Any, factor: float, least: int = 0) -> int:
 def set_max_iters(cfg: Config, max_iters: int) -> None:
     """Train for another number of iterations, with the schedule keeping its proportions.
 
-    The intervals of validation and checkpoints and every boundary of every learning-rate
-    schedule are scaled alike, so that each of them happens at the same fraction of the run. A
-    config that counts epochs becomes one that counts iterations.
-
-    Args:
-        cfg: Changed in place.
-        max_iters: Number of optimization steps, at least 1.
+    The intervals of validation and checkpoints and every boundary of every learning-rate schedule are scaled alike, so
+    that each of them happens at the same fraction of the run. A config that counts epochs becomes one that counts
+    iterations.
 
     Raises:
         ConfigOverrideError: The config does not train, or its loop is not one of mmengine's.

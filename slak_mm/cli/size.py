@@ -39,15 +39,11 @@ _AREAS = {
 
 
 def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
-    """Train and test a semantic segmentation config at another resolution.
+    """Train and test a semantic segmentation config at another resolution, (height, width).
 
-    The crop changes and everything in proportion with it: the scales that images are resized to
-    in training, testing and test-time augmentation, the size that batches are padded to, and
-    crop and stride of the sliding window.
-
-    Args:
-        cfg: Changed in place.
-        size: Height and width in pixels; scales follow the shorter one.
+    The crop changes and everything in proportion with its shorter side: the scales that images are resized to in
+    training, testing and test-time augmentation, the size that batches are padded to, and crop and stride of the sliding
+    window.
 
     Raises:
         ConfigOverrideError: The config does not crop, or crops to several sizes.
@@ -100,18 +96,15 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
 def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     """Train and test a detection config on images of another size.
 
-    The scale of the test images becomes the given one, and everything in proportion with it: the
-    scales of training and of test-time augmentation, crops, paddings, and what the data
-    preprocessor pads or resizes batches to.
+    The scale of the test images becomes the given one, and everything in proportion with it: the scales of training and
+    of test-time augmentation, crops, paddings, and what the data preprocessor pads or resizes batches to.
 
     Args:
         cfg: Changed in place.
-        size: Most that the longer side and the shorter side may have, in
-            pixels; a longer side of 0 is in proportion to the shorter one.
+        size: Most pixels of the longer side (0: in proportion) and of the shorter side.
 
     Raises:
-        ConfigOverrideError: The config is not one of detection, or does not resize test images to
-            one scale.
+        ConfigOverrideError: The config is not one of detection, or does not resize test images to one scale.
     """
     if framework(cfg) == 'mmseg':
         raise ConfigOverrideError('--img-scale is for detection; a segmentation config follows --crop-size.')

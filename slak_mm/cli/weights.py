@@ -64,11 +64,7 @@ _FRAMEWORK_SCHEMES = tuple(
 
 
 def check_weights(cfg: Config, config_path: str) -> None:
-    """Fetch the weights that a config names, before anything is built.
-
-    Args:
-        cfg: Changed in place: ``load_from`` becomes the path of a local file.
-        config_path: For messages.
+    """Fetch the weights that a config names, before anything is built; ``load_from`` becomes a local file.
 
     Raises:
         ConfigOverrideError: The config names no weights, or has ``pretrained`` beside our backbone.
@@ -101,17 +97,15 @@ def check_weights(cfg: Config, config_path: str) -> None:
 
 
 def prepare_resume(cfg: Config, resume: str) -> str | None:
-    """Find and check the checkpoint to resume from.
+    """Find and check the checkpoint to resume from, a file or 'auto' for the newest of the work dir that can be read.
 
     Args:
-        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run, what it had from
-            ``from_scratch`` of its ``SparsityHook``, and no pretrained weights any more, since all
-            weights come from the checkpoint.
-        resume: A file, or 'auto' for the newest checkpoint of the work dir that can be read.
+        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run, what it had from ``from_scratch``
+            of its ``SparsityHook``, and no pretrained weights any more, since all come from the checkpoint.
+        resume: As above.
 
     Returns:
-        The file; None if the work dir has no checkpoint ('auto' only): the run then
-        begins at the beginning.
+        The file; None if the work dir has no checkpoint ('auto' only): the run then begins at the beginning.
 
     Raises:
         CheckpointError: The file is missing, unreadable, or not from a training run.

@@ -79,9 +79,6 @@ def test_any_size(size):
     assert image.dtype == labels.dtype == np.uint8
 
 
-# ---------------------------------------------------------------------------------- detection
-
-
 def dataset_and_metric(name, root, loader='test_dataloader'):
     """What a detection config reads a data set with, and measures it by."""
     pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")

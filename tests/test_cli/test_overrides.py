@@ -44,9 +44,6 @@ def concat(cfg):
     return cfg
 
 
-# ----------------------------------------------------------------------------------- data root
-
-
 def test_data_root_reaches_every_dataset(cfg, demo_data):
     cli.set_data_root(concat(cfg), demo_data)
     found = dict(cli.datasets_of(cfg))
@@ -156,9 +153,6 @@ def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
     lacks(cfg, 'train2017/" does not exist')
 
 
-# ------------------------------------------------------------------------------------ schedule
-
-
 def learning_rates(cfg, iters):
     """What mmengine's schedulers make of base rate 1, for each iteration."""
     wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
@@ -241,9 +235,6 @@ def test_max_iters_refuses_what_it_does_not_know(cfg):
         cli.set_max_iters(cfg, 10)
 
 
-# ---------------------------------------------------------------------------------- data loader
-
-
 def test_batch_size_and_workers(cfg):
     cfg.val_dataloader.prefetch_factor = 4
     cli.set_batch_size(cfg, 7)
@@ -255,9 +246,6 @@ def test_batch_size_and_workers(cfg):
         assert 'prefetch_factor' not in cfg[name]
     cli.set_num_workers(cfg, 3)
     assert {cfg[name].num_workers for name in LOADERS} == {3}
-
-
-# ----------------------------------------------------------------------------------------- size
 
 
 @pytest.mark.parametrize('wrapped', [False, True])
@@ -377,9 +365,6 @@ def test_img_scale_is_refused_where_it_has_no_meaning(cfg, det_cfg):
     assert det_cfg.to_dict() == before
 
 
-# -------------------------------------------------------------------------------------- weights
-
-
 def test_remove_weights(cfg, det_cfg):
     cfg.load_from = 'somewhere.pth'
     cfg.model.decode_head.init_cfg = [dict(type='Normal', std=0.01), dict(type='Pretrained', checkpoint='head.pth')]
@@ -390,9 +375,6 @@ def test_remove_weights(cfg, det_cfg):
     assert cli.named_weights(cfg) == [] and cfg.load_from is None
     assert cfg.model.decode_head.init_cfg == [dict(type='Normal', std=0.01)]
     assert cli.remove_weights(det_cfg) == [('model.backbone.init_cfg', 'torchvision://resnet50')]
-
-
-# --------------------------------------------------------------------------------------- device
 
 
 def test_without_a_gpu(cfg):

@@ -360,9 +360,6 @@ def test_two_at_a_time(served, tmp_path):
     assert whole(tmp_path)
 
 
-# -------------------------------------------------------------------------------- the real ones
-
-
 def fill(root, name):
     """Write a complete data set with files of one byte, for the counts and names alone."""
     data_set = DATA_SETS[name]
@@ -483,9 +480,6 @@ def test_a_config_without_data_says_the_command(config, command, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.ConfigOverrideError, match=f'prepare_data.py {command}$'):
         cli.check_data(cfg)
-
-
-# ------------------------------------------------------------------------------------- the tool
 
 
 def test_tool(call_tool, served, server, tmp_path, monkeypatch):

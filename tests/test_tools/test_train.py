@@ -25,8 +25,6 @@ def assert_same_run(ours, theirs):
         assert_same(ours[key], theirs[key], key)
 
 
-# ---------------------------------------------------------------------------------------- errors
-
 SCRATCH = ['--from-scratch', '--cfg-options']
 DATA = ['--data-root', 'DATA']
 
@@ -95,9 +93,6 @@ def test_unreadable_image_is_named(train, tmp_path):
             path.write_bytes(b'no image')
     result = train('--data-root', tmp_path / 'data', '--from-scratch --max-iters 1', code=1)
     assert re.search(r'error: The image .*broken.jpg cannot be read', result.err)
-
-
-# ----------------------------------------------------------------------------------------- runs
 
 
 def test_trains_saves_and_tests(call_tool, train, config_path, tiny, tmp_path, demo_data):
@@ -184,9 +179,6 @@ def test_detection_configs(call_tool, demo_coco, tmp_path):
     assert len(list((tmp_path / 'drawn').glob('*.png'))) == 2
 
 
-# ---------------------------------------------------------------------------------------- resume
-
-
 def test_killed_and_resumed_is_the_same_run(start_tool, config_path, small, tiny, tmp_path):
     options = ['--cfg-options', *tiny, 'default_hooks.checkpoint.interval=3', 'train_cfg.val_interval=5']
     arguments = [config_path, *small, '--max-iters', '12', *options]
@@ -228,9 +220,6 @@ def test_resume_without_a_checkpoint(train, tmp_path):
     state = load(tmp_path / 'w' / 'iter_1.pth')['state_dict']
     torch.save(dict(state_dict=state), tmp_path / 'weights.pth')
     assert 'nothing to resume' in train('--resume', tmp_path / 'weights.pth', '--max-iters 1', work='w', code=1).text
-
-
-# ----------------------------------------------------------------------------------- distributed
 
 
 def free_port():

@@ -25,9 +25,6 @@ def read(name):
     return Config.fromfile(str(CONFIGS / name))
 
 
-# -------------------------------------------------------------------------------- configs, options
-
-
 @pytest.mark.parametrize('name', sorted(path.name for path in CONFIGS.glob('upernet_*.py')))
 def test_sparsity_of_the_official_recipes(name):
     hooks = hooks_of(read(name))
@@ -74,9 +71,6 @@ def test_masks_from_scratch():
         cli.masks_from_scratch(cfg)
     cli.set_sparsity(cfg, 0.7)
     assert hooks_of(cfg) == [dict(type='SparsityHook', distribution='erk', sparsity=0.7)]
-
-
-# -------------------------------------------------------------------------------------------- runs
 
 
 def density(state_dict):
@@ -167,8 +161,6 @@ def test_any_framework(call_tool, demo_coco, tmp_path):
     masks = load(tmp_path / 'w' / 'iter_2.pth')['sparsity']['masks']
     assert masks and all(name.startswith('backbone.') for name in masks)
 
-
-# ------------------------------------------------------------------------------------------- resume
 
 KILLER = """
 import os, signal
