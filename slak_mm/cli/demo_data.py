@@ -310,7 +310,7 @@ class DemoObject(NamedTuple):
 
 
 def draw_objects(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, list[DemoObject]]:
-    """Draw one to three objects, whole and apart from each other; RGB image (size, size, 3), uint8, and what it shows."""
+    """Draw one to three objects, whole and apart; RGB image (size, size, 3), uint8, and what it shows."""
     canvas = _Canvas(size, rng)
     horizon = rng.uniform(0.4, 0.7) * size
     _sky(canvas, horizon)
@@ -368,8 +368,8 @@ def write_demo_voc(
 ) -> Path:
     """Write a detection set as VOC has it, as a function of the seed; returns the root, which is made.
 
-    It stands for ``VOCdevkit`` and gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists ``trainval``
-    (``num_train`` images in each year) and ``test`` (in 2007 alone).
+    It stands for ``VOCdevkit`` and gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists
+    ``trainval`` (``num_train`` images in each year) and ``test`` (in 2007 alone).
     """
     root = Path(root)
     for year in years:
@@ -411,9 +411,9 @@ def _voc_annotation(name: str, size: int, objects: list[DemoObject]) -> ElementT
 
 
 def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, size: int = 160, seed: int = 0) -> Path:
-    """Write an instance segmentation set as COCO 2017 has it, as a function of the seed; returns the root, which is made.
+    """Write an instance segmentation set as COCO 2017 has it, as a function of the seed; returns the root.
 
-    It gets ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``. Needs mmdet, for the categories.
+    It gets ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``. Needs mmdet, for its classes.
     """
     from mmdet.datasets import CocoDataset
 

@@ -31,8 +31,8 @@ def colorize(labels: np.ndarray, palette: Palette, unlabeled: Sequence[int] = (0
 def displayable(image: np.ndarray) -> np.ndarray:
     """Make an RGB picture (H, W, 3), uint8, of an image of any depth and number of channels.
 
-    An image is gray (H, W), or has channels (H, W, C), the first three of which are blue, green and red; fewer are shown
-    as gray. Values beyond 0..255 are scaled so that the smallest is black and the largest white.
+    An image is gray (H, W), or has channels (H, W, C), the first three of which are blue, green and red; fewer are
+    shown as gray. Values beyond 0..255 are scaled so that the smallest is black and the largest white.
     """
     image = image.reshape(*image.shape[:2], -1)
     image = image[..., 2::-1] if image.shape[2] >= 3 else image[..., [0, 0, 0]]

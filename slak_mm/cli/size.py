@@ -42,8 +42,8 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
     """Train and test a semantic segmentation config at another resolution, (height, width).
 
     The crop changes and everything in proportion with its shorter side: the scales that images are resized to in
-    training, testing and test-time augmentation, the size that batches are padded to, and crop and stride of the sliding
-    window.
+    training, testing and test-time augmentation, the size that batches are padded to, and crop and stride of the
+    sliding window.
 
     Raises:
         ConfigOverrideError: The config does not crop, or crops to several sizes.
