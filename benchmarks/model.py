@@ -135,11 +135,9 @@ def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
             import timm
 
             options: dict[str, Any] = dict(features_only=True, pretrained=False)
-            return (
-                timm.create_model('convnext_tiny', **options)
-                if family == 'ConvNeXt-T'
-                else timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size), **options)
-            ).eval()
+            if family == 'ConvNeXt-T':
+                return timm.create_model('convnext_tiny', **options).eval()
+            return timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size), **options).eval()
         network: nn.Module = MODELS.build(dict(CONFIGS[family]))
         for norm in network.modules():
             # Statistics of a fresh norm would leave nothing to fold.
@@ -276,11 +274,6 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table as text."""
     if row['disagrees']:
         return [_label(row), row['network'], 'disagrees', '', '', '']
-    return [
-        _label(row),
-        row['network'],
-        f'{1e3 * row["seconds"]:.3g}',
-        row['of_baseline'].strip(' ()'),
-        f'{row["images_per_second"]:.4g}',
-        '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}',
-    ]
+    memory = '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}'
+    figures = f'{1e3 * row["seconds"]:.3g}', row['of_baseline'].strip(' ()'), f'{row["images_per_second"]:.4g}'
+    return [_label(row), row['network'], *figures, memory]

@@ -330,13 +330,8 @@ def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     """A row of the table as text."""
     seconds, peaks = row['seconds'], row['peak_mib']
     share = row['of_matrix_product']
-    texts = [
-        label(row),
-        f'{row["map"][0]}x{row["map"][1]}',
-        str(row['channels']),
-        str(row['kernel']),
-        f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else '',
-    ]
+    rate = f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else ''
+    texts = [label(row), '{}x{}'.format(*row['map']), str(row['channels']), str(row['kernel']), rate]
     for name in names:
         if name not in seconds:
             texts.append('disagrees' if name in row['disagrees'] else '')

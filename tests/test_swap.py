@@ -21,9 +21,8 @@ from slak_mm.cli.model import check_channels
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
-    SLaK='model.backbone.type=SLaK model.backbone.width_factor=1.0 model.backbone.kernel_sizes=(13,11,9,7)'.split()
-    + ['model.backbone.small_kernel=3'],
-    ShiftWise=['model.backbone.type=ShiftWise', 'model.backbone.kernel_sizes=(13,11,9,7)'],
+    SLaK=['type=SLaK', 'width_factor=1.0', 'kernel_sizes=(13,11,9,7)', 'small_kernel=3'],
+    ShiftWise=['type=ShiftWise', 'kernel_sizes=(13,11,9,7)'],
 )
 # In place of `arch=tiny` and its widths.
 SMALL = ['model.backbone.arch.depths=[1,1,1,1]', f'model.backbone.arch.dims={CHANNELS}']
@@ -31,16 +30,18 @@ SMALL = ['model.backbone.arch.depths=[1,1,1,1]', f'model.backbone.arch.dims={CHA
 NECK = ['model.neck.in_channels=[8,16,24,32]']
 HEAD = ['model.pretrained=None', 'model.decode_head.in_channels=[8,16,24,32]']
 LAST = ['model.pretrained=None', 'model.decode_head.in_channels=32', 'model.auxiliary_head.in_channels=24']
+FASTER = 'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco'
+DEEPLAB = 'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512'
 CONFIGS = {
     'mmdet/retinanet/retinanet_r50_fpn_1x_coco': NECK,
     'mmdet/atss/atss_r50_fpn_1x_coco': NECK,
     'mmdet/fcos/fcos_r50-caffe_fpn_gn-head_1x_coco': NECK,
-    'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco': NECK,
+    FASTER: NECK,
     'mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco': NECK,
     # Its neck takes the last stage alone.
     'mmdet/detr/detr_r50_8xb2-150e_coco': ['model.neck.in_channels=[32]', 'model.backbone.out_indices=(3,)'],
     'mmdet/mask2former/mask2former_r50_8xb2-lsj-50e_coco': ['model.panoptic_head.in_channels=[8,16,24,32]'],
-    'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512': [*LAST, 'model.decode_head.c1_in_channels=8'],
+    DEEPLAB: [*LAST, 'model.decode_head.c1_in_channels=8'],
     'mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512': LAST,
     'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512': ['model.pretrained=None', *NECK],
     'mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512': [*HEAD, 'model.auxiliary_head.in_channels=24'],
@@ -52,7 +53,7 @@ def load(name, backbone, without=None, *more):
     """An installed config with its backbone exchanged, as ``--cfg-options`` would."""
     package, _, path = name.partition('/')
     cfg = Config.fromfile(framework_configs(package, f'../{path}.py')[0])
-    options = ['model.backbone._delete_=True', *BACKBONES[backbone], *SMALL]
+    options = ['model.backbone._delete_=True', *(f'model.backbone.{o}' for o in BACKBONES[backbone]), *SMALL]
     options += [option for option in CONFIGS[name] if without is None or without not in option] + list(more)
     cfg.merge_from_dict(parsed(options))
     cli.adapt_to_device(cfg, has_gpu=lambda: False)
@@ -124,19 +125,9 @@ MISFITS = [
     # An option that is left out, others that are added, and what is said.
     ('mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512', 'auxiliary', '', r'auxiliary_head.* 1024 .*=24\.'),
     ('mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512', '', 'model.decode_head.in_index=4', 'in_index'),
-    (
-        'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512',
-        'c1_',
-        '',
-        r'decode_head.c1_bottleneck.conv has weights for 256 channels and gets 8',
-    ),
-    (
-        'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco',
-        '',
-        'model.backbone.out_indices=(2,3)',
-        r'\[8, 16, 24, 32\] .* \[24, 32\]\. .*neck.in_channels=\[24,32\]',
-    ),
-    ('mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco', '', 'model.neck.out_channels=16', 'rpn_head.in_channels=16'),
+    (DEEPLAB, 'c1_', '', r'decode_head.c1_bottleneck.conv has weights for 256 channels and gets 8'),
+    (FASTER, '', 'model.backbone.out_indices=(2,3)', r'\[8, 16, 24, 32\] .* \[24, 32\]\. .*neck.in_channels=\[24,32\]'),
+    (FASTER, '', 'model.neck.out_channels=16', 'rpn_head.in_channels=16'),
     ('mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco', '', 'model.roi_head.mask_head.in_channels=16', 'mask_head.convs.0'),
 ]
 

@@ -17,24 +17,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from slak_mm import cli
+from slak_mm import checkpoints, cli
 from slak_mm._tables import table
-from slak_mm.checkpoints import (
-    FAMILIES,
-    ZOO,
-    CheckpointError,
-    cache_dir,
-    cached_path,
-    convert_checkpoint,
-    convert_state_dict,
-    describe,
-    find_roots,
-    known_backbones,
-    read_checkpoint,
-    unwrap,
-    write_checkpoint,
-    zoo_table,
-)
+from slak_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
 from slak_mm.checkpoints.errors import shown
 from slak_mm.engine.sparsity_hook import SPARSITY_KEY, finalize_checkpoint, saved_masks
 from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsity
@@ -56,7 +41,11 @@ def parse_args() -> argparse.Namespace:
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
     convert.add_argument('checkpoint', **source)
     convert.add_argument('out', **out)
-    names = ['ours', 'official', *dict.fromkeys(name for family in FAMILIES.values() for name in family.spellings)]
+    names = [
+        'ours',
+        'official',
+        *dict.fromkeys(name for family in checkpoints.FAMILIES.values() for name in family.spellings),
+    ]
     convert.add_argument('--to', choices=names, default='ours', help='whose names to write (default: ours)')
     convert.add_argument('--ema', action='store_true', help='take the moving average')
     convert.add_argument('--force', **force)
@@ -74,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 def run_inspect(args: argparse.Namespace) -> None:
     """Print what a checkpoint holds."""
     checkpoint = read_checkpoint(args.checkpoint)
-    taken = unwrap(checkpoint, 'ema' if args.ema else 'model')
+    taken = checkpoints.unwrap(checkpoint, 'ema' if args.ema else 'model')
     print(f'file        {args.checkpoint}')
     if taken.wrapper:
         print(f'entries     {", ".join(map(shown, checkpoint))}')
@@ -90,18 +79,18 @@ def run_inspect(args: argparse.Namespace) -> None:
             f'sparsity    {len(masks)} masks (mode {shown(mode)}, changed {shown(state.get("updates"))} times in '
             f'{shown(state.get("step"))} steps)'
         )
-    roots = find_roots(taken.state_dict)
+    roots = checkpoints.find_roots(taken.state_dict)
     for root in roots:
         part = {k[len(root) :]: v for k, v in taken.state_dict.items() if k.startswith(root)}
-        ours, notes = convert_state_dict(part)
+        ours, notes = checkpoints.convert_state_dict(part)
         print(f'\nbackbone    {root.rstrip(".") or "(the whole file)"}')
         print(f'format      {notes.format}')
-        print(f'variant     {describe(ours)}')
+        print(f'variant     {checkpoints.describe(ours)}')
         if notes.unrecognized:
             print(f'unknown     {len(notes.unrecognized)} names: {", ".join(notes.unrecognized[:4])}')
         print_sparsity(part, {k[len(root) :]: v for k, v in masks.items() if k.startswith(root)})
     if not roots:
-        print(f'\nbackbone    none of {known_backbones()}; all weights of the file:')
+        print(f'\nbackbone    none of {checkpoints.known_backbones()}; all weights of the file:')
         print_sparsity(taken.state_dict, masks)
     if args.picture:
         root = (roots or [''])[0]
@@ -154,7 +143,7 @@ def run_finalize(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     """Write a checkpoint with other names."""
     refuse_existing(args)
-    converted = convert_checkpoint(read_checkpoint(args.checkpoint), args.to, args.ema)
+    converted = checkpoints.convert_checkpoint(read_checkpoint(args.checkpoint), args.to, args.ema)
     path = write_checkpoint(converted, args.out, args.force)
     wrapper, weights = next(iter(converted.items()))
     print(f'Wrote {len(weights)} tensors under {wrapper} to {path} (names: {args.to}).')
@@ -162,11 +151,11 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_zoo(args: argparse.Namespace) -> None:
     """Print the table of published checkpoints."""
-    rows = zoo_table()
-    cached = ['in the cache', *('yes' if cached_path(name).is_file() else 'no' for name in ZOO)]
+    rows = checkpoints.zoo_table()
+    cached = ['in the cache', *('yes' if checkpoints.cached_path(name).is_file() else 'no' for name in checkpoints.ZOO)]
     print(table([[row[0], here, *row[1:]] for row, here in zip(rows, cached)]))
     print('\nFigures as published by the source; none of them was measured here.')
-    print(f'Cache: {cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
+    print(f'Cache: {checkpoints.cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
 
 
 def main() -> None:

@@ -132,11 +132,8 @@ def _read_boxes(where: str, dataset: dict, kind: Any, bases: dict[str, type]) ->
     """Read the annotations of a data set in VOC's or COCO's format; None for any other."""
     base = bases.get('XMLDataset') or bases.get('CocoDataset')
     # A class that reads its files in a way of its own knows itself what it needs.
-    if (
-        base is None
-        or not dataset.get('ann_file')
-        or any(getattr(kind, name) is not getattr(base, name) for name in ('load_data_list', 'parse_data_info'))
-    ):
+    own = base and any(getattr(kind, n) is not getattr(base, n) for n in ('load_data_list', 'parse_data_info'))
+    if base is None or own or not dataset.get('ann_file'):
         return None
     path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
     return (_read_coco if base.__name__ == 'CocoDataset' else _read_voc)(where, dataset, path)

@@ -6,7 +6,9 @@ import importlib.util
 import os
 import os.path as osp
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -61,21 +63,14 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('./work_dirs', Path(args.config).stem)
-    for name, change in (
-        ('data_root', set_data_root),
-        ('max_iters', set_max_iters),
-        ('batch_size', set_batch_size),
-        ('num_workers', set_num_workers),
-        ('crop_size', set_crop_size),
-        ('img_scale', set_img_scale),
-        ('sparse', set_sparse),
-        ('sparsity', set_sparsity),
-    ):
-        value = getattr(args, name, None)
+    changes = (set_data_root, set_max_iters, set_batch_size, set_num_workers, set_crop_size, set_img_scale)
+    change: Callable[[Config, Any], None]
+    for change in (*changes, set_sparse, set_sparsity):
+        value = getattr(args, change.__name__.removeprefix('set_'), None)
         if value is not None:
             change(cfg, value)
-    for name, switch in (('amp', set_amp), ('compile', set_compile)):
-        if getattr(args, name, False):
+    for switch in (set_amp, set_compile):
+        if getattr(args, switch.__name__.removeprefix('set_'), False):
             switch(cfg)
     if args.cfg_options:
         try:

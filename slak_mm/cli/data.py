@@ -72,11 +72,8 @@ def _entries(dataset: dict) -> list[str]:
     """Files and folders below its root that a data set needs, as written in the config."""
     pipeline = dataset.get('pipeline')
     labels_unread = pipeline and not any('Annotations' in type_name(node) for node in walk(pipeline))
-    entries = [
-        value
-        for key, value in (dataset.get('data_prefix') or {}).items()
-        if isinstance(value, str) and value and not (key == 'seg_map_path' and labels_unread)
-    ]
+    prefix = {k: v for k, v in (dataset.get('data_prefix') or {}).items() if k != 'seg_map_path' or not labels_unread}
+    entries = [value for value in prefix.values() if isinstance(value, str) and value]
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file:
         entries.append(ann_file)

@@ -194,8 +194,8 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     """Build a runner and everything that the loops 'train', 'val' and 'test' are going to use.
 
     :class:`StrictCheckpointHook` is added to the config, and for training what :mod:`slak_mm.engine.reproducible`
-    has and :class:`FiniteLossHook`; mmengine's checkpoint hook and loop over epochs become those of this package. Data sets
-    check what they load.
+    has and :class:`FiniteLossHook`; mmengine's checkpoint hook and loop over epochs become those of this package.
+    Data sets check what they load.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.

@@ -50,11 +50,8 @@ def check_crop(model: nn.Module, cfg: Config) -> None:
     node = model_of(cfg)
     pipelines = [dataset.get('pipeline') for _, dataset in datasets_of(cfg, ('train_dataloader',))]
     padded = pair((node.get('data_preprocessor') or {}).get('size') or 0)
-    crops = [
-        tuple(map(max, pair(t.crop_size), padded))
-        for t in walk(pipelines)
-        if type_name(t) == 'RandomCrop' and t.get('crop_size')
-    ]
+    cuts = [t for t in walk(pipelines) if type_name(t) == 'RandomCrop' and t.get('crop_size')]
+    crops = [tuple(map(max, pair(t.crop_size), padded)) for t in cuts]
     test_cfg = node.get('test_cfg') or {}
     if test_cfg.get('mode') == 'slide':
         crops.append(pair(test_cfg['crop_size']))

@@ -126,13 +126,8 @@ def test_configs_that_cannot_be_read(tmp_path, text, message):
 def test_resume_takes_the_seed_and_drops_the_weights(tmp_path):
     path = tmp_path / 'iter_3.pth'
     torch.save(dict(meta=dict(iter=3, seed=11), state_dict={}, optimizer={}, message_hub={}), path)
-    cfg = Config(
-        dict(
-            work_dir=str(tmp_path),
-            randomness=dict(seed=5, deterministic=True),
-            model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x'))),
-        )
-    )
+    model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x')))
+    cfg = Config(dict(work_dir=str(tmp_path), randomness=dict(seed=5, deterministic=True), model=model))
     assert cli.prepare_resume(cfg, str(path)) == str(path)
     assert cfg.randomness == ConfigDict(seed=11, deterministic=True)
     assert cfg.resume is True and cfg.load_from == str(path)

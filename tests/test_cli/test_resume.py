@@ -72,18 +72,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(
-    'spoil',
-    [
-        cut,
-        lambda path: path.write_bytes(b''),
-        lambda path: path.unlink() or path.mkdir(),
-        lambda path: path.unlink() or path.symlink_to('nowhere'),
-        lambda path: torch.save(dict(state_dict={}), path),
-        lambda path: save(path, -1),
-    ],
-    ids=['cut', 'empty', 'folder', 'link to nothing', 'weights only', 'negative'],
-)
+SPOILS = {
+    'cut': cut,
+    'empty': lambda path: path.write_bytes(b''),
+    'folder': lambda path: path.unlink() or path.mkdir(),
+    'link to nothing': lambda path: path.unlink() or path.symlink_to('nowhere'),
+    'weights only': lambda path: torch.save(dict(state_dict={}), path),
+    'negative': lambda path: save(path, -1),
+}
+
+
+@pytest.mark.parametrize('spoil', SPOILS.values(), ids=SPOILS)
 def test_what_does_not_read_whole_is_passed_over_by_name(work_dir, said, spoil):
     spoil(work_dir / 'iter_10.pth')
     assert resume(work_dir) == 'iter_4.pth'

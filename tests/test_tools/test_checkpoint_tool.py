@@ -127,17 +127,16 @@ def test_texts_of_a_file_are_escaped_and_cut(tmp_path, run):
     assert text.replace('\n', '').isprintable()
 
 
-@pytest.mark.parametrize(
-    ('weights', 'zeros'),
-    [
-        (torch.eye(4).to(torch.float8_e4m3fn), '75.00%'),
-        (torch.eye(4).requires_grad_(), '75.00%'),
-        (torch.eye(4) * 1j, None),
-        (torch.empty(0, 4), None),
-        (torch.ones(()), None),
-    ],
-    ids=['fp8', 'requires gradients', 'complex', 'empty', 'scalar'],
-)
+ODD = {
+    'fp8': (torch.eye(4).to(torch.float8_e4m3fn), '75.00%'),
+    'requires gradients': (torch.eye(4).requires_grad_(), '75.00%'),
+    'complex': (torch.eye(4) * 1j, None),
+    'empty': (torch.empty(0, 4), None),
+    'scalar': (torch.ones(()), None),
+}
+
+
+@pytest.mark.parametrize(('weights', 'zeros'), ODD.values(), ids=ODD)
 def test_odd_weights(tmp_path, run, weights, zeros):
     torch.save({'w': weights}, tmp_path / 'x.pth')
     assert (cells(run('inspect', 'x.pth')).get('w') or [None])[-1] == zeros

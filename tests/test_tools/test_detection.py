@@ -20,15 +20,9 @@ pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operato
 
 ROOT = Path(__file__).resolve().parents[2]
 # With a tiny backbone the other sizes and schedules are no different.
-NAMES = [
-    'faster_rcnn_slak_t_voc07',
-    'faster_rcnn_slak_t_voc0712',
-    'faster_rcnn_shiftwise_t_voc07',
-    'faster_rcnn_convnext_t_voc07',
-    'cascade_mask_rcnn_slak_t_coco',
-    'cascade_mask_rcnn_shiftwise_t_coco',
-    'cascade_mask_rcnn_convnext_t_coco',
-]
+VOC = ('slak_t_voc07', 'slak_t_voc0712', 'shiftwise_t_voc07', 'convnext_t_voc07')
+COCO = ('slak_t_coco', 'shiftwise_t_coco', 'convnext_t_coco')
+NAMES = [*(f'faster_rcnn_{name}' for name in VOC), *(f'cascade_mask_rcnn_{name}' for name in COCO)]
 REAL = ROOT.parent / 'shared' / 'data'
 # Untrained, a model is sure of nothing: keep all boxes.
 ALL_BOXES = 'model.test_cfg.rcnn.score_thr=0.'
