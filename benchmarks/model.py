@@ -53,13 +53,10 @@ def add_parser(commands: Any) -> None:
 
 
 class OfficialSLaK(nn.Module):
-    """A SLaK backbone as the official code computes it, with the same weights.
+    """A decomposed SLaK backbone in training form as the official code computes it, with the same weights.
 
-    Everything is in NCHW: each branch is a depthwise convolution of PyTorch with its batch norm,
-    and the norms over channels are written out.
-
-    Args:
-        backbone: A decomposed SLaK in training form.
+    Everything is in NCHW: each branch is a depthwise convolution of PyTorch with its batch norm, and the norms over
+    channels are written out.
     """
 
     def __init__(self, backbone: Any) -> None:
@@ -155,15 +152,9 @@ def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
 
 
 class Case:
-    """Images and a network, ready to be timed.
+    """Images of a (height, width) and a network of :data:`NETWORKS`, ready to be timed on 'cpu' or 'cuda'.
 
-    Args:
-        contender: One of :data:`NETWORKS`.
-        size: Height and width of the images.
-        batch: Images.
-        dtype: A key of :data:`~benchmarks.common.DTYPES`.
-        device: 'cpu' or 'cuda'.
-        train: Forward and backward in training mode.
+    With ``train`` a step is forward and backward in training mode.
     """
 
     def __init__(self, contender: str, size: Sequence[int], batch: int, dtype: str, device: str, train: bool) -> None:
@@ -196,13 +187,7 @@ class Case:
 
 
 def peak_step(*, contender: str, size: Sequence[int], **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~benchmarks.peak.measure_peak` measures.
-
-    Args:
-        contender: One of :data:`NETWORKS`.
-        size: Height and width of the images.
-        **options: Other arguments of :class:`Case`.
-    """
+    """What :func:`~benchmarks.peak.measure_peak` measures: a contender, with further arguments of :class:`Case`."""
     Case(contender, (64, 64), **{**options, 'batch': 2}).step()
     return Case(contender, size, **options).step
 
@@ -211,8 +196,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
-            or timm is not installed; or, after everything else, a network disagreed.
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, or timm is not installed; or, after
+            everything else, a network disagreed.
     """
     common.check_arguments(args)
     names = [name for name in NETWORKS if name in args.networks and not (args.train and name.endswith('deploy'))]

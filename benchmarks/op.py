@@ -63,16 +63,9 @@ def add_parser(commands: Any) -> None:
 
 
 class Case:
-    """Inputs of one operator at one stage, and the ways to compute it.
+    """Inputs of one operator at one stage (0 to 3), and the ways to compute it, on 'cpu' or 'cuda'.
 
-    Args:
-        family: A key of :data:`CHANNELS`.
-        stage: 0 to 3.
-        size: Height and width of the image.
-        batch: Images.
-        dtype: A key of :data:`DTYPES`.
-        device: 'cpu' or 'cuda'.
-        channels: Instead of those of the published tiny network. Default: None.
+    ``size`` is (height, width) of the image; ``channels`` replace those of the published tiny network.
     """
 
     def __init__(
@@ -225,13 +218,7 @@ def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def peak_step(*, contender: str, passing: str, **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~benchmarks.peak.measure_peak` measures.
-
-    Args:
-        contender: One of :data:`CONTENDERS`.
-        passing: One of :data:`PASSES`.
-        **options: Arguments of :class:`Case`.
-    """
+    """What :func:`~benchmarks.peak.measure_peak` measures: a contender's pass, with arguments of :class:`Case`."""
     Case(**{**options, 'size': (128, 128), 'batch': 1, 'channels': 8}).step(contender, passing)()
     return Case(**options).step(contender, passing)
 

@@ -21,14 +21,11 @@ from .common import BenchmarkError, synchronize
 
 
 def measure_peak(module: str, case: dict[str, Any]) -> float | None:
-    """Peak memory of a pass above what was there before it.
+    """Peak memory of a pass above what was there before it, in MiB; None where the system does not tell.
 
     Args:
         module: Full name of the module that has ``peak_step``.
         case: Its keyword arguments, all JSON; ``device`` among them.
-
-    Returns:
-        MiB, or None where the system does not tell.
 
     Raises:
         BenchmarkError: The process failed, with its last line.

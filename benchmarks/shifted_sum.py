@@ -125,7 +125,7 @@ def _moves(
 def activation_space(
     x: Tensor, filters: Tensor, shifts: Tensor, picks: Tensor, fused: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three branches of a ShiftWise layer before their batch norms.
+    """The branches wide, tall and small, each (N, c, H, W), of a ShiftWise layer before their batch norms.
 
     Args:
         x: (N, c, H, W).
@@ -133,9 +133,6 @@ def activation_space(
         shifts: (c * nk, 2 G).
         picks: (c, G).
         fused: Use the faster code for benchmarks.
-
-    Returns:
-        wide, tall and small, each (N, c, H, W).
     """
     s = filters.shape[-1]
     filtered = F.conv2d(x, filters, padding=s - 1, groups=x.shape[1])

@@ -41,11 +41,8 @@ def parse_args() -> argparse.Namespace:
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
     convert.add_argument('checkpoint', **source)
     convert.add_argument('out', **out)
-    names = [
-        'ours',
-        'official',
-        *dict.fromkeys(name for family in checkpoints.FAMILIES.values() for name in family.spellings),
-    ]
+    spellings = (name for family in checkpoints.FAMILIES.values() for name in family.spellings)
+    names = ['ours', 'official', *dict.fromkeys(spellings)]
     convert.add_argument('--to', choices=names, default='ours', help='whose names to write (default: ours)')
     convert.add_argument('--ema', action='store_true', help='take the moving average')
     convert.add_argument('--force', **force)

@@ -359,8 +359,11 @@ def _members(path: Path) -> Iterator[list[_Member]]:
             kinds = [stat.S_IFMT(info.external_attr >> 16) for info in infos]
             yield [
                 _Member(
-                    *(info.filename, info.file_size, kind in (0, stat.S_IFREG) and not info.is_dir()),
-                    *(kind in (0, stat.S_IFDIR) and info.is_dir(), functools.partial(archive.open, info)),
+                    info.filename,
+                    info.file_size,
+                    is_file=kind in (0, stat.S_IFREG) and not info.is_dir(),
+                    is_folder=kind in (0, stat.S_IFDIR) and info.is_dir(),
+                    open=functools.partial(archive.open, info),
                 )
                 for info, kind in zip(infos, kinds)
             ]
