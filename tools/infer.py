@@ -8,6 +8,7 @@ detection gives boxes. Results are written as PNG files named like the images.
 """
 
 import argparse
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -170,6 +171,8 @@ def main() -> int:
     scope = cli.framework(cfg)
     if scope not in ('mmseg', 'mmdet'):
         raise cli.ConfigOverrideError(f'infer.py knows configs of mmseg and mmdet, this one is of "{scope}".')
+    if importlib.util.find_spec(scope) is None:
+        raise cli.ConfigOverrideError(f'"{scope}" is not installed.')
     model, classes = build_model(cfg, args)
     pipeline = build_pipeline(cfg)
     draw = segment if scope == 'mmseg' else detect
