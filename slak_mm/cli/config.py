@@ -120,9 +120,8 @@ def tests_boxes_alone(cfg: Config) -> bool:
     if judges_masks or not removable:
         boxes = 'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
         remedy = boxes if removable else 'test it without --tta'
-        raise ConfigOverrideError(
-            f'mmdetection augments the test of boxes only, and this model predicts masks: {remedy}.'
-        )
+        text = 'mmdetection has test-time augmentation for boxes only, and this model predicts masks'
+        raise ConfigOverrideError(f'{text}: {remedy}.')
     return True
 
 
