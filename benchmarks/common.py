@@ -50,15 +50,9 @@ def add_measurement_arguments(
     dtypes: Sequence[str] = ('float32', 'float64', 'bfloat16', 'float16'),
     memory: bool = True,
 ) -> None:
-    """Add ``--device --size --batch --dtype --repeats --no-memory --json --plot``.
+    """Add ``--device --size --batch --dtype --repeats --no-memory --json --plot``, with these defaults and choices.
 
-    Args:
-        parser: Parser of the sub-command.
-        sizes: Default image sizes (height, width); without any there is no ``--size``.
-        batches: Default batch sizes; without any there is no ``--batch``.
-        repeats: Default of ``--repeats``.
-        dtypes: Choices of ``--dtype``, keys of :data:`DTYPES`; the first is the default.
-        memory: Whether there is ``--no-memory``. Defaults to True.
+    Without sizes (height, width) or batches there is no such option; the first dtype is the default.
     """
     add = parser.add_argument
     add('--device', default='cpu', help='cpu or cuda (default: cpu)')

@@ -89,16 +89,10 @@ TINY_DETECTOR = [
     'model.train_cfg.rpn_proposal.max_per_img=64',
     *options('model.test_cfg', 'rpn.max_per_img=64 rcnn.max_per_img=20'),
 ]
-TINY_FASTER_RCNN = [
-    *TINY_DETECTOR,
-    *options('model.roi_head.bbox_head', 'in_channels=16 fc_out_channels=32'),
-    'model.train_cfg.rcnn.sampler.num=32',
-]
-TINY_CASCADE = [
-    *TINY_DETECTOR,
-    *options('model.roi_head', 'mask_roi_extractor.out_channels=16 mask_head.in_channels=16'),
-    'model.roi_head.mask_head.conv_out_channels=16',
-]
+TINY_FASTER_RCNN = TINY_DETECTOR + options('model.roi_head.bbox_head', 'in_channels=16 fc_out_channels=32')
+TINY_FASTER_RCNN += ['model.train_cfg.rcnn.sampler.num=32']
+TINY_CASCADE = TINY_DETECTOR + options('model.roi_head', 'mask_roi_extractor.out_channels=16 mask_head.in_channels=16')
+TINY_CASCADE += ['model.roi_head.mask_head.conv_out_channels=16']
 for stage in range(3):
     heads = 'in_channels=16 conv_out_channels=16 fc_out_channels=32'
     TINY_CASCADE += options(f'model.roi_head.bbox_head.{stage}', heads)
@@ -147,15 +141,9 @@ def parsed(options):
     return {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
 
 
-TINY_SLAK_BACKBONE = dict(
-    type='SLaK',
-    arch=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
-    width_factor=1.0,
-    kernel_sizes=(7, 7, 7, 7),
-    small_kernel=3,
-    norm_cfg=dict(type='BN'),
-    out_norm=False,
-)
+TINY_ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+TINY_SLAK_BACKBONE = dict(type='SLaK', arch=TINY_ARCH, width_factor=1.0, kernel_sizes=(7, 7, 7, 7), small_kernel=3)
+TINY_SLAK_BACKBONE.update(norm_cfg=dict(type='BN'), out_norm=False)
 
 
 @pytest.fixture(scope='session')
@@ -318,13 +306,9 @@ def start_tool():
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=python_path())
         for variable in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
             env.pop(variable, None)
-        process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'), *split(arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
+        command = [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'), *split(arguments)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, text=True, env=env, **pipes)
         processes.append(process)
         return process
 

@@ -84,12 +84,9 @@ def _entries(file: Path) -> list[tuple[float, dict[str, float]]]:
 
 
 def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None) -> list[str]:
-    """Which scalars to draw.
+    """Names of the scalars to draw, each once; a wanted one that ends in ``*`` stands for all that begin so.
 
-    Args:
-        runs: Curves of each run.
-        wanted: Names to draw; one that ends in ``*`` stands for all that begin so. Defaults to those of
-            :data:`DEFAULT_KEYS` that are not zero throughout in some run, and all metrics of validation.
+    Defaults to those of :data:`DEFAULT_KEYS` that are not zero throughout in some run, and all metrics of validation.
 
     Raises:
         ConfigOverrideError: No run has a wanted name.

@@ -3,16 +3,15 @@
 import json
 
 import pytest
+from conftest import TINY_ARCH
 
 from benchmarks import gpu, model, op
-
-ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 
 
 @pytest.fixture
 def small(monkeypatch):
     for family, config in model.CONFIGS.items():
-        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=ARCH))
+        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=TINY_ARCH))
     monkeypatch.setattr(op, 'CHANNELS', dict(slak=(4,) * 4, shiftwise=(6,) * 4))
     monkeypatch.setattr(gpu, 'IMAGE', (64, 64))
     monkeypatch.setattr(gpu, 'OPERATOR_BATCHES', (1,))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import TINY_ARCH
 from mmengine.registry import MODELS
 
 from benchmarks import model
@@ -11,14 +12,13 @@ from benchmarks.peak import measure_peak
 from slak_mm.models.shiftwise import ShiftWiseConv
 
 OURS = [name for name in model.NETWORKS if name.startswith(('SLaK', 'ShiftWise'))]
-ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Small networks; the kernels have their size."""
     for family, config in model.CONFIGS.items():
-        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=ARCH))
+        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=TINY_ARCH))
 
 
 @pytest.fixture

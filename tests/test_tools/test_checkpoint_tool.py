@@ -4,12 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, python_path
+from conftest import ROOT, TINY_ARCH, python_path
 from PIL import Image
 
 from slak_mm.models import SLaK
-
-ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 
 
 @pytest.fixture
@@ -34,7 +32,7 @@ def cells(text):
 
 @pytest.fixture
 def weights(tmp_path):
-    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
+    model = SLaK(arch=TINY_ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
     state = model.state_dict()
     state['stages.0.0.pwconv1.weight'].view(-1)[:64] = 0  # a quarter of 32 x 8
     torch.save({'state_dict': state, 'model_ema': state}, tmp_path / 'x.pth')
@@ -89,7 +87,7 @@ def trained(tmp_path):
     from slak_mm.sparsity import SparseTraining, select_parameters
 
     torch.manual_seed(0)
-    model = SLaK(arch=ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
+    model = SLaK(arch=TINY_ARCH, kernel_sizes=(13, 11, 9, 7), width_factor=1.0, norm_cfg=dict(type='BN'))
     settings = dict(mode='set', distribution='uniform', sparsity=0.25, total_steps=10)
     training = SparseTraining(select_parameters(model), **settings)
     training.initialize()
