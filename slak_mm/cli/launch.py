@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
+from mmengine.registry import MODELS, OPTIMIZERS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
@@ -124,17 +125,14 @@ def _meeting() -> Iterator[None]:
 
 
 def _slurm_environment(port: int | None) -> None:
-    import subprocess
-
     if 'MASTER_ADDR' not in os.environ:
         command = f'scontrol show hostname {os.environ["SLURM_NODELIST"]} | head -n1'
         os.environ['MASTER_ADDR'] = subprocess.getoutput(command)
     if port is not None:
         os.environ['MASTER_PORT'] = str(port)
     os.environ.setdefault('MASTER_PORT', '29500')
-    os.environ['RANK'] = os.environ['SLURM_PROCID']
-    os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
-    os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', '0')
+    ranks = dict(RANK=os.environ['SLURM_PROCID'], LOCAL_RANK=os.environ.get('SLURM_LOCALID', '0'))
+    os.environ.update(ranks, WORLD_SIZE=os.environ['SLURM_NTASKS'])
 
 
 @contextmanager
@@ -206,12 +204,7 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
         make_resumable(cfg)
         add_hook(cfg, 'FiniteLossHook')
     try:
-        if 'runner_type' in cfg:
-            from mmengine.registry import RUNNERS
-
-            runner = RUNNERS.build(cfg)
-        else:
-            runner = Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if 'train' in loops:
             if runner.train_loop is None:
                 raise ConfigOverrideError('This config has no training loop.')

@@ -152,10 +152,8 @@ def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
     # Those named as this config names them come first: other numbers cannot be compared with theirs.
     candidates = []
     for rank, template in enumerate(dict.fromkeys((own, 'iter_{}.pth', 'epoch_{}.pth'))):
-        pattern = checkpoint_pattern(template)
         for path in folder.iterdir() if folder.is_dir() else ():
-            match = pattern.fullmatch(path.name)
-            if match:
+            if match := checkpoint_pattern(template).fullmatch(path.name):
                 candidates.append((-rank, int(match['step']), path))
     passed = []
     for *_, path in sorted(candidates, reverse=True):
