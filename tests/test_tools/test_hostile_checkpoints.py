@@ -27,7 +27,7 @@ def evil(tmp_path):
     content = dict(run, state_dict={'backbone.x': torch.ones(1)}, extra=Touch(tmp_path / 'victim'))
     torch.save(content, tmp_path / 'evil.pth')
     (tmp_path / 'work').mkdir()
-    (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'evil.pth'))
+    (tmp_path / 'work' / 'iter_1.pth').write_bytes((tmp_path / 'evil.pth').read_bytes())
     return tmp_path / 'evil.pth'
 
 
