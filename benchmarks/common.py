@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,24 +21,6 @@ import torch
 from torch import Tensor
 
 from slak_mm.cli import ConfigOverrideError, image_size, output_file, positive_int
-
-__all__ = [
-    'DTYPES',
-    'LONG_SECONDS',
-    'TOLERANCE',
-    'BenchmarkError',
-    'add_measurement_arguments',
-    'check_arguments',
-    'describe_machine',
-    'disagreeing',
-    'measure_times',
-    'multiple',
-    'plot_bars',
-    'report',
-    'synchronize',
-    'timed',
-    'worst_difference',
-]
 
 DTYPES = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16, float16=torch.float16)
 # Largest difference to the reference, as a fraction of its largest value.
@@ -49,7 +33,12 @@ class BenchmarkError(ConfigOverrideError):
     """The benchmark cannot run, or a contender computes something else; says what, and why."""
 
 
-# --------------------------------------------------------------------------------- arguments
+def add_command(commands: Any, module: Any, summary: str) -> argparse.ArgumentParser:
+    """Add a module's sub-command, which has its last name, to the result of ``ArgumentParser.add_subparsers``."""
+    name, raw = module['__name__'].rpartition('.')[2], argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=summary, description=module['__doc__'], formatter_class=raw)
+    parser.set_defaults(run=module['run'])
+    return parser
 
 
 def add_measurement_arguments(
@@ -61,59 +50,29 @@ def add_measurement_arguments(
     dtypes: Sequence[str] = ('float32', 'float64', 'bfloat16', 'float16'),
     memory: bool = True,
 ) -> None:
-    """Add what all measurements take.
+    """Add ``--device --size --batch --dtype --repeats --no-memory --json --plot``, with these defaults and choices.
 
-    ``--device --size --batch --dtype --repeats --no-memory --json --plot``.
-
-    Args:
-        parser: Parser of the sub-command.
-        sizes: Default image sizes (height, width); without any there
-            is no ``--size``.
-        batches: Default batch sizes; without any there is no ``--batch``.
-        repeats: Default of ``--repeats``.
-        dtypes: Choices of ``--dtype``, keys of :data:`DTYPES`; the first is the
-            default.
-        memory: Whether there is ``--no-memory``. Defaults to True.
+    Without sizes (height, width) or batches there is no such option; the first dtype is the default.
     """
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    add = parser.add_argument
+    add('--device', default='cpu', help='cpu or cuda (default: cpu)')
     if sizes:
-        names = ' '.join(f'{height}x{width}' for height, width in sizes)
-        parser.add_argument(
-            '--size',
-            nargs='+',
-            type=image_size,
-            default=list(sizes),
-            metavar='HxW',
-            help=f'image sizes (default: {names})',
-        )
+        what = f'image sizes (default: {" ".join(f"{height}x{width}" for height, width in sizes)})'
+        add('--size', nargs='+', type=image_size, default=list(sizes), metavar='HxW', help=what)
     if batches:
-        parser.add_argument(
-            '--batch',
-            nargs='+',
-            type=positive_int,
-            default=list(batches),
-            metavar='N',
-            help=f'images at once (default: {" ".join(map(str, batches))})',
-        )
-    parser.add_argument('--dtype', choices=list(dtypes), default=dtypes[0], help=f'(default: {dtypes[0]})')
-    parser.add_argument(
-        '--repeats',
-        type=positive_int,
-        default=repeats,
-        help=f'timed runs of each, after one that warms up (default: {repeats}); '
-        f'none if that takes over {LONG_SECONDS:g} s, which then counts',
-    )
+        what = f'images at once (default: {" ".join(map(str, batches))})'
+        add('--batch', nargs='+', type=positive_int, default=list(batches), metavar='N', help=what)
+    add('--dtype', choices=list(dtypes), default=dtypes[0], help=f'(default: {dtypes[0]})')
+    runs = f'timed runs of each after one that warms up (default: {repeats}), which counts if over {LONG_SECONDS:g} s'
+    add('--repeats', type=positive_int, default=repeats, help=runs)
     if memory:
-        parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
-    parser.add_argument('--json', type=output_file, metavar='OUT', help='write all figures to this file')
-    parser.add_argument('--plot', type=output_file, metavar='OUT.png', help='draw the figures (needs matplotlib)')
+        add('--no-memory', action='store_true', help='do not measure memory')
+    add('--json', type=output_file, metavar='OUT', help='write all figures to this file')
+    add('--plot', type=output_file, metavar='OUT.png', help='draw the figures (needs matplotlib)')
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything is measured, what would fail after it.
-
-    Args:
-        args: With any of ``device``, ``json`` and ``plot``.
 
     Raises:
         BenchmarkError: There is no such device, or no matplotlib.
@@ -137,11 +96,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
         if suffix not in FigureCanvasBase.get_supported_filetypes():
             raise BenchmarkError(
-                f'matplotlib {matplotlib.__version__} writes no "{suffix}" files; name --plot such as figures.png.'
+                f'matplotlib {matplotlib.__version__} writes no "{suffix}" files; name --plot e.g. x.png.'
             )
-
-
-# ------------------------------------------------------------------------------ measurements
 
 
 def synchronize(device: str) -> None:
@@ -198,49 +154,21 @@ def timed(step: Callable[[], Any], device: str = 'cpu') -> tuple[float, Any]:
 def worst_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Largest difference of any tensor, as a fraction of its largest value; NaN where one is."""
     # torch.stack keeps a NaN, which max() would lose.
-    return float(
-        torch.stack(
-            [
-                ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).cpu()
-                for a, b in zip(got, want, strict=True)
-            ]
-        ).max()
-    )
+    pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True)]
+    return float(torch.stack([((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).cpu() for a, b in pairs]).max())
 
 
 def disagreeing(results: Mapping[str, Sequence[Tensor]], want: Sequence[Tensor], tolerance: float) -> list[str]:
-    """Names of the contenders whose results are not those of the reference.
-
-    Args:
-        results: Tensors of each contender.
-        want: Those of the reference.
-        tolerance: Largest difference, as a fraction of a tensor's largest value.
-    """
+    """Names of the contenders whose results differ from ``want`` by more than that fraction of its largest value."""
     return [name for name, got in results.items() if not worst_difference(got, want) <= tolerance]
 
 
-# ------------------------------------------------------------------------------------ output
-
-
 def describe_machine(device: str = 'cpu', **settings: Any) -> dict[str, Any]:
-    """What the figures depend on.
-
-    Args:
-        device: 'cpu' or 'cuda'. Defaults to 'cpu'.
-        **settings: Further entries, such as ``dtype`` and ``repeats``.
-
-    Returns:
-        Processor, cores, threads, load, device, version of torch, date, and the
-        settings.
-    """
+    """Processor, cores, threads, load, device, versions, date, and further settings that figures depend on."""
     processor = platform.processor() or platform.machine()
-    try:
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                processor = line.split(':', 1)[1].strip()
-                break
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        lines = re.findall(r'^model name\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+        processor = lines[0] if lines else processor
     return dict(
         processor=processor,
         cores=os.cpu_count(),
@@ -284,9 +212,6 @@ def report(
         milliseconds: A row's bars by contender; None where there is no figure.
         title: Of the plot.
 
-    Yields:
-        Lines.
-
     Raises:
         BenchmarkError: At the end, where a row has ``disagrees``.
     """
@@ -326,12 +251,7 @@ def plot_bars(
 ) -> None:
     """Draw groups of bars on a logarithmic axis; needs matplotlib.
 
-    Args:
-        path: File to write; the suffix tells the format.
-        groups: Labels of the groups, such as one for each image size.
-        series: For each contender its value in each group; None or NaN draws nothing.
-        title: Title.
-        unit: Name of the axis, such as 'ms'.
+    ``series`` has for each contender its value in each group, such as an image size; None or NaN draws nothing.
     """
     # No pyplot: it would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -343,9 +263,8 @@ def plot_bars(
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(series.items()):
         shown = [math.nan if value is None else value for value in values]
-        bars = axes.barh(
-            [row - 0.4 + (index + 0.5) * height for row in range(len(groups))], shown, height=height * 0.92, label=name
-        )
+        places = [row - 0.4 + (index + 0.5) * height for row in range(len(groups))]
+        bars = axes.barh(places, shown, height=height * 0.92, label=name)
         labels = [f'{v:.0f}' if v >= 100 else f'{v:.3g}' if math.isfinite(v) else '' for v in shown]
         axes.bar_label(bars, labels, padding=2, fontsize=7)
     axes.set_yticks(range(len(groups)), groups)

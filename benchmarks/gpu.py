@@ -25,19 +25,7 @@ from torch import Tensor
 
 from slak_mm.ops import cross_dwconv2d
 
-from . import model, op
-from .common import (
-    TOLERANCE,
-    BenchmarkError,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    measure_times,
-    timed,
-    worst_difference,
-)
-
-__all__ = ['add_parser', 'run']
+from . import common, model, op
 
 NETWORKS = ('ConvNeXt-T', 'SLaK-T', 'ShiftWise-T')
 #: Name, form, height and width, batch.
@@ -51,17 +39,12 @@ IMAGE = (512, 512)
 
 
 def add_parser(commands: Any) -> None:
-    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'gpu',
-        help='everything that matters on a GPU, in some minutes',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Add the sub-command."""
+    parser = common.add_command(commands, globals(), 'everything that matters on a GPU, in some minutes')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for results.jsonl and table.md')
     parser.add_argument('--config', default='configs/upernet_slak_t_ade20k.py', help='of the segmentor')
-    add_measurement_arguments(parser, dtypes=('bfloat16', 'float32'), batches=(), memory=False)
-    parser.set_defaults(run=run, device='cuda')
+    common.add_measurement_arguments(parser, dtypes=('bfloat16', 'float32'), batches=(), memory=False)
+    parser.set_defaults(device='cuda')
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -70,10 +53,10 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     Raises:
         BenchmarkError: There is no such device, or the operator disagrees with float64.
     """
-    check_arguments(args)
+    common.check_arguments(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(args.device, repeats=args.repeats)
+    machine = common.describe_machine(args.device, repeats=args.repeats)
     table = [f'{", ".join(f"{k} {v}" for k, v in machine.items())}\n', '| what | ratio or figure |', '|---|---|']
     yield table[0]
     with (out / 'results.jsonl').open('w') as file:
@@ -98,9 +81,9 @@ def correctness(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rounded = op.Case(dtype=dtype, **options)
             exact.x, exact.grads = rounded.x.double(), [g.double() for g in rounded.grads]
             exact.weights = [w.detach().double().requires_grad_() for w in rounded.weights]
-            worst = max(worst, worst_difference(got, exact.step('NCHW', 'f+b')()))
-        if not worst <= TOLERANCE[op.DTYPES[dtype]]:
-            raise BenchmarkError(f'cross_dwconv2d differs from float64 by {worst:.1e} in {dtype}.')
+            worst = max(worst, common.worst_difference(got, exact.step('NCHW', 'f+b')()))
+        if not worst <= common.TOLERANCE[common.DTYPES[dtype]]:
+            raise common.BenchmarkError(f'cross_dwconv2d differs from float64 by {worst:.1e} in {dtype}.')
         yield dict(name=f'operator against float64, {dtype}', text=f'{worst:.1e}', difference=worst)
 
 
@@ -108,7 +91,7 @@ def networks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time, launches and peak memory of whole networks, and their ratios to ConvNeXt-T."""
     for name, form, size, batch in WORKLOADS:
         steps = {n: network_step(n, form, size, batch, args.device) for n in NETWORKS}
-        seconds, _ = measure_times(steps, args.repeats, args.device)
+        seconds, _ = common.measure_times(steps, args.repeats, args.device)
         figures = {n: dict(seconds=seconds[n], **profile(steps[n], args.device)) for n in NETWORKS}
         base = figures[NETWORKS[0]]
         for other in NETWORKS[1:]:
@@ -139,7 +122,7 @@ def network_step(name: str, form: str, size: tuple[int, int], batch: int, device
 def profile(step: Callable[[], Any], device: str) -> dict[str, Any]:
     """Busy seconds and launches of the GPU, the host's seconds, and the peak above what is allocated in MiB."""
     if device == 'cpu':
-        return dict(busy=None, launches=None, host=timed(step)[0], peak=None)
+        return dict(busy=None, launches=None, host=common.timed(step)[0], peak=None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, begin = torch.cuda.memory_allocated(), time.perf_counter()
@@ -161,7 +144,7 @@ def operator(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for stage in range(4):
             case = op.Case('slak', stage, IMAGE, batch, args.dtype, args.device)
             steps = {n: case.step(n, 'f+b') for n in ('ours', *op.LAYOUTS)}
-            seconds, _ = measure_times(steps, args.repeats, args.device)
+            seconds, _ = common.measure_times(steps, args.repeats, args.device)
             ratio = min(seconds[n] for n in op.LAYOUTS) / seconds['ours']
             name = f'operator forward and backward, {args.dtype}, batch {batch}, stage {stage + 1}'
             text = f'{ratio:.1f}x as fast as PyTorch ({1e3 * seconds["ours"]:.2f} ms)'
@@ -170,7 +153,7 @@ def operator(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def host_time(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time until a call returns, of a map so small that the GPU waits for the host."""
-    dtype = op.DTYPES[args.dtype]
+    dtype = common.DTYPES[args.dtype]
     x, tall, wide, small = (
         torch.randn(*shape, device=args.device).to(dtype).requires_grad_()
         for shape in ((1, 8, 16, 16), (8, 13, 5), (8, 5, 13), (8, 5, 5))
@@ -207,7 +190,7 @@ def start_up(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 command = [sys.executable, '-W', 'ignore', '-m', __name__, case]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
-                    raise BenchmarkError(f'the first step of {name} failed: {done.stderr.strip().splitlines()[-1]}')
+                    raise common.BenchmarkError(f'step 1 of {name} failed: {done.stderr.strip().splitlines()[-1]}')
                 seconds = float(done.stdout.split()[-1])
                 yield dict(name=f'{name}: first step, {caches} caches', text=f'{seconds:.1f} s', seconds=seconds)
 
@@ -231,11 +214,9 @@ def segmentor(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         return wrapped
 
-    steps = {
-        'dense': autocast(training.step(training.backbone, data)),
-        'masks': autocast(training.step(training.backbone, data, masks.attach)),
-    }
-    seconds, _ = measure_times(steps, args.repeats, args.device)
+    contenders = dict(dense=(), masks=(masks.attach,))
+    steps = {name: autocast(training.step(training.backbone, data, *attach)) for name, attach in contenders.items()}
+    seconds, _ = common.measure_times(steps, args.repeats, args.device)
     text = f'{1e3 * seconds["masks"]:.1f} ms, {seconds["masks"] / seconds["dense"] - 1:+.1%} for the masks'
     yield dict(name=f'UperNet training step with masks, autocast, batch {batch}', text=text, seconds=seconds)
 

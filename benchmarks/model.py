@@ -27,22 +27,9 @@ from slak_mm.models.shiftwise import FeedForward, ShiftWiseConv
 from slak_mm.models.slak import SLaKBlock
 from slak_mm.ops import use_backend
 
-from .common import (
-    DTYPES,
-    TOLERANCE,
-    BenchmarkError,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    disagreeing,
-    measure_times,
-    multiple,
-    report,
-)
+from . import common
 from .peak import measure_peak
 from .shifted_sum import activation_space
-
-__all__ = ['NETWORKS', 'OfficialSLaK', 'add_parser', 'official_shiftwise', 'peak_step', 'run']
 
 #: Configs of the two families. With random weights and a layer scale of 1 the maps grow from block
 #: to block, and with them the rounding that the comparison sees; a small one keeps them in bounds.
@@ -51,53 +38,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     for family, name in (('SLaK-T', 'SLaK'), ('ShiftWise-T', 'ShiftWise'))
 }
 #: What is compared, in the order of the table.
-NETWORKS = (
-    'SLaK-T',
-    'SLaK-T deploy',
-    'SLaK-T official',
-    'ShiftWise-T',
-    'ShiftWise-T deploy',
-    'ShiftWise-T official',
-    'ConvNeXt-T',
-    'Swin-T',
-)
+NETWORKS = (*(name + form for name in CONFIGS for form in ('', ' deploy', ' official')), *('ConvNeXt-T', 'Swin-T'))
 _BASELINE = 'ConvNeXt-T'
 
 
 def add_parser(commands: Any) -> None:
-    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'model',
-        help='whole backbones beside ConvNeXt-T and Swin-T',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_measurement_arguments(parser, sizes=[(800, 1344)], batches=(1, 2), repeats=3)
-    parser.add_argument(
-        '--networks',
-        nargs='+',
-        choices=NETWORKS,
-        metavar='NAME',
-        default=list(NETWORKS),
-        help=f'what to compare (default: all of {", ".join(NETWORKS)})',
-    )
-    parser.add_argument(
-        '--train', action='store_true', help='forward and backward in training mode, instead of forward'
-    )
-    parser.set_defaults(run=run)
-
-
-# ---------------------------------------------------------------------------------- networks
+    """Add the sub-command."""
+    parser = common.add_command(commands, globals(), 'whole backbones beside ConvNeXt-T and Swin-T')
+    common.add_measurement_arguments(parser, sizes=[(800, 1344)], batches=(1, 2), repeats=3)
+    names = f'what to compare (default: all of {", ".join(NETWORKS)})'
+    parser.add_argument('--networks', nargs='+', choices=NETWORKS, metavar='NAME', default=list(NETWORKS), help=names)
+    train = 'forward and backward in training mode, instead of forward'
+    parser.add_argument('--train', action='store_true', help=train)
 
 
 class OfficialSLaK(nn.Module):
-    """A SLaK backbone as the official code computes it, with the same weights.
+    """A decomposed SLaK backbone in training form as the official code computes it, with the same weights.
 
-    Everything is in NCHW: each branch is a depthwise convolution of PyTorch with its batch norm,
-    and the norms over channels are written out.
-
-    Args:
-        backbone: A decomposed SLaK in training form.
+    Everything is in NCHW: each branch is a depthwise convolution of PyTorch with its batch norm, and the norms over
+    channels are written out.
     """
 
     def __init__(self, backbone: Any) -> None:
@@ -173,11 +132,9 @@ def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
             import timm
 
             options: dict[str, Any] = dict(features_only=True, pretrained=False)
-            return (
-                timm.create_model('convnext_tiny', **options)
-                if family == 'ConvNeXt-T'
-                else timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size), **options)
-            ).eval()
+            if family == 'ConvNeXt-T':
+                return timm.create_model('convnext_tiny', **options).eval()
+            return timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size), **options).eval()
         network: nn.Module = MODELS.build(dict(CONFIGS[family]))
         for norm in network.modules():
             # Statistics of a fresh norm would leave nothing to fold.
@@ -195,27 +152,21 @@ def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
 
 
 class Case:
-    """Images and a network, ready to be timed.
+    """Images of a (height, width) and a network of :data:`NETWORKS`, ready to be timed on 'cpu' or 'cuda'.
 
-    Args:
-        contender: One of :data:`NETWORKS`.
-        size: Height and width of the images.
-        batch: Images.
-        dtype: A key of :data:`~benchmarks.common.DTYPES`.
-        device: 'cpu' or 'cuda'.
-        train: Forward and backward in training mode.
+    With ``train`` a step is forward and backward in training mode.
     """
 
     def __init__(self, contender: str, size: Sequence[int], batch: int, dtype: str, device: str, train: bool) -> None:
-        network = _build(contender, size, DTYPES[dtype])
-        self.network = network.to(device, DTYPES[dtype]).train(train)
+        network = _build(contender, size, common.DTYPES[dtype])
+        self.network = network.to(device, common.DTYPES[dtype]).train(train)
         if contender == 'ConvNeXt-T':
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(batch, 3, *size, generator=generator)
         if contender == 'ConvNeXt-T':
             images = images.contiguous(memory_format=torch.channels_last)
-        self.images = images.to(device, DTYPES[dtype])
+        self.images = images.to(device, common.DTYPES[dtype])
         self.is_training = train
         self.grads: list[Tensor] | None = None
 
@@ -236,41 +187,32 @@ class Case:
 
 
 def peak_step(*, contender: str, size: Sequence[int], **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~benchmarks.peak.measure_peak` measures.
-
-    Args:
-        contender: One of :data:`NETWORKS`.
-        size: Height and width of the images.
-        **options: Other arguments of :class:`Case`.
-    """
+    """What :func:`~benchmarks.peak.measure_peak` measures: a contender, with further arguments of :class:`Case`."""
     Case(contender, (64, 64), **{**options, 'batch': 2}).step()
     return Case(contender, size, **options).step
-
-
-# -------------------------------------------------------------------------------------- report
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
-            or timm is not installed; or, after everything else, a network disagreed.
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, or timm is not installed; or, after
+            everything else, a network disagreed.
     """
-    check_arguments(args)
+    common.check_arguments(args)
     names = [name for name in NETWORKS if name in args.networks and not (args.train and name.endswith('deploy'))]
     if not names:
-        raise BenchmarkError('--train leaves nothing of --networks: deployed forms do not train.')
+        raise common.BenchmarkError('--train leaves nothing of --networks: deployed forms do not train.')
     if set(names) & {'ConvNeXt-T', 'Swin-T'} and importlib.util.find_spec('timm') is None:
-        raise BenchmarkError(
+        raise common.BenchmarkError(
             'ConvNeXt-T and Swin-T are those of timm, which is not installed '
             '(pip install timm); leave them out with --networks.'
         )
     what = 'training pass (forward and backward)' if args.train else 'forward pass'
     yield f'Median time of a {what}, behind it the multiple of {_BASELINE}.'
-    yield from report(
+    yield from common.report(
         args,
-        describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train),
+        common.describe_machine(args.device, dtype=args.dtype, repeats=args.repeats, train=args.train),
         ['image', 'network', 'ms', f'x {_BASELINE}', 'images/s', 'peak MiB'],
         (row for size in args.size for batch in args.batch for row in measure(names, args, size, batch)),
         cells,
@@ -288,26 +230,25 @@ def measure(names: Sequence[str], args: argparse.Namespace, size: tuple[int, int
     """All figures for one batch of images."""
     options: dict[str, Any] = dict(size=list(size), batch=batch, dtype=args.dtype, device=args.device, train=args.train)
     cases = {name: Case(name, **options) for name in names}
-    times, results = measure_times({name: case.step for name, case in cases.items()}, args.repeats, args.device)
+    times, results = common.measure_times({name: case.step for name, case in cases.items()}, args.repeats, args.device)
     # Low precision is compared with a sharper one. Whole networks add up the rounding of their
     # layers: allow ten times the difference of one operator.
-    exact = args.dtype if DTYPES[args.dtype].itemsize >= 4 else 'float32'
+    exact = args.dtype if common.DTYPES[args.dtype].itemsize >= 4 else 'float32'
     disagrees = []
     for family in CONFIGS:
         own = {name: result for name, result in results.items() if name.startswith(family)}
         if own:
             with use_backend('reference'):
                 want = Case(family, **{**options, 'dtype': exact}).step()
-            disagrees += disagreeing(own, want, 10 * TOLERANCE[DTYPES[args.dtype]])
+            disagrees += common.disagreeing(own, want, 10 * common.TOLERANCE[common.DTYPES[args.dtype]])
     del cases, results
     base = None if _BASELINE in disagrees else times.get(_BASELINE)
     rows = []
     for name in names:
         row: dict[str, Any] = dict(options, network=name, disagrees=name in disagrees, seconds=None, peak_mib=None)
         if not row['disagrees']:
-            row.update(
-                seconds=times[name], images_per_second=batch / times[name], of_baseline=multiple(times[name], base)
-            )
+            row.update(seconds=times[name], images_per_second=batch / times[name])
+            row.update(of_baseline=common.multiple(times[name], base))
             if not args.no_memory:
                 row.update(peak_mib=measure_peak(__name__, dict(options, contender=name)))
         rows.append(row)
@@ -318,11 +259,6 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table as text."""
     if row['disagrees']:
         return [_label(row), row['network'], 'disagrees', '', '', '']
-    return [
-        _label(row),
-        row['network'],
-        f'{1e3 * row["seconds"]:.3g}',
-        row['of_baseline'].strip(' ()'),
-        f'{row["images_per_second"]:.4g}',
-        '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}',
-    ]
+    memory = '' if row['peak_mib'] is None else f'{row["peak_mib"]:.0f}'
+    figures = f'{1e3 * row["seconds"]:.3g}', row['of_baseline'].strip(' ()'), f'{row["images_per_second"]:.4g}'
+    return [_label(row), row['network'], *figures, memory]

@@ -32,21 +32,9 @@ from torch import Tensor
 from slak_mm.ops import BACKENDS, choose_backend, cross_dwconv2d, use_backend
 from slak_mm.ops.shift_tables import assemble_kernels, num_filters, shift_tables
 
-from .common import (
-    DTYPES,
-    TOLERANCE,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    disagreeing,
-    measure_times,
-    multiple,
-    report,
-)
+from . import common
 from .peak import measure_peak
 from .shifted_sum import activation_space
-
-__all__ = ['Case', 'add_parser', 'peak_step', 'run']
 
 # SLaK-T, and the convolved channels of ShiftWise-T.
 CHANNELS = dict(slak=(124, 249, 499, 998), shiftwise=(60, 122, 246, 492))
@@ -55,7 +43,6 @@ SMALL_KERNEL = dict(slak=5, shiftwise=3)
 CONTENDERS = dict(
     slak=('ours', 'NCHW', 'channels-last', 'best mix'), shiftwise=('ours', 'shifted, own adjoint', 'shifted, autograd')
 )
-"""Contenders of each family, without the further backends."""
 PASSES = dict(slak=('fwd', 'sum', 'f+b'), shiftwise=('fwd', 'f+b'))
 LAYOUTS = {'NCHW': torch.contiguous_format, 'channels-last': torch.channels_last}
 # The plain convolutions, or the shifted sum of the official code.
@@ -65,40 +52,20 @@ MATRIX_SIZE = 2048
 
 
 def add_parser(commands: Any) -> None:
-    """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'op',
-        help='the large-kernel operator, stage by stage',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Add the sub-command."""
+    parser = common.add_command(commands, globals(), 'the large-kernel operator, stage by stage')
     parser.add_argument('--family', choices=list(CHANNELS), default='slak')
-    add_measurement_arguments(
-        parser, sizes=[(512, 512), (800, 1344)], dtypes=('float32', 'float64', 'bfloat16', 'float16')
-    )
+    common.add_measurement_arguments(parser, sizes=[(512, 512), (800, 1344)])
     parser.add_argument('--stages', nargs='+', type=int, choices=range(4), default=[0, 1, 2, 3])
-    parser.add_argument(
-        '--skip',
-        nargs='+',
-        default=[],
-        metavar='NAME',
-        choices=sorted({c for names in CONTENDERS.values() for c in names[1:]} | set(BACKENDS)),
-        help='competitors to leave out, such as one that takes minutes',
-    )
-    parser.set_defaults(run=run)
+    others = sorted({c for names in CONTENDERS.values() for c in names[1:]} | set(BACKENDS))
+    what = 'competitors to leave out, such as one that takes minutes'
+    parser.add_argument('--skip', nargs='+', default=[], metavar='NAME', choices=others, help=what)
 
 
 class Case:
-    """Inputs of one operator at one stage, and the ways to compute it.
+    """Inputs of one operator at one stage (0 to 3), and the ways to compute it, on 'cpu' or 'cuda'.
 
-    Args:
-        family: A key of :data:`CHANNELS`.
-        stage: 0 to 3.
-        size: Height and width of the image.
-        batch: Images.
-        dtype: A key of :data:`DTYPES`.
-        device: 'cpu' or 'cuda'.
-        channels: Instead of those of the published tiny network. Default: None.
+    ``size`` is (height, width) of the image; ``channels`` replace those of the published tiny network.
     """
 
     def __init__(
@@ -116,10 +83,9 @@ class Case:
         self.kernel = KERNELS[stage]
         self.small = SMALL_KERNEL[family]
         self.channels = channels or CHANNELS[family][stage]
-        self.map = tuple(
-            math.ceil(n / 2 ** (stage + 2)) if family == 'shiftwise' else n // 2 ** (stage + 2) for n in size
-        )
-        self.dtype = DTYPES[dtype]
+        stride = 2 ** (stage + 2)
+        self.map = tuple(math.ceil(n / stride) if family == 'shiftwise' else n // stride for n in size)
+        self.dtype = common.DTYPES[dtype]
         self.device = device
         generator = torch.Generator().manual_seed(0)
 
@@ -147,17 +113,14 @@ class Case:
         """All of them, ours first, with the backends that could take its place."""
         ours, *others = CONTENDERS[self.family]
         weights = [w.detach() for w in self.weights]
-        backends = (
-            []
-            if self.family != 'slak'
-            else [
-                name
-                for name, backend in BACKENDS.items()
-                if name not in ('reference', choose_backend(self.x, weights))
-                and backend.unavailable_reason(self.x, weights) is None
-                and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))
-            ]
-        )
+        backends = [
+            name
+            for name, backend in BACKENDS.items()
+            if self.family == 'slak'
+            and name not in ('reference', choose_backend(self.x, weights))
+            and backend.unavailable_reason(self.x, weights) is None
+            and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))
+        ]
         return [ours, *backends, *others]
 
     def layout(self, contender: str) -> torch.memory_format:
@@ -250,18 +213,12 @@ def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP per second of a large matrix product, the best of some."""
     # Random numbers: a GPU is faster, and cooler, on ones.
     a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
-    times = [measure_times({'product': lambda: a @ b}, 1, device)[0]['product'] for _ in range(10)]
+    times = [common.measure_times({'product': lambda: a @ b}, 1, device)[0]['product'] for _ in range(10)]
     return 2 * MATRIX_SIZE**3 / min(times)
 
 
 def peak_step(*, contender: str, passing: str, **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~benchmarks.peak.measure_peak` measures.
-
-    Args:
-        contender: One of :data:`CONTENDERS`.
-        passing: One of :data:`PASSES`.
-        **options: Arguments of :class:`Case`.
-    """
+    """What :func:`~benchmarks.peak.measure_peak` measures: a contender's pass, with arguments of :class:`Case`."""
     Case(**{**options, 'size': (128, 128), 'batch': 1, 'channels': 8}).step(contender, passing)()
     return Case(**options).step(contender, passing)
 
@@ -273,11 +230,10 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses;
             or, after everything else, a contender disagreed with the reference.
     """
-    check_arguments(args)
-    rate = matrix_product_rate(DTYPES[args.dtype], args.device)
-    machine = describe_machine(
-        args.device, dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1)
-    )
+    common.check_arguments(args)
+    rate = matrix_product_rate(common.DTYPES[args.dtype], args.device)
+    settings = dict(dtype=args.dtype, repeats=args.repeats, matrix_product_gflops=round(rate / 1e9, 1))
+    machine = common.describe_machine(args.device, **settings)
     with_memory = args.family == 'shiftwise' and not args.no_memory
     memory_note = ' and, after @, peak memory above the inputs in MiB' if with_memory else ''
     yield f'{args.family}: median times in ms{memory_note}; behind them the multiple of ours.'
@@ -288,15 +244,11 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     names = [name for name in Case(**options[0]).contenders() if name not in args.skip]
     if not set(LAYOUTS) <= set(names) and 'best mix' in names:
         names.remove('best mix')
-    yield from report(
+    yield from common.report(
         args,
         machine,
         ['image, batch, stage, pass', 'map', 'channels', 'kernel', 'GFLOP/s', *names],
-        (
-            measure(Case(**choice), choice, names, passing, args, with_memory, rate)
-            for choice in options
-            for passing in PASSES[args.family]
-        ),
+        (measure(Case(**o), o, names, p, args, with_memory, rate) for o in options for p in PASSES[args.family]),
         lambda row: cells(row, names),
         label,
         lambda row: {name: 1e3 * row['seconds'][name] if name in row['seconds'] else None for name in names},
@@ -314,12 +266,10 @@ def measure(
     rate: float,
 ) -> dict[str, Any]:
     """All figures of one pass at one stage."""
-    steps: dict[str, Callable[[], list[Tensor]]] = {
-        name: case.step(name, passing) for name in names if name != 'best mix'
-    }
+    steps = {name: case.step(name, passing) for name in names if name != 'best mix'}
     if 'best mix' in names:  # branch by branch, with one result in memory at a time
         steps.update((f'{layout} {i}', case.branch(layout, i, passing)) for layout in LAYOUTS for i in range(3))
-    times, results = measure_times(steps, args.repeats, args.device)
+    times, results = common.measure_times(steps, args.repeats, args.device)
     branches = {layout: [times[f'{layout} {i}'] for i in range(3)] for layout in LAYOUTS if 'best mix' in names}
     results = {name: result for name, result in results.items() if name in names}
     judge = JUDGE[case.family]
@@ -329,22 +279,17 @@ def measure(
     else:
         exact = 'float64' if is_short else args.dtype
         want = Case(**{**options, 'dtype': exact}).step(judge, passing)()
-    disagrees = disagreeing(results, want, TOLERANCE[case.dtype])
+    disagrees = common.disagreeing(results, want, common.TOLERANCE[case.dtype])
     del results, want
     seconds = {name: times[name] for name in names if name in times and name not in disagrees}
     if 'best mix' in names and not set(LAYOUTS) & set(disagrees):
         # The small kernel of the deployed form is part of the wide one.
         fastest = [min(pair) for pair in zip(*branches.values(), strict=True)]
         seconds['best mix'] = sum(fastest[:2] if passing == 'sum' else fastest)
-    memory = (
-        {
-            name: measure_peak(__name__, dict(options, contender=name, passing=passing))
-            for name in names
-            if name not in disagrees
-        }
-        if with_memory
-        else {}
-    )
+    memory = {}
+    if with_memory:
+        for name in set(names) - set(disagrees):
+            memory[name] = measure_peak(__name__, dict(options, contender=name, passing=passing))
     flops = case.flops(passing) if case.family == 'slak' else None
     return dict(
         **{**options, 'size': list(options['size'])},
@@ -372,13 +317,8 @@ def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     """A row of the table as text."""
     seconds, peaks = row['seconds'], row['peak_mib']
     share = row['of_matrix_product']
-    texts = [
-        label(row),
-        f'{row["map"][0]}x{row["map"][1]}',
-        str(row['channels']),
-        str(row['kernel']),
-        f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else '',
-    ]
+    rate = f'{row["flops"] / seconds["ours"] / 1e9:.0f} ({share:.0%})' if share else ''
+    texts = [label(row), '{}x{}'.format(*row['map']), str(row['channels']), str(row['kernel']), rate]
     for name in names:
         if name not in seconds:
             texts.append('disagrees' if name in row['disagrees'] else '')
@@ -386,8 +326,8 @@ def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
         others = name != 'ours'
         time = 1e3 * seconds[name]
         text = f'{time:.2f}' if time < 10 else f'{time:.1f}'
-        text += multiple(seconds[name], others and seconds.get('ours'))
+        text += common.multiple(seconds[name], others and seconds.get('ours'))
         if peaks.get(name) is not None:
-            text += f' @ {peaks[name]:.0f}' + multiple(peaks[name], others and peaks.get('ours'))
+            text += f' @ {peaks[name]:.0f}' + common.multiple(peaks[name], others and peaks.get('ours'))
         texts.append(text)
     return texts

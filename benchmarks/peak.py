@@ -19,41 +19,28 @@ import torch
 
 from .common import BenchmarkError, synchronize
 
-__all__ = ['measure_peak']
-
 
 def measure_peak(module: str, case: dict[str, Any]) -> float | None:
-    """Peak memory of a pass above what was there before it.
+    """Peak memory of a pass above what was there before it, in MiB; None where the system does not tell.
 
     Args:
         module: Full name of the module that has ``peak_step``.
         case: Its keyword arguments, all JSON; ``device`` among them.
 
-    Returns:
-        MiB, or None where the system does not tell.
-
     Raises:
         BenchmarkError: The process failed, with its last line.
     """
-    environment = dict(
-        os.environ,
-        OMP_NUM_THREADS=str(torch.get_num_threads()),
-        PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
-    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=paths)
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
     environment.update(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
     for name in ('MALLOC_MMAP_MAX_', 'MALLOC_TOP_PAD_'):  # which would keep them
         environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', __name__, module, json.dumps(case)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, '-W', 'ignore', '-m', __name__, module, json.dumps(case)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise BenchmarkError(
-            f'the memory measurement of {case} failed: {(done.stderr.strip() or "killed").splitlines()[-1]}'
-        )
+        why = (done.stderr.strip() or 'killed').splitlines()[-1]
+        raise BenchmarkError(f'the memory measurement of {case} failed: {why}')
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -20,74 +20,47 @@ from torch import Tensor, nn
 from slak_mm import cli
 from slak_mm.models import ShiftWise, SLaK
 
-from .common import (
-    TOLERANCE,
-    BenchmarkError,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    disagreeing,
-    measure_times,
-    multiple,
-    report,
-)
+from . import common
 from .model import OfficialSLaK, official_shiftwise
-
-__all__ = ['Training', 'add_parser', 'run']
 
 CONTENDERS = ('ours', 'official', 'heads')
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser(
-        'segmentor',
-        help="a segmentor's training step beside the official backbone",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = common.add_command(commands, globals(), "a segmentor's training step beside the official backbone")
+    config = 'configs/upernet_slak_t_ade20k.py'
+    what = 'config of a segmentor with one of our backbones (default: %(default)s)'
+    parser.add_argument('config', nargs='?', default=config, help=what)
+    cli.add_cfg_options(parser)
+    common.add_measurement_arguments(
+        parser, sizes=[(256, 256)], batches=[4], repeats=3, dtypes=['float32'], memory=False
     )
-    parser.add_argument(
-        'config',
-        nargs='?',
-        default='configs/upernet_slak_t_ade20k.py',
-        help='config of a segmentor with one of our backbones (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override entries of the config'
-    )
-    add_measurement_arguments(parser, sizes=[(256, 256)], batches=(4,), repeats=3, dtypes=('float32',), memory=False)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
-    """Measure; see the module.
-
-    Args:
-        args: Of the sub-command.
-
-    Yields:
-        Lines of the report.
+    """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses,
-            the config has no such backbone, or the contenders disagree.
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, the config has no such backbone, or
+            the contenders disagree.
         ConfigOverrideError: The config cannot be read or built.
     """
-    check_arguments(args)
+    common.check_arguments(args)
     training = Training(args)
     yield 'Median time of a training step in ms, behind it the multiple of ours.'
 
     def cells(row: dict[str, Any]) -> list[str]:
         seconds = row['seconds']
-        others = (f'{1e3 * seconds[name]:.0f}' + multiple(seconds[name], seconds['ours']) for name in CONTENDERS[1:])
-        return [label(row), f'{1e3 * seconds["ours"]:.0f}', *others]
+        ours, *others = (seconds[name] for name in CONTENDERS)
+        return [label(row), f'{1e3 * ours:.0f}', *(f'{1e3 * s:.0f}{common.multiple(s, ours)}' for s in others)]
 
     def label(row: dict[str, Any]) -> str:
         return f'{row["size"][0]}x{row["size"][1]}, batch {row["batch"]}'
 
-    yield from report(
+    yield from common.report(
         args,
-        describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats),
+        common.describe_machine(args.device, config=Path(args.config).stem, dtype=args.dtype, repeats=args.repeats),
         ('image', *CONTENDERS),
         (training.measure(size, batch) for size in args.size for batch in args.batch),
         cells,
@@ -117,7 +90,7 @@ class Training:
         cfg = cli.load_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         if cli.framework(cfg) != 'mmseg':
-            raise BenchmarkError(f'{args.config} is no config of a segmentor.')
+            raise common.BenchmarkError(f'{args.config} is no config of a segmentor.')
         cfg.model.backbone.drop_path_rate = 0.0
         cli.adapt_to_device(cfg, has_gpu=lambda: args.device != 'cpu')
         torch.manual_seed(0)
@@ -128,9 +101,8 @@ class Training:
         elif isinstance(self.backbone, ShiftWise) and self.backbone.version == 2:
             self.official = official_shiftwise(self.backbone)
         else:
-            raise BenchmarkError(
-                f'The backbone of {args.config} is neither a decomposed SLaK nor ShiftWise of version 2.'
-            )
+            other = 'neither a decomposed SLaK nor ShiftWise of version 2'
+            raise common.BenchmarkError(f'The backbone of {args.config} is {other}.')
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps."""
@@ -138,15 +110,12 @@ class Training:
         with torch.no_grad():
             features = self.backbone(data['inputs'])
         backbones: dict[str, nn.Module] = dict(ours=self.backbone, official=self.official, heads=_Features(features))
-        times, results = measure_times(
-            {name: self.step(backbone, data) for name, backbone in backbones.items()},
-            self.args.repeats,
-            self.args.device,
-        )
+        steps = {name: self.step(backbone, data) for name, backbone in backbones.items()}
+        times, results = common.measure_times(steps, self.args.repeats, self.args.device)
         # Whole networks add up the rounding of their layers.
-        wrong = disagreeing({'ours': results['ours']}, results['official'], 10 * TOLERANCE[torch.float32])
+        wrong = common.disagreeing({'ours': results['ours']}, results['official'], 10 * common.TOLERANCE[torch.float32])
         if wrong:
-            raise BenchmarkError('ours disagrees with the official backbone; no figure is given.')
+            raise common.BenchmarkError('ours disagrees with the official backbone; no figure is given.')
         self.model.backbone = self.backbone
         return dict(size=list(size), batch=batch, seconds=times)
 

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['FusedShiftAndAdd', 'activation_space', 'shift_and_add']
-
 
 def shift_and_add(filtered: Tensor, shifts: Tensor, picks: Tensor, small_kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the shifted results of the small filters.
@@ -127,7 +125,7 @@ def _moves(
 def activation_space(
     x: Tensor, filters: Tensor, shifts: Tensor, picks: Tensor, fused: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three branches of a ShiftWise layer before their batch norms.
+    """The branches wide, tall and small, each (N, c, H, W), of a ShiftWise layer before their batch norms.
 
     Args:
         x: (N, c, H, W).
@@ -135,9 +133,6 @@ def activation_space(
         shifts: (c * nk, 2 G).
         picks: (c, G).
         fused: Use the faster code for benchmarks.
-
-    Returns:
-        wide, tall and small, each (N, c, H, W).
     """
     s = filters.shape[-1]
     filtered = F.conv2d(x, filters, padding=s - 1, groups=x.shape[1])

@@ -21,73 +21,39 @@ from torch import nn
 from slak_mm.cli import positive_int
 from slak_mm.sparsity import PRESETS, SparseTraining, select_parameters
 
-from .common import (
-    BenchmarkError,
-    add_measurement_arguments,
-    check_arguments,
-    describe_machine,
-    measure_times,
-    report,
-    timed,
-)
-
-__all__ = ['add_parser', 'run']
+from . import common
 
 CONTENDERS = ('dense', 'static', 'update')
 
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser(
-        'sparse',
-        help='training steps without masks, with masks, and with an update of them',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
-    parser.add_argument('--arch', default='tiny', help='tiny, small or base (default: tiny)')
-    parser.add_argument(
-        '--mode',
-        choices=('set', 'rigl', 'momentum'),
-        default='set',
-        help='how masks change (default: set, the published one)',
-    )
-    parser.add_argument('--sparsity', type=float, default=0.4, help='(default: 0.4)')
-    parser.add_argument(
-        '--intervals',
-        nargs='+',
-        type=positive_int,
-        metavar='STEPS',
-        default=sorted({int(p['update_interval']) for p in PRESETS.values()}),
-        help='steps between two updates, for the averages (default: those of the presets)',
-    )
-    add_measurement_arguments(parser, sizes=[(512, 512)], batches=(1,), repeats=5, dtypes=('float32',), memory=False)
-    parser.set_defaults(run=run)
+    parser = common.add_command(commands, globals(), 'training steps without masks, with masks, and with their update')
+    add = parser.add_argument
+    add('--backbone', choices=('SLaK', 'ShiftWise'), default='SLaK')
+    add('--arch', default='tiny', help='tiny, small or base (default: tiny)')
+    how = 'how masks change (default: set, the published one)'
+    add('--mode', choices=('set', 'rigl', 'momentum'), default='set', help=how)
+    add('--sparsity', type=float, default=0.4, help='(default: 0.4)')
+    intervals = sorted({int(p['update_interval']) for p in PRESETS.values()})
+    steps = 'steps between two updates, for the averages (default: those of the presets)'
+    add('--intervals', nargs='+', type=positive_int, metavar='STEPS', default=intervals, help=steps)
+    common.add_measurement_arguments(parser, sizes=[(512, 512)], dtypes=('float32',), memory=False)
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
-    """Measure; see the module.
-
-    Args:
-        args: Of the sub-command.
-
-    Yields:
-        Lines of the report.
+    """Measure, and yield the lines of the report.
 
     Raises:
         BenchmarkError: A weight that should be zero is not, or a count is wrong.
     """
-    check_arguments(args)
-    machine = describe_machine(
-        args.device,
-        backbone=f'{args.backbone} {args.arch}',
-        mode=args.mode,
-        sparsity=args.sparsity,
-        repeats=args.repeats,
-    )
+    common.check_arguments(args)
+    name = f'{args.backbone} {args.arch}'
+    settings = dict(backbone=name, mode=args.mode, sparsity=args.sparsity, repeats=args.repeats)
+    machine = common.describe_machine(args.device, **settings)
     averages = ['static', *(f'every {interval} steps' for interval in args.intervals)]
     training = _Training(args)
-    yield from report(
+    yield from common.report(
         args,
         machine,
         ['image', *CONTENDERS, 'masks, static', 'masks, update', *averages],
@@ -100,7 +66,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         ],
         lambda row: row['name'],
         lambda row: {name: 1e3 * row['seconds'][name] for name in CONTENDERS},
-        f'A training step of {args.backbone} {args.arch}',
+        f'A training step of {name}',
     )
 
 
@@ -110,10 +76,8 @@ class _Training:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         torch.manual_seed(0)
-        self.model: nn.Module = MODELS.build(dict(type=args.backbone, arch=args.arch, norm_cfg=dict(type='BN'))).to(
-            args.device
-        )
-        self.model.train()
+        network = dict(type=args.backbone, arch=args.arch, norm_cfg=dict(type='BN'))
+        self.model: nn.Module = MODELS.build(network).to(args.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         options: dict[str, Any] = dict(
             distribution='uniform', sparsity=args.sparsity, prune_rate=0.3, per_filter=args.backbone == 'ShiftWise'
@@ -129,14 +93,14 @@ class _Training:
 
     def measure(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Seconds of the steps, of what masks take in them, and its share of the dense step."""
-        x = torch.randn(
-            batch, 3, *size, device=self.args.device, generator=torch.Generator(self.args.device).manual_seed(1)
-        )
+        generator = torch.Generator(self.args.device).manual_seed(1)
+        x = torch.randn(batch, 3, *size, device=self.args.device, generator=generator)
         for name, sparse in self.masks.items():
             self.step(name, x)()
             self.check(name, sparse)
         self.seconds = {name: [] for name in self.masks}
-        times, _ = measure_times({name: self.step(name, x) for name in CONTENDERS}, self.args.repeats, self.args.device)
+        steps = {name: self.step(name, x) for name in CONTENDERS}
+        times, _ = common.measure_times(steps, self.args.repeats, self.args.device)
         # The first of each warms up, if it was not the only one.
         masks = {name: statistics.median(seconds[1:] or seconds) for name, seconds in self.seconds.items()}
         overhead = {'static': masks['static'] / times['dense']}
@@ -156,10 +120,10 @@ class _Training:
             loss.backward()
             spent = 0.0
             if sparse is not None:
-                spent += timed(lambda: sparse.gather_gradients(self.optimizer), self.args.device)[0]
+                spent += common.timed(lambda: sparse.gather_gradients(self.optimizer), self.args.device)[0]
             self.optimizer.step()
             if sparse is not None:
-                spent += timed(lambda: sparse.step(self.optimizer), self.args.device)[0]
+                spent += common.timed(lambda: sparse.step(self.optimizer), self.args.device)[0]
                 self.seconds[name].append(spent)
 
         return step
@@ -171,9 +135,9 @@ class _Training:
             state = self.optimizer.state[parameter]
             tensors = [parameter.detach(), state['exp_avg'], state['exp_avg_sq']]
             if any(bool(t.view(torch.int32)[~mask].any()) for t in tensors):
-                raise BenchmarkError(f'{name}: pruned entries of {layer} are not zero')
+                raise common.BenchmarkError(f'{name}: pruned entries of {layer} are not zero')
             # Filters count as one, with all their taps.
             units = len(mask) if self.args.backbone == 'ShiftWise' else mask.numel()
             want = round((1 - self.args.sparsity) * units) * (mask.numel() // units)
             if int(mask.count_nonzero()) != want:
-                raise BenchmarkError(f'{name}: {layer} should have {want} active weights')
+                raise common.BenchmarkError(f'{name}: {layer} should have {want} active weights')

@@ -16,14 +16,8 @@ _REGISTERED_AS = {'PretrainedInit': 'Pretrained', 'SyncBatchNorm': 'SyncBN'}
 def type_name(node: Any) -> str:
     """Registered name of what a node of a config builds.
 
-    Configs spell it as a name, as a name with its scope (``mmengine.SparsityHook``), as a dotted
-    path, or in pure-Python configs as the class or function itself.
-
-    Args:
-        node: A dict with ``type``.
-
-    Returns:
-        The name without scope or path; '' without a type.
+    Configs spell it as a name, as a name with its scope (``mmengine.SparsityHook``), as a dotted path, or in
+    pure-Python configs as the class or function itself. Gives the name without scope or path, '' without a type.
     """
     kind = node.get('type') if isinstance(node, dict) else None
     if isinstance(kind, (LazyObject, LazyAttr)):
@@ -61,16 +55,7 @@ def model_of(cfg: Config) -> ConfigDict:
 
 
 def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> Iterator[tuple[str, ConfigDict]]:
-    """The innermost datasets of data loaders.
-
-    Args:
-        cfg: A whole config.
-        loaders: Names of the loaders to look into.
-
-    Yields:
-        Where the data set stands in the config, and its config. Wrapping
-        data sets (``dataset=``, ``datasets=``) are opened, not yielded.
-    """
+    """Place and config of the innermost data sets of loaders, inside of wrapping ones (``dataset=``, ``datasets=``)."""
 
     def leaves(path: str, node: Any) -> Iterator[tuple[str, ConfigDict]]:
         if not isinstance(node, dict):
@@ -90,13 +75,7 @@ def datasets_of(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> Iterator[tup
 
 
 def add_hook(cfg: Config, kind: str, **arguments: Any) -> None:
-    """Add a custom hook to a config unless it has one of that type.
-
-    Args:
-        cfg: Changed in place.
-        kind: Registered name, without a scope.
-        arguments: Further arguments of the hook.
-    """
+    """Add a custom hook, by its registered name without a scope, to a config unless it has one of that type."""
     hooks = list(cfg.get('custom_hooks') or [])
     if all(type_name(hook) != kind for hook in hooks):
         hooks.append(ConfigDict(type=kind, **arguments))

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ['CACHE_VARIABLE', 'DownloadError', 'Report', 'cache_folder', 'download', 'need_space', 'replacing']
-
 CACHE_VARIABLE = 'SLAK_MM_CACHE'
 
 #: Called with what is done, how much of it and how much in all (bytes; 0 where that is not known).

@@ -5,21 +5,14 @@ from pathlib import Path
 
 
 def framework_configs(package: str, *names: str) -> list[str]:
-    """Absolute paths of base configs that an installed framework ships.
+    """Absolute paths of base configs that an installed framework, 'mmseg' or 'mmdet', ships in ``configs/_base_``.
 
-    ``_base_ = ['mmseg::_base_/...']`` asks for a *distribution* called ``mmsegmentation`` and
-    so fails beside the ``onedl-mmsegmentation`` build, whose import name is the same. This
-    function asks the import system instead and works with both. In a config::
+    ``_base_ = ['mmseg::_base_/...']`` asks for a *distribution* called ``mmsegmentation`` and so fails beside the
+    ``onedl-mmsegmentation`` build, whose import name is the same. This function asks the import system instead and
+    works with both. In a config::
 
         _base_ = __import__('slak_mm.bases', fromlist=['_']).framework_configs(
             'mmseg', 'datasets/ade20k.py', 'default_runtime.py')
-
-    Args:
-        package: Import name, ``'mmseg'`` or ``'mmdet'``.
-        names: Paths below the framework's ``configs/_base_``.
-
-    Returns:
-        One existing absolute path for each name, in order.
 
     Raises:
         ImportError: The package is not installed.

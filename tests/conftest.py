@@ -1,7 +1,6 @@
 """Fixtures that run the tools, on a generated data set and a tiny model."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -9,10 +8,11 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
 from mmengine.utils import ManagerMixin
-from PIL import Image
+
+from slak_mm.checkpoints import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,54 +65,38 @@ def pytest_collection_modifyitems(items):
                     item.add_marker(pytest.mark.skip(reason="needs mmcv's compiled operators"))
 
 
+def options(prefix, text):
+    """The ``KEY=VALUE`` words of a text, below a prefix."""
+    return [f'{prefix}.{word}' for word in text.split()]
+
+
 # SLaK with one block per stage and 7x7 crosses: iterations take some hundredths of a second.
-TINY_BACKBONE = (
-    'model.backbone.arch._delete_=True',
-    'model.backbone.arch.depths=[1,1,1,1]',
-    'model.backbone.arch.dims=[8,16,24,32]',
-    'model.backbone.kernel_sizes=(7,7,7,7)',
+TINY_BACKBONE = options(
+    'model.backbone', 'arch._delete_=True arch.depths=[1,1,1,1] arch.dims=[8,16,24,32] kernel_sizes=(7,7,7,7)'
 )
-TINY_SLAK = ('model.backbone.width_factor=1.0', 'model.backbone.small_kernel=3')
-TINY = (
-    *TINY_BACKBONE,
-    *TINY_SLAK,
-    'model.decode_head.in_channels=[8,16,24,32]',
-    'model.decode_head.channels=16',
-    'model.auxiliary_head.in_channels=24',
-    'model.auxiliary_head.channels=16',
-)
-
-
+TINY_SLAK = options('model.backbone', 'width_factor=1.0 small_kernel=3')
+TINY = [
+    *(TINY_BACKBONE + TINY_SLAK),
+    *options('model.decode_head', 'in_channels=[8,16,24,32] channels=16'),
+    *options('model.auxiliary_head', 'in_channels=24 channels=16'),
+]
 # The same backbone with narrow necks and heads, and few boxes to look at.
-TINY_DETECTOR = (
+TINY_DETECTOR = [
     *TINY_BACKBONE,
-    'model.neck.in_channels=[8,16,24,32]',
-    'model.neck.out_channels=16',
-    'model.rpn_head.in_channels=16',
-    'model.rpn_head.feat_channels=16',
+    *options('model.neck', 'in_channels=[8,16,24,32] out_channels=16'),
+    *options('model.rpn_head', 'in_channels=16 feat_channels=16'),
     'model.roi_head.bbox_roi_extractor.out_channels=16',
     'model.train_cfg.rpn_proposal.max_per_img=64',
-    'model.test_cfg.rpn.max_per_img=64',
-    'model.test_cfg.rcnn.max_per_img=20',
-)
-TINY_FASTER_RCNN = (
-    *TINY_DETECTOR,
-    'model.roi_head.bbox_head.in_channels=16',
-    'model.roi_head.bbox_head.fc_out_channels=32',
-    'model.train_cfg.rcnn.sampler.num=32',
-)
-TINY_CASCADE = (
-    *TINY_DETECTOR,
-    'model.roi_head.mask_roi_extractor.out_channels=16',
-    'model.roi_head.mask_head.in_channels=16',
-    'model.roi_head.mask_head.conv_out_channels=16',
-    *(
-        f'model.roi_head.bbox_head.{stage}.{key}'
-        for stage in range(3)
-        for key in ('in_channels=16', 'conv_out_channels=16', 'fc_out_channels=32')
-    ),
-    *(f'model.train_cfg.rcnn.{stage}.sampler.num=32' for stage in range(3)),
-)
+    *options('model.test_cfg', 'rpn.max_per_img=64 rcnn.max_per_img=20'),
+]
+TINY_FASTER_RCNN = TINY_DETECTOR + options('model.roi_head.bbox_head', 'in_channels=16 fc_out_channels=32')
+TINY_FASTER_RCNN += ['model.train_cfg.rcnn.sampler.num=32']
+TINY_CASCADE = TINY_DETECTOR + options('model.roi_head', 'mask_roi_extractor.out_channels=16 mask_head.in_channels=16')
+TINY_CASCADE += ['model.roi_head.mask_head.conv_out_channels=16']
+for stage in range(3):
+    heads = 'in_channels=16 conv_out_channels=16 fc_out_channels=32'
+    TINY_CASCADE += options(f'model.roi_head.bbox_head.{stage}', heads)
+    TINY_CASCADE += options('model.train_cfg.rcnn', f'{stage}.sampler.num=32')
 
 
 @pytest.fixture(scope='session')
@@ -136,7 +120,7 @@ def tta_config_path(config_path, tmp_path_factory):
 @pytest.fixture(scope='session')
 def tiny():
     """``--cfg-options`` that make the main config's model tiny."""
-    return list(TINY)
+    return TINY
 
 
 @pytest.fixture(scope='session')
@@ -144,16 +128,28 @@ def tiny_detector():
     """Gives ``--cfg-options`` that make the model of a detection config tiny, by its name."""
 
     def options(name):
-        detector = list(TINY_FASTER_RCNN if name.startswith('faster') else TINY_CASCADE)
-        return detector if 'shiftwise' in name or 'convnext' in name else [*detector, *TINY_SLAK]
+        detector = TINY_FASTER_RCNN if name.startswith('faster') else TINY_CASCADE
+        return detector if 'shiftwise' in name or 'convnext' in name else detector + TINY_SLAK
 
     return options
+
+
+def parsed(options):
+    """The dict that ``--cfg-options`` makes of its words."""
+    from mmengine.config import DictAction
+
+    return {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
+
+
+TINY_ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+TINY_SLAK_BACKBONE = dict(type='SLaK', arch=TINY_ARCH, width_factor=1.0, kernel_sizes=(7, 7, 7, 7), small_kernel=3)
+TINY_SLAK_BACKBONE.update(norm_cfg=dict(type='BN'), out_norm=False)
 
 
 @pytest.fixture(scope='session')
 def build_tiny(config_path, tiny):
     """Builds the tiny model in this process, without weights and for the CPU."""
-    from mmengine.config import Config, DictAction
+    from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
     from slak_mm import cli
@@ -162,10 +158,7 @@ def build_tiny(config_path, tiny):
         cfg = Config.fromfile(config_path)
         cli.remove_weights(cfg)
         cli.adapt_to_device(cfg, has_gpu=lambda: False)
-        cfg.merge_from_dict(
-            {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in tiny)}
-        )
-        cfg.merge_from_dict(changes)
+        cfg.merge_from_dict(parsed(tiny) | changes)
         init_default_scope('mmseg')
         return MODELS.build(cfg.model)
 
@@ -197,38 +190,32 @@ def demo_coco(tmp_path_factory):
     return str(write_demo_coco(tmp_path_factory.mktemp('coco'), 6, 2, size=96, seed=3))
 
 
-@pytest.fixture(scope='session')
-def coco_data(tmp_path_factory):
-    """Three images with boxes in COCO's layout."""
-    pytest.importorskip('mmdet')
-    root = tmp_path_factory.mktemp('coco')
-    rng = np.random.default_rng(0)
-    (root / 'annotations').mkdir()
-    for split in ('train2017', 'val2017'):
-        (root / split).mkdir()
-        images, annotations = [], []
-        for index in range(3):
-            name = f'{index:012d}.jpg'
-            Image.fromarray(rng.integers(0, 256, (64, 80, 3), np.uint8)).save(root / split / name)
-            images.append(dict(id=index, file_name=name, height=64, width=80))
-            annotations.append(
-                dict(
-                    id=index + 1,
-                    image_id=index,
-                    category_id=1,
-                    iscrowd=0,
-                    bbox=[10, 12, 40, 30],
-                    area=1200,
-                    segmentation=[[10, 12, 50, 12, 50, 42, 10, 42]],
-                )
-            )
-        from mmdet.datasets import CocoDataset
+def load(path):
+    """A checkpoint that a test wrote."""
+    return torch.load(path, map_location='cpu', weights_only=False)
 
-        categories = [dict(id=number, name=name) for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)]
-        (root / 'annotations' / f'instances_{split}.json').write_text(
-            json.dumps(dict(images=images, annotations=annotations, categories=categories))
-        )
-    return str(root)
+
+def officially_named(state_dict):
+    """The weights of a segmentor or detector, with the backbone's names as the official code has them."""
+    backbone = {key[9:]: value for key, value in state_dict.items() if key.startswith('backbone.')}
+    others = {key: value for key, value in state_dict.items() if not key.startswith('backbone.')}
+    return {f'backbone.{key}': value for key, value in to_official(backbone).items()} | others
+
+
+def assert_same(ours, theirs, place=''):
+    """Compare nested dicts and lists, tensors by their bits."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), place
+        for key in ours:
+            assert_same(ours[key], theirs[key], f'{place}.{key}')
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), place
+        for index, pair in enumerate(zip(ours, theirs)):
+            assert_same(*pair, f'{place}[{index}]')
+    elif torch.is_tensor(ours):
+        assert torch.equal(ours, theirs), place
+    else:
+        assert ours == theirs, place
 
 
 def load_tool(name):
@@ -237,20 +224,6 @@ def load_tool(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def tool_main(name):
-    """The ``main`` function of a tool."""
-    return load_tool(name).main
-
-
-def exit_code(main, *arguments):
-    """What a process that runs this ``main`` function ends with."""
-    from slak_mm.cli import run_tool
-
-    with pytest.raises(SystemExit) as exit_info:
-        run_tool(lambda: main(*arguments))
-    return exit_info.value.code
 
 
 def forget_instances(kind=ManagerMixin):
@@ -270,31 +243,58 @@ def python_path():
 
 @pytest.fixture
 def call_tool(monkeypatch, capfd):
-    """Run a tool within this process: ``call_tool('train', *arguments)``.
+    """Run a tool within this process: ``call_tool('train', *arguments, code=0)``.
 
-    Returns exit code, what went to stdout and stderr, and both of these as one text.
+    An argument that begins with ``--`` may hold several words. Returns the exit code, which is compared
+    with ``code`` if given, what went to stdout and stderr, and both of these as one text.
     """
+    from slak_mm.cli import run_tool
 
-    def call(name, *arguments):
-        arguments = [str(argument) for argument in arguments]
+    def call(name, *arguments, code=None):
+        arguments = split(arguments)
         if name in ('train', 'test'):
             # mmengine keeps loggers and visualizers by this name, which has only seconds.
-            unique = f'experiment_name=e{uuid.uuid4().hex}'
-            if '--cfg-options' in arguments:
-                arguments.insert(arguments.index('--cfg-options') + 1, unique)
-            else:
-                arguments += ['--cfg-options', unique]
+            if '--cfg-options' not in arguments:
+                arguments.append('--cfg-options')
+            arguments.insert(arguments.index('--cfg-options') + 1, f'experiment_name=e{uuid.uuid4().hex}')
         forget_instances()
         monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *arguments])
         monkeypatch.setenv('LOCAL_RANK', '0')
         # For what the tool starts.
         monkeypatch.setenv('PYTHONPATH', python_path())
         capfd.readouterr()
-        code = exit_code(tool_main(name))
-        captured = capfd.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err, text=captured.out + captured.err)
+        with pytest.raises(SystemExit) as leaving:
+            run_tool(load_tool(name).main)
+        out, err = capfd.readouterr()
+        result = SimpleNamespace(code=leaving.value.code, out=out, err=err, text=out + err)
+        assert code is None or result.code == code, result.text
+        assert result.code == 0 or 'Traceback' not in err or '--debug' in arguments, err
+        return result
 
     return call
+
+
+def split(arguments):
+    """Arguments as words: those that begin with ``--`` may hold several."""
+    texts = map(str, arguments)
+    return [word for text in texts for word in (text.split() if text.startswith('--') else [text])]
+
+
+@pytest.fixture
+def small(demo_data):
+    """Arguments for some hundredths of a second per iteration."""
+    return ['--data-root', demo_data, *'--crop-size 64 --batch-size 2 --num-workers 0 --seed 5'.split()]
+
+
+@pytest.fixture
+def train(call_tool, config_path, small, tiny, tmp_path):
+    """Train the tiny model in the folder ``work``, with further arguments and options."""
+
+    def run(*arguments, options=(), config=config_path, work='work', code=None):
+        common = [config, *small, '--work-dir', tmp_path / work]
+        return call_tool('train', *common, *arguments, '--cfg-options', *tiny, *options, code=code)
+
+    return run
 
 
 @pytest.fixture
@@ -306,13 +306,9 @@ def start_tool():
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=python_path())
         for variable in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
             env.pop(variable, None)
-        process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
+        command = [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'), *split(arguments)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, text=True, env=env, **pipes)
         processes.append(process)
         return process
 

@@ -102,9 +102,8 @@ def test_recipe_of_the_official_runs(name):
     else:
         assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
         num_layers = 12 if variant in ('slak_s', 'slak_b') else 6
-        assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
-            decay_rate=0.9, decay_type='stage_wise', num_layers=num_layers
-        )
+        expected = dict(decay_rate=0.9, decay_type='stage_wise', num_layers=num_layers)
+        assert cfg.optim_wrapper.paramwise_cfg.to_dict() == expected
     # 4 processes with 4 images each; the short run 4 with 8.
     assert cfg.auto_scale_lr.base_batch_size == 4 * cfg.train_dataloader.batch_size
     assert cfg.train_dataloader.batch_size == (8 if short else 4)
@@ -119,9 +118,7 @@ def test_multi_scale_is_the_published_protocol(name):
     assert [flip.prob for flip in flips] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    'name', ['upernet_slak_t_ade20k.py', 'upernet_convnext_t_ade20k.py', 'upernet_shiftwise_t_ade20k.py']
-)
+@pytest.mark.parametrize('name', [f'upernet_{model}_ade20k.py' for model in ('slak_t', 'convnext_t', 'shiftwise_t')])
 def test_model_is_built_and_its_parts_fit(name):
     cfg = read(name)
     remove_weights(cfg)
@@ -207,11 +204,8 @@ def test_recipe_of_coco(name):
     variant = check_detector(cfg, name)
     assert cfg.model.type == 'CascadeRCNN'
     heads = cfg.model.roi_head.bbox_head
-    assert [head.bbox_coder.target_stds for head in heads] == [
-        [0.1, 0.1, 0.2, 0.2],
-        [0.05, 0.05, 0.1, 0.1],
-        [0.033, 0.033, 0.067, 0.067],
-    ]
+    deviations = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+    assert [head.bbox_coder.target_stds for head in heads] == deviations
     for head in heads:
         assert (head.type, head.num_shared_convs, head.num_shared_fcs, head.num_classes) == ('ConvFCBBoxHead', 4, 1, 80)
         assert (head.conv_out_channels, head.fc_out_channels) == (256, 1024)
@@ -228,17 +222,11 @@ def test_recipe_of_coco(name):
     )[variant]
     assert cfg.model.backbone.drop_path_rate == drop_path
     assert cfg.optim_wrapper.optimizer.lr == (1e-4 if 'shiftwise' in name else 2e-4)
-    assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
-        decay_rate=decay, decay_type='layer_wise', num_layers=layers
-    )
+    expected = dict(decay_rate=decay, decay_type='layer_wise', num_layers=layers)
+    assert cfg.optim_wrapper.paramwise_cfg.to_dict() == expected
     pipeline = cfg.train_dataloader.dataset.pipeline
-    assert [transform.type for transform in pipeline] == [
-        'LoadImageFromFile',
-        'LoadAnnotations',
-        'RandomFlip',
-        'RandomChoice',
-        'PackDetInputs',
-    ]
+    expected = 'LoadImageFromFile LoadAnnotations RandomFlip RandomChoice PackDetInputs'
+    assert [transform.type for transform in pipeline] == expected.split()
     assert pipeline[1].with_mask
     (alone,), (first, crop, second) = pipeline[3].transforms
     assert alone.scales == second.scales == MULTI_SCALE
@@ -270,9 +258,7 @@ def test_detector_is_built_and_its_parts_fit(name):
 
 def test_missing_framework_is_named(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, 'find_spec', lambda name, *args: None if name == 'mmseg' else find_spec(name, *args)
-    )
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'mmseg' else find_spec(name, *a))
     with pytest.raises(ImportError, match='"mmseg", which is not installed'):
         read('upernet_slak_t_ade20k.py')
 

@@ -9,7 +9,8 @@ import re
 
 import pytest
 import torch
-from mmengine.config import Config, DictAction
+from conftest import parsed
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
@@ -20,13 +21,8 @@ from slak_mm.cli.model import check_channels
 
 CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
-    SLaK=[
-        'model.backbone.type=SLaK',
-        'model.backbone.width_factor=1.0',
-        'model.backbone.kernel_sizes=(13,11,9,7)',
-        'model.backbone.small_kernel=3',
-    ],
-    ShiftWise=['model.backbone.type=ShiftWise', 'model.backbone.kernel_sizes=(13,11,9,7)'],
+    SLaK=['type=SLaK', 'width_factor=1.0', 'kernel_sizes=(13,11,9,7)', 'small_kernel=3'],
+    ShiftWise=['type=ShiftWise', 'kernel_sizes=(13,11,9,7)'],
 )
 # In place of `arch=tiny` and its widths.
 SMALL = ['model.backbone.arch.depths=[1,1,1,1]', f'model.backbone.arch.dims={CHANNELS}']
@@ -34,16 +30,18 @@ SMALL = ['model.backbone.arch.depths=[1,1,1,1]', f'model.backbone.arch.dims={CHA
 NECK = ['model.neck.in_channels=[8,16,24,32]']
 HEAD = ['model.pretrained=None', 'model.decode_head.in_channels=[8,16,24,32]']
 LAST = ['model.pretrained=None', 'model.decode_head.in_channels=32', 'model.auxiliary_head.in_channels=24']
+FASTER = 'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco'
+DEEPLAB = 'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512'
 CONFIGS = {
     'mmdet/retinanet/retinanet_r50_fpn_1x_coco': NECK,
     'mmdet/atss/atss_r50_fpn_1x_coco': NECK,
     'mmdet/fcos/fcos_r50-caffe_fpn_gn-head_1x_coco': NECK,
-    'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco': NECK,
+    FASTER: NECK,
     'mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco': NECK,
     # Its neck takes the last stage alone.
     'mmdet/detr/detr_r50_8xb2-150e_coco': ['model.neck.in_channels=[32]', 'model.backbone.out_indices=(3,)'],
     'mmdet/mask2former/mask2former_r50_8xb2-lsj-50e_coco': ['model.panoptic_head.in_channels=[8,16,24,32]'],
-    'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512': [*LAST, 'model.decode_head.c1_in_channels=8'],
+    DEEPLAB: [*LAST, 'model.decode_head.c1_in_channels=8'],
     'mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512': LAST,
     'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512': ['model.pretrained=None', *NECK],
     'mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512': [*HEAD, 'model.auxiliary_head.in_channels=24'],
@@ -55,11 +53,9 @@ def load(name, backbone, without=None, *more):
     """An installed config with its backbone exchanged, as ``--cfg-options`` would."""
     package, _, path = name.partition('/')
     cfg = Config.fromfile(framework_configs(package, f'../{path}.py')[0])
-    options = ['model.backbone._delete_=True', *BACKBONES[backbone], *SMALL]
+    options = ['model.backbone._delete_=True', *(f'model.backbone.{o}' for o in BACKBONES[backbone]), *SMALL]
     options += [option for option in CONFIGS[name] if without is None or without not in option] + list(more)
-    cfg.merge_from_dict(
-        {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
-    )
+    cfg.merge_from_dict(parsed(options))
     cli.adapt_to_device(cfg, has_gpu=lambda: False)
     return cfg
 
@@ -74,14 +70,11 @@ def segmentation_batch(size):
     from mmseg.structures import SegDataSample
 
     generator = torch.Generator().manual_seed(0)
-    images, samples = [], []
-    for _ in range(2):
-        images.append(torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator))
-        sample = SegDataSample(
-            metainfo=dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size), padding_size=[0] * 4)
-        )
+    images = list(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator))
+    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), (size, size))
+    samples = [SegDataSample(metainfo=dict(shapes, padding_size=[0] * 4)) for _ in images]
+    for sample in samples:
         sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, size, size), generator=generator))
-        samples.append(sample)
     return dict(inputs=images, data_samples=samples)
 
 
@@ -118,11 +111,8 @@ def test_stock_config(name, backbone):
                 assert torch.isfinite(result.pred_instances.scores).all()
         model.train()
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-        weight = (
-            model.backbone.stages[0][0].pwconv1.weight
-            if backbone == 'SLaK'
-            else model.backbone.stages[0][0].ffn.fc1.weight
-        )
+        block = model.backbone.stages[0][0]
+        weight = block.pwconv1.weight if backbone == 'SLaK' else block.ffn.fc1.weight
         before = weight.detach().clone()
         logs = model.train_step(batch, optimizer)
     losses = {key: float(value) for key, value in logs.items() if 'loss' in key}
@@ -135,19 +125,9 @@ MISFITS = [
     # An option that is left out, others that are added, and what is said.
     ('mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512', 'auxiliary', '', r'auxiliary_head.* 1024 .*=24\.'),
     ('mmseg/pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512', '', 'model.decode_head.in_index=4', 'in_index'),
-    (
-        'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512',
-        'c1_',
-        '',
-        r'decode_head.c1_bottleneck.conv has weights for 256 channels and gets 8',
-    ),
-    (
-        'mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco',
-        '',
-        'model.backbone.out_indices=(2,3)',
-        r'\[8, 16, 24, 32\] .* \[24, 32\]\. .*neck.in_channels=\[24,32\]',
-    ),
-    ('mmdet/faster_rcnn/faster-rcnn_r50_fpn_1x_coco', '', 'model.neck.out_channels=16', 'rpn_head.in_channels=16'),
+    (DEEPLAB, 'c1_', '', r'decode_head.c1_bottleneck.conv has weights for 256 channels and gets 8'),
+    (FASTER, '', 'model.backbone.out_indices=(2,3)', r'\[8, 16, 24, 32\] .* \[24, 32\]\. .*neck.in_channels=\[24,32\]'),
+    (FASTER, '', 'model.neck.out_channels=16', 'rpn_head.in_channels=16'),
     ('mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco', '', 'model.roi_head.mask_head.in_channels=16', 'mask_head.convs.0'),
 ]
 

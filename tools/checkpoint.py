@@ -17,25 +17,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from slak_mm import cli
-from slak_mm.checkpoints import (
-    FAMILIES,
-    ZOO,
-    CheckpointError,
-    cache_dir,
-    cached_path,
-    convert_checkpoint,
-    convert_state_dict,
-    describe,
-    find_roots,
-    known_backbones,
-    read_checkpoint,
-    unwrap,
-    write_checkpoint,
-    zoo_table,
-)
+from slak_mm import checkpoints, cli
+from slak_mm._tables import table
+from slak_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
 from slak_mm.checkpoints.errors import shown
-from slak_mm.cli.tables import table
 from slak_mm.engine.sparsity_hook import SPARSITY_KEY, finalize_checkpoint, saved_masks
 from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsity
 
@@ -43,32 +28,29 @@ from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsit
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    inspect = commands.add_parser(
-        'inspect', help='what a checkpoint holds: format, variant, shapes and zeros per layer'
-    )
-    inspect.add_argument('checkpoint', help='path, address or zoo name')
+    source = dict(help='path, address or zoo name')
+    out = dict(type=cli.output_file, help='file to write; .safetensors writes that format')
+    force = dict(action='store_true', help='replace an existing file')
+    what = 'what a checkpoint holds: format, variant, shapes and zeros per layer'
+    inspect = commands.add_parser('inspect', help=what)
+    inspect.add_argument('checkpoint', **source)
     inspect.add_argument('--ema', action='store_true', help='look at the moving average')
-    inspect.add_argument(
-        '--picture',
-        type=cli.output_file,
-        metavar='FILE.png',
-        help='draw the non-zero weights of each layer, and of each tap of the large kernels',
-    )
+    picture = 'draw the non-zero weights of each layer, and of each tap of the large kernels'
+    inspect.add_argument('--picture', type=cli.output_file, metavar='FILE.png', help=picture)
     inspect.set_defaults(run=run_inspect)
     convert = commands.add_parser('convert', help='rename the tensors and write a new file')
-    convert.add_argument('checkpoint', help='path, address or zoo name')
-    convert.add_argument('out', type=cli.output_file, help='file to write; .safetensors writes that format')
-    spellings = dict.fromkeys(spelling for family in FAMILIES.values() for spelling in family.spellings)
-    convert.add_argument(
-        '--to', choices=['ours', 'official', *spellings], default='ours', help='whose names to write (default: ours)'
-    )
+    convert.add_argument('checkpoint', **source)
+    convert.add_argument('out', **out)
+    spellings = (name for family in checkpoints.FAMILIES.values() for name in family.spellings)
+    names = ['ours', 'official', *dict.fromkeys(spellings)]
+    convert.add_argument('--to', choices=names, default='ours', help='whose names to write (default: ours)')
     convert.add_argument('--ema', action='store_true', help='take the moving average')
-    convert.add_argument('--force', action='store_true', help='replace an existing file')
+    convert.add_argument('--force', **force)
     convert.set_defaults(run=run_convert)
     final = commands.add_parser('finalize', help='write the weights alone, with the zeros of sparse training checked')
     final.add_argument('checkpoint', help='path of a training checkpoint')
-    final.add_argument('out', type=cli.output_file, help='file to write; .safetensors writes that format')
-    final.add_argument('--force', action='store_true', help='replace an existing file')
+    final.add_argument('out', **out)
+    final.add_argument('--force', **force)
     final.set_defaults(run=run_finalize)
     zoo = commands.add_parser('zoo', help='published checkpoints, and which are in the cache')
     zoo.set_defaults(run=run_zoo)
@@ -78,15 +60,12 @@ def parse_args() -> argparse.Namespace:
 def run_inspect(args: argparse.Namespace) -> None:
     """Print what a checkpoint holds."""
     checkpoint = read_checkpoint(args.checkpoint)
-    taken = unwrap(checkpoint, 'ema' if args.ema else 'model')
+    taken = checkpoints.unwrap(checkpoint, 'ema' if args.ema else 'model')
     print(f'file        {args.checkpoint}')
     if taken.wrapper:
         print(f'entries     {", ".join(map(shown, checkpoint))}')
-    print(
-        f'weights     {len(taken.state_dict)} tensors '
-        + (f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict')
-        + (', moving average' if taken.is_ema else '')
-    )
+    place = f'under {taken.wrapper}' if taken.wrapper else 'in a bare state dict'
+    print(f'weights     {len(taken.state_dict)} tensors {place}{", moving average" * taken.is_ema}')
     print(f'second copy {taken.other_copy or "none"}')
     masks = saved_masks(checkpoint)
     if masks:
@@ -97,23 +76,22 @@ def run_inspect(args: argparse.Namespace) -> None:
             f'sparsity    {len(masks)} masks (mode {shown(mode)}, changed {shown(state.get("updates"))} times in '
             f'{shown(state.get("step"))} steps)'
         )
-    roots = find_roots(taken.state_dict)
+    roots = checkpoints.find_roots(taken.state_dict)
     for root in roots:
         part = {k[len(root) :]: v for k, v in taken.state_dict.items() if k.startswith(root)}
-        ours, notes = convert_state_dict(part)
+        ours, notes = checkpoints.convert_state_dict(part)
         print(f'\nbackbone    {root.rstrip(".") or "(the whole file)"}')
         print(f'format      {notes.format}')
-        print(f'variant     {describe(ours)}')
+        print(f'variant     {checkpoints.describe(ours)}')
         if notes.unrecognized:
             print(f'unknown     {len(notes.unrecognized)} names: {", ".join(notes.unrecognized[:4])}')
         print_sparsity(part, {k[len(root) :]: v for k, v in masks.items() if k.startswith(root)})
     if not roots:
-        print(f'\nbackbone    none of {known_backbones()}; all weights of the file:')
+        print(f'\nbackbone    none of {checkpoints.known_backbones()}; all weights of the file:')
         print_sparsity(taken.state_dict, masks)
     if args.picture:
-        parts = {
-            k[len(root) :]: v for root in roots[:1] or [''] for k, v in taken.state_dict.items() if k.startswith(root)
-        }
+        root = (roots or [''])[0]
+        parts = {k[len(root) :]: v for k, v in taken.state_dict.items() if k.startswith(root)}
         try:
             picture = draw_sparsity(parts, Path(args.checkpoint).name)
         except ValueError as error:
@@ -129,20 +107,12 @@ def print_sparsity(state_dict: Mapping[str, torch.Tensor], masks: Mapping[str, t
     """Print the zeros of each weight, and what its mask keeps where there is one."""
     layers = layer_sparsity(state_dict)
     sparsity, total = of_all(layers)
-    rows = [
-        ['weight', 'shape', 'zeros', 'pruned by its mask'],
-        *(
-            [
-                layer.name,
-                'x'.join(map(str, layer.shape)),
-                f'{layer.sparsity:.2%}',
-                f'{1 - float(masks[layer.name].float().mean()):.2%}' if layer.name in masks else '-',
-            ]
-            for layer in layers
-        ),
-        ['all of these', f'{total}', f'{sparsity:.2%}', ''],
-    ]
-    print(*table(rows if masks else [row[:3] for row in rows]), sep='\n')
+    rows = [['weight', 'shape', 'zeros', 'pruned by its mask']]
+    for layer in layers:
+        pruned = f'{1 - float(masks[layer.name].float().mean()):.2%}' if layer.name in masks else '-'
+        rows.append([layer.name, 'x'.join(map(str, layer.shape)), f'{layer.sparsity:.2%}', pruned])
+    rows.append(['all of these', f'{total}', f'{sparsity:.2%}', ''])
+    print(table(rows if masks else [row[:3] for row in rows]))
 
 
 def of_all(layers: Sequence[LayerSparsity]) -> tuple[float, int]:
@@ -170,7 +140,7 @@ def run_finalize(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     """Write a checkpoint with other names."""
     refuse_existing(args)
-    converted = convert_checkpoint(read_checkpoint(args.checkpoint), args.to, args.ema)
+    converted = checkpoints.convert_checkpoint(read_checkpoint(args.checkpoint), args.to, args.ema)
     path = write_checkpoint(converted, args.out, args.force)
     wrapper, weights = next(iter(converted.items()))
     print(f'Wrote {len(weights)} tensors under {wrapper} to {path} (names: {args.to}).')
@@ -178,18 +148,11 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_zoo(args: argparse.Namespace) -> None:
     """Print the table of published checkpoints."""
-    header, *rows = zoo_table()
-    cached = ['yes' if cached_path(name).is_file() else 'no' for name in ZOO]
-    print(
-        *table(
-            [[header[0], 'in the cache', *header[1:]], *([row[0], here, *row[1:]] for row, here in zip(rows, cached))]
-        ),
-        sep='\n',
-    )
-    print(
-        f'\nFigures as published by the source; none of them was measured here.\n'
-        f'Cache: {cache_dir()}\nA file fetched by hand goes there as <name>.pth.'
-    )
+    rows = checkpoints.zoo_table()
+    cached = ['in the cache', *('yes' if checkpoints.cached_path(name).is_file() else 'no' for name in checkpoints.ZOO)]
+    print(table([[row[0], here, *row[1:]] for row, here in zip(rows, cached)]))
+    print('\nFigures as published by the source; none of them was measured here.')
+    print(f'Cache: {checkpoints.cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
 
 
 def main() -> None:

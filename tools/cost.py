@@ -21,9 +21,9 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from slak_mm import cli
+from slak_mm._tables import table
 from slak_mm.checkpoints import CONVENTIONS, ZOO
 from slak_mm.cli import ConfigOverrideError
-from slak_mm.cli.tables import table
 from slak_mm.cost import Cost, count
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -31,34 +31,19 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        'networks',
-        nargs='*',
-        metavar='CONFIG_OR_NAME',
-        help='config files, or zoo names of ImageNet checkpoints (default: all)',
-    )
-    parser.add_argument(
-        '--size',
-        type=cli.image_size,
-        metavar='HxW',
-        help='image (default: 224x224 for ImageNet, 512x2048 for segmentation, 800x1280 for detection)',
-    )
+    add = parser.add_argument
+    what = 'config files, or zoo names of ImageNet checkpoints (default: all)'
+    add('networks', nargs='*', metavar='CONFIG_OR_NAME', help=what)
+    size = 'image (default: 224x224 for ImageNet, 512x2048 for segmentation, 800x1280 for detection)'
+    add('--size', type=cli.image_size, metavar='HxW', help=size)
     masks = parser.add_mutually_exclusive_group()
     masks.add_argument('--checkpoint', help='leave out the zeros of this checkpoint')
-    masks.add_argument(
-        '--sparsity',
-        type=float,
-        metavar='FRACTION',
-        help="leave out this fraction of the weights (default: the config's, else that of the published weights)",
-    )
-    parser.add_argument(
-        '--distribution',
-        choices=['uniform', 'erk'],
-        default='uniform',
-        help='of --sparsity over the layers (default: uniform)',
-    )
-    parser.add_argument('--parts', action='store_true', help='list backbone, neck and heads too')
-    parser.add_argument('--json', type=cli.output_file, metavar='OUT', help='write all figures to this file')
+    sparsity = "leave out this fraction of the weights (default: the config's, else that of the published weights)"
+    masks.add_argument('--sparsity', type=float, metavar='FRACTION', help=sparsity)
+    how = 'of --sparsity over the layers (default: uniform)'
+    add('--distribution', choices=['uniform', 'erk'], default='uniform', help=how)
+    add('--parts', action='store_true', help='list backbone, neck and heads too')
+    add('--json', type=cli.output_file, metavar='OUT', help='write all figures to this file')
     return parser.parse_args()
 
 
@@ -72,29 +57,12 @@ def main() -> None:
     ]
     # What replaces SyncBN and the like is of no concern here.
     MMLogger.get_current_instance().setLevel('WARNING')
-    costs = [
-        count(name, args.size, checkpoint=args.checkpoint, sparsity=args.sparsity, distribution=args.distribution)
-        for name in networks
-    ]
+    masks = dict(checkpoint=args.checkpoint, sparsity=args.sparsity, distribution=args.distribution)
+    costs = [count(name, args.size, **masks) for name in networks]
     notes = [key for key in CONVENTIONS if any(cost.published and cost.published.counted == key for cost in costs)]
-    rows = [
-        [
-            'network',
-            'image',
-            'parameters',
-            'FLOPs',
-            'masks',
-            'not masked',
-            'FLOPs',
-            'published',
-            'counted the same way',
-            'difference',
-            'note',
-        ]
-    ]
-    rows += [row(cost, notes) for cost in costs]
+    header = 'network,image,parameters,FLOPs,masks,not masked,FLOPs,published,counted the same way,difference,note'
     print('Parameters in millions, FLOPs in 10^9 multiply-adds.\n')
-    print('\n'.join(table(rows)))
+    print(table([header.split(','), *(row(cost, notes) for cost in costs)]))
     if notes:
         print('\nWhat the published figures count (whole millions of parameters are often cut off, not rounded):')
         for number, key in enumerate(notes, 1):
@@ -111,37 +79,24 @@ def main() -> None:
 
 def row(cost: Cost, notes: list[str]) -> list[str]:
     """A row of the table."""
-    texts = [
-        Path(cost.name).stem,
-        f'{cost.size[0]}x{cost.size[1]}',
-        f'{cost.parameters / 1e6:.2f}',
-        f'{cost.flops / 1e9:.2f}',
-        cost.masks,
-    ]
-    texts += (
-        [f'{(cost.parameters - cost.masked_parameters) / 1e6:.2f}', f'{(cost.flops - cost.masked_flops) / 1e9:.2f}']
-        if cost.masks != 'none'
-        else ['', '']
-    )
+
+    def figures(parameters: float, flops: float) -> list[str]:
+        return [f'{parameters / 1e6:.2f}', f'{flops / 1e9:.2f}']
+
+    size = f'{cost.size[0]}x{cost.size[1]}'
+    texts = [Path(cost.name).stem, size, *figures(cost.parameters, cost.flops), cost.masks]
+    kept = figures(cost.parameters - cost.masked_parameters, cost.flops - cost.masked_flops)
+    texts += kept if cost.masks != 'none' else ['', '']
     if cost.published is None:
         return [*texts, '', '', '', '']
-    if cost.masks == 'none' and CONVENTIONS[cost.published.counted].needs_masks:
-        return [
-            *texts,
-            f'{cost.published.parameters_m:g} / {cost.published.flops_g:g}',
-            '',
-            '',
-            str(notes.index(cost.published.counted) + 1),
-        ]
     published = cost.published.parameters_m, cost.published.flops_g
+    texts.append(' / '.join(f'{value:g}' for value in published))
+    note = str(notes.index(cost.published.counted) + 1)
+    if cost.masks == 'none' and CONVENTIONS[cost.published.counted].needs_masks:
+        return [*texts, '', '', note]
     counted = [value / scale for value, scale in zip(cost.as_published(), (1e6, 1e9))]
-    return [
-        *texts,
-        ' / '.join(f'{value:g}' for value in published),
-        ' / '.join(f'{value:.2f}' for value in counted),
-        ' / '.join(f'{value / other - 1:+.1%}' for value, other in zip(counted, published)),
-        str(notes.index(cost.published.counted) + 1),
-    ]
+    differences = ' / '.join(f'{value / other - 1:+.1%}' for value, other in zip(counted, published))
+    return [*texts, ' / '.join(f'{value:.2f}' for value in counted), differences, note]
 
 
 def entry(cost: Cost) -> dict[str, object]:

@@ -16,23 +16,12 @@ from slak_mm.cli.curves import draw_curves, read_scalars
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument(
-        'work_dirs', nargs='+', metavar='WORK_DIR', help='work directory of a run; NAME=WORK_DIR names it in the legend'
-    )
-    parser.add_argument(
-        '--out',
-        type=cli.output_file,
-        default='curves.png',
-        metavar='FILE',
-        help='picture to write (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--keys',
-        nargs='+',
-        metavar='KEY',
-        help='scalars to draw, such as loss lr "sparsity/*" (default: loss, '
-        'density, exploration, churn, lr and validation metrics)',
-    )
+    runs = 'work directory of a run; NAME=WORK_DIR names it in the legend'
+    parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR', help=runs)
+    out = 'picture to write (default: %(default)s)'
+    parser.add_argument('--out', type=cli.output_file, default='curves.png', metavar='FILE', help=out)
+    keys = 'such as loss lr "sparsity/*" (default: loss, density, exploration, churn, lr and validation metrics)'
+    parser.add_argument('--keys', nargs='+', metavar='KEY', help=f'scalars to draw, {keys}')
     parser.add_argument('--title', help='written above the curves')
     return parser.parse_args()
 

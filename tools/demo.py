@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from slak_mm import cli
+from slak_mm._tables import table
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.cli.demo_data import DEMO_CLASSES, write_demo_data
 from slak_mm.cli.overlay import class_shares, colorize, panel, with_legend
@@ -31,31 +33,19 @@ SHORT_RUN = {'optim_wrapper.optimizer.lr': '5e-4', 'model.backbone.drop_path_rat
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('--work-dir', type=cli.output_folder, default='work_dirs/demo', help='(default: %(default)s)')
-    parser.add_argument(
-        '--max-iters', type=cli.positive_int, default=200, help='training iterations (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--batch-size', type=cli.positive_int, default=4, help='images per iteration (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--crop-size', type=cli.crop_size, default=(96, 96), metavar='N', help='training crop in pixels (default: 96)'
-    )
-    parser.add_argument(
-        '--num-workers', type=cli.non_negative_int, default=0, help='data loading processes (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--num-train', type=cli.positive_int, default=48, help='generated training images (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--num-val', type=cli.positive_int, default=12, help='generated held-out images (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--seed', type=cli.non_negative_int, default=0, help='of data and training (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='further overrides of the config'
-    )
+    add = parser.add_argument
+    add('--work-dir', type=cli.output_folder, default='work_dirs/demo', help='(default: %(default)s)')
+    for name, kind, default, what in (
+        ('--max-iters', cli.positive_int, 200, 'training iterations'),
+        ('--batch-size', cli.positive_int, 4, 'images per iteration'),
+        ('--num-workers', cli.non_negative_int, 0, 'data loading processes'),
+        ('--num-train', cli.positive_int, 48, 'generated training images'),
+        ('--num-val', cli.positive_int, 12, 'generated held-out images'),
+        ('--seed', cli.non_negative_int, 0, 'of data and training'),
+    ):
+        add(name, type=kind, default=default, help=f'{what} (default: {default})')
+    add('--crop-size', type=cli.crop_size, default=(96, 96), metavar='N', help='training crop (default: 96 pixels)')
+    add('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='further overrides of the config')
     return parser.parse_args()
 
 
@@ -66,9 +56,8 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
     wanted = re.compile(show)
     # The tool must not outlive this process.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    process = subprocess.Popen(
-        [sys.executable, '-u', *command], text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, '-u', *command], text=True, cwd=ROOT, **pipes)
     assert process.stdout is not None
     try:
         with log.open('w') as file:
@@ -84,9 +73,8 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        raise ConfigOverrideError(
-            f'"{command[0]}" ended with exit code {code}; its last words:\n{"".join(lines[-15:])}'
-        )
+        last = ''.join(lines[-15:])
+        raise ConfigOverrideError(f'"{command[0]}" ended with exit code {code}; its last words:\n{last}')
     return ''.join(lines)
 
 
@@ -102,9 +90,7 @@ def mean_iou(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
     joint = np.zeros((num_classes, num_classes))
     for truth, predicted in pairs:
         known = truth != 255
-        joint += np.bincount(
-            truth[known].astype(int) * num_classes + predicted[known], minlength=num_classes**2
-        ).reshape(num_classes, num_classes)
+        np.add.at(joint, (truth[known], predicted[known]), 1)
     union = joint.sum(0) + joint.sum(1) - joint.diagonal()
     return float(100 * (joint.diagonal()[union > 0] / union[union > 0]).mean())
 
@@ -128,15 +114,10 @@ def write_pictures(data: Path, predictions: Path, out: Path) -> int:
     for path in paths:
         truth = load_labels(data / 'annotations' / 'validation' / f'{path.stem}.png')
         predicted = load_labels(predictions / f'{path.stem}.png')
+        image = np.asarray(Image.open(path).convert('RGB'))
+        pictures = [image, colorize(truth, palette), colorize(predicted, palette)]
         # Twice the size, so that the small scenes and their titles can be read.
-        pictures = [
-            np.repeat(np.repeat(picture, 2, 0), 2, 1)
-            for picture in (
-                np.asarray(Image.open(path).convert('RGB')),
-                colorize(truth, palette),
-                colorize(predicted, palette),
-            )
-        ]
+        pictures = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in pictures]
         both = panel(pictures, ['image', 'ground truth (black: unlabeled)', 'prediction'])
         found = class_shares(np.stack([truth, predicted]), len(names))
         legend = [(names[index], palette[index]) for index, _ in found]
@@ -174,46 +155,15 @@ def main() -> int:
         f'train_cfg.val_interval={args.max_iters}',
         *args.cfg_options,
     ]
-    run(
-        'Training',
-        [
-            'tools/train.py',
-            str(CONFIG.relative_to(ROOT)),
-            '--from-scratch',
-            *common,
-            '--max-iters',
-            str(args.max_iters),
-            '--batch-size',
-            str(args.batch_size),
-            '--seed',
-            str(args.seed),
-            '--work-dir',
-            str(work_dir),
-            '--cfg-options',
-            *options,
-        ],
-        work_dir / 'train.log',
-        r'Iter\(train\)|FROM SCRATCH|error:',
-    )
+    config = str(CONFIG.relative_to(ROOT))
+    arguments = ['tools/train.py', config, '--from-scratch', *common, '--work-dir', str(work_dir)]
+    arguments += f'--max-iters {args.max_iters} --batch-size {args.batch_size} --seed {args.seed} --cfg-options'.split()
+    run('Training', [*arguments, *options], work_dir / 'train.log', r'Iter\(train\)|FROM SCRATCH|error:')
     trained = time.time()
-    log = run(
-        'Evaluation on held-out images',
-        [
-            'tools/test.py',
-            str(CONFIG.relative_to(ROOT)),
-            str(work_dir / f'iter_{args.max_iters}.pth'),
-            *common,
-            '--out',
-            str(predictions),
-            '--work-dir',
-            str(work_dir / 'test'),
-            '--cfg-options',
-            *args.cfg_options,
-            'default_hooks.logger.interval=50',
-        ],
-        work_dir / 'test.log',
-        r'mIoU: |error:',
-    )
+    arguments = ['tools/test.py', config, str(work_dir / f'iter_{args.max_iters}.pth'), *common]
+    arguments += ['--out', str(predictions), '--work-dir', str(work_dir / 'test'), '--cfg-options', *args.cfg_options]
+    arguments += ['default_hooks.logger.interval=50']
+    log = run('Evaluation on held-out images', arguments, work_dir / 'test.log', r'mIoU: |error:')
     count = write_pictures(data, predictions, work_dir / 'pictures')
 
     truths = {path.stem: load_labels(path) for path in (data / 'annotations' / 'validation').glob('*.png')}
@@ -228,8 +178,7 @@ def main() -> int:
         ('UperNet + SLaK-T, from scratch', f'{model:.1f} %'),
         (f'always "{DEMO_CLASSES[constant + 1]}"', f'{trivial:.1f} %'),
     ]
-    width = max(len(row[0]) for row in rows)
-    print('\n' + '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows))
+    print('\n' + textwrap.indent(table(rows, markdown=False), '  '))
     print(
         f'\n{count} pictures: {work_dir / "pictures"}\n'
         f'Training took {trained - start:.0f} s, all of it {time.time() - start:.0f} s.'

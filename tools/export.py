@@ -20,28 +20,17 @@ from slak_mm.export import SUFFIXES, SegmentationScores, export
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='file, address or zoo name')
-    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx', help='(default: %(default)s)')
-    parser.add_argument(
-        '--part', choices=['model', 'backbone'], help='default: the model of a segmentation config, else the backbone'
-    )
-    parser.add_argument(
-        '--size', type=cli.crop_size, default=(512, 512), metavar='HxW', help='of the images (default: 512x512)'
-    )
-    parser.add_argument(
-        '--dynamic',
-        choices=['none', 'batch', 'size'],
-        default='batch',
-        help='what may vary later: nothing, the number of images, or height and '
-        'width as well, in multiples of 32 (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--out', type=cli.output_file, help='file to write (default: named like the config, in the current folder)'
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override any key of the config'
-    )
+    add = parser.add_argument
+    add('config', help='config file')
+    add('checkpoint', help='file, address or zoo name')
+    add('--format', choices=list(SUFFIXES), default='onnx', help='(default: %(default)s)')
+    part = 'default: the model of a segmentation config, else the backbone'
+    add('--part', choices=['model', 'backbone'], help=part)
+    add('--size', type=cli.crop_size, default=(512, 512), metavar='HxW', help='of the images (default: 512x512)')
+    varies = 'what may vary later: the number of images (default), or height and width too, in multiples of 32'
+    add('--dynamic', choices=['none', 'batch', 'size'], default='batch', help=varies)
+    add('--out', type=cli.output_file, help='file to write (default: named like the config, in the current folder)')
+    cli.add_cfg_options(parser)
     return parser.parse_args()
 
 

@@ -40,33 +40,19 @@ def opacity(text: str) -> float:
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='file, address or zoo name')
-    parser.add_argument(
-        'images',
-        nargs='+',
-        metavar='IMAGE_OR_DIR',
-        help='image files or addresses, or folders that are searched for images',
-    )
-    parser.add_argument(
-        '--out-dir',
-        type=cli.output_folder,
-        default='./infer_results',
-        help='where the pictures go (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--device', default='cuda:0' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
-    )
-    parser.add_argument(
-        '--opacity', type=opacity, default=0.5, help='of the colors over the image, 0 to 1 (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--score-thr', type=opacity, default=0.3, help='detection: draw boxes from this score on (default: %(default)s)'
-    )
+    add = parser.add_argument
+    add('config', help='config file')
+    add('checkpoint', help='file, address or zoo name')
+    add('images', nargs='+', metavar='IMAGE_OR_DIR', help='image files or addresses, or folders to search for images')
+    out = 'where the pictures go (default: %(default)s)'
+    add('--out-dir', type=cli.output_folder, default='./infer_results', help=out)
+    add('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)')
+    colors = 'of the colors over the image, 0 to 1 (default: %(default)s)'
+    add('--opacity', type=opacity, default=0.5, help=colors)
+    score = 'detection: draw boxes from this score on (default: %(default)s)'
+    add('--score-thr', type=opacity, default=0.3, help=score)
     cli.add_size_arguments(parser)
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.KeyValuePairs, metavar='KEY=VALUE', help='override any key of the config'
-    )
+    cli.add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -105,9 +91,8 @@ def build_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise cli.ConfigOverrideError(
-            f'The device "{args.device}" cannot be used here: {str(error).splitlines()[0]}'
-        ) from error
+        why = str(error).splitlines()[0]
+        raise cli.ConfigOverrideError(f'The device "{args.device}" cannot be used here: {why}') from error
     model = cli.build_model(cfg, cfg.model)
     load_whole_model(model, checkpoint, args.checkpoint)
     meta = checkpoint.get('meta') or {}
@@ -144,10 +129,6 @@ def build_pipeline(cfg: Config) -> Compose:
 def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
     """What the model gets of an image, and a picture of it to draw on (RGB, uint8).
 
-    Args:
-        pipeline: Its leading transforms load the image.
-        path: Of the image.
-
     Raises:
         DataError: The image cannot be read.
     """
@@ -169,9 +150,8 @@ def segment(sample: Any, picture: np.ndarray, classes: dict, args: argparse.Name
     palette = classes.get('palette') or np.random.default_rng(0).integers(40, 256, (len(names), 3)).tolist()
     shares = class_shares(labels, len(names))
     entries = [(f'{names[index]} {100 * share:.1f}%', palette[index]) for index, share in shares]
-    return with_legend(overlay(picture, labels, palette, args.opacity), entries), ', '.join(
-        text for text, _ in entries[:4]
-    )
+    summary = ', '.join(text for text, _ in entries[:4])
+    return with_legend(overlay(picture, labels, palette, args.opacity), entries), summary
 
 
 def detect(sample: Any, picture: np.ndarray, classes: dict, args: argparse.Namespace) -> tuple[np.ndarray, str]:
@@ -213,10 +193,8 @@ def main() -> int:
         mmcv.imwrite(np.ascontiguousarray(picture[..., ::-1]), str(target))
         print(f'{progress} -> {target}: {summary}', flush=True)
     if unreadable:
-        print(
-            f'error: {len(unreadable)} of {len(images)} images could not be read: {", ".join(unreadable)}',
-            file=sys.stderr,
-        )
+        names = ', '.join(unreadable)
+        print(f'error: {len(unreadable)} of {len(images)} images could not be read: {names}', file=sys.stderr)
     return 1 if unreadable else 0
 
 

@@ -25,13 +25,10 @@ from slak_mm.cli.prepare_data import DATA_SETS, check, prepare
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='+', choices=list(DATA_SETS), metavar='NAME', help=', '.join(DATA_SETS))
-    parser.add_argument(
-        '--root', default='data', metavar='DIR', help='folder that data sets are kept in (default: data)'
-    )
+    parser.add_argument('--root', default='data', metavar='DIR', help='folder of the data sets (default: data)')
     parser.add_argument('--check', action='store_true', help='only verify, and name the first thing that is missing')
-    parser.add_argument(
-        '--keep-archives', action='store_true', help='keep what was downloaded, in .downloads below the root'
-    )
+    kept = 'keep what was downloaded, in .downloads below the root'
+    parser.add_argument('--keep-archives', action='store_true', help=kept)
     return parser.parse_args()
 
 
@@ -44,12 +41,7 @@ def main() -> int:
             print(f'{name}: ' + ('complete' if missing is None else f'NOT complete: {missing}'))
         return int(any(problems.values()))
     cli.check_output(args.root, is_folder=True)
-    columns = (
-        TextColumn('{task.description}'),
-        BarColumn(),
-        TextColumn('{task.fields[amount]}'),
-        TimeRemainingColumn(),
-    )
+    columns = TextColumn('{task.description}'), BarColumn(), TextColumn('{task.fields[amount]}'), TimeRemainingColumn()
     for name in names:
         with Progress(*columns, console=Console(file=sys.stderr)) as progress:
             tasks: dict[str, TaskID] = {}

@@ -2,6 +2,7 @@
 
 import argparse
 
+import torch
 from mmengine.config import Config
 
 from slak_mm import cli
@@ -14,9 +15,8 @@ def parse_args() -> argparse.Namespace:
     cli.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='file, address or zoo name; official checkpoints are converted')
     parser.add_argument('--tta', action='store_true', help='multi-scale and flip')
-    parser.add_argument(
-        '--out', help='save the predictions: a folder for label maps (segmentation), a .pkl file (detection)'
-    )
+    out = 'save the predictions: a folder for label maps (segmentation), a .pkl file (detection)'
+    parser.add_argument('--out', help=out)
     parser.add_argument('--show-dir', type=cli.output_folder, help='save pictures of the predictions to this folder')
     cli.add_override_arguments(parser, training=False)
     return parser.parse_args()
@@ -40,22 +40,17 @@ def main() -> None:
     # All weights come from the checkpoint.
     cli.remove_weights(cfg)
     cfg.resume = False
-    for key in (
-        'train_cfg',
-        'train_dataloader',
-        'optim_wrapper',
-        'param_scheduler',
-        'val_cfg',
-        'val_dataloader',
-        'val_evaluator',
-        'auto_scale_lr',
-    ):
+    training = 'train_cfg train_dataloader optim_wrapper param_scheduler auto_scale_lr'
+    for key in f'{training} val_cfg val_dataloader val_evaluator'.split():
         cfg.pop(key, None)
 
     runner = cli.build_runner(cfg, ['test'])
     load_whole_model(runner.model, checkpoint, args.checkpoint)
+    model = unwrap_model(runner.model)
     if boxes_alone:
-        unwrap_model(runner.model).roi_head.mask_head = None
+        model.roi_head.mask_head = None
+    if args.compile:  # mmengine compiles the training step alone
+        model.forward = torch.compile(model.forward, **(cfg.compile if isinstance(cfg.compile, dict) else {}))
     runner.test()
 
 

@@ -12,38 +12,21 @@ from slak_mm import cli
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='go on from a checkpoint of an earlier run (default: the newest of the work dir)',
+    add = parser.add_argument
+    resume = 'go on from a checkpoint of an earlier run (default: the newest of the work dir)'
+    add('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help=resume)
+    add('--from-scratch', action='store_true', help='start from random weights, whatever the config names')
+    sparse = (
+        'sparse training: static keeps the masks, set, rigl and momentum change them, slak_t, slak_s, slak_b and '
+        'shiftwise are the published trainings, off is dense (default: as the config says)'
     )
-    parser.add_argument(
-        '--from-scratch', action='store_true', help='start from random weights, whatever weights the config names'
-    )
-    parser.add_argument(
-        '--sparse',
-        choices=cli.SPARSE_CHOICES,
-        metavar='HOW',
-        help='sparse training: static keeps the masks, set, rigl and momentum change them, slak_t, '
-        'slak_s, slak_b and shiftwise are the published trainings, off is dense (default: as the '
-        'config says)',
-    )
-    parser.add_argument(
-        '--sparsity',
-        type=cli.share,
-        metavar='S',
-        help='share of weights to set to zero, instead of those that are zero',
-    )
-    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
-    parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch of all processes'
-    )
-    parser.add_argument('--seed', type=cli.non_negative_int, help='(default: a random one)')
-    parser.add_argument(
-        '--deterministic', action='store_true', help='deterministic GPU kernels, where there are any; slower'
-    )
+    add('--sparse', choices=cli.SPARSE_CHOICES, metavar='HOW', help=sparse)
+    sparsity = 'share of weights to set to zero, instead of those that are zero'
+    add('--sparsity', type=cli.share, metavar='S', help=sparsity)
+    add('--amp', action='store_true', help='mixed precision (GPU only)')
+    add('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch of all processes')
+    add('--seed', type=cli.non_negative_int, help='(default: a random one)')
+    add('--deterministic', action='store_true', help='deterministic GPU kernels, where there are any; slower')
     cli.add_override_arguments(parser, training=True)
     return parser.parse_args()
 
@@ -53,15 +36,15 @@ def main() -> None:
     cfg = cli.load_config(args.config)
     if cli.model_of(cfg) is not cfg.model:
         raise cli.ConfigOverrideError(
-            f'{args.config} is for testing only (its model is test-time augmentation); train '
-            'with the config that it inherits from.'
+            f'{args.config} is for testing only (its model is test-time augmentation); train with the config that it '
+            'inherits from.'
         )
     cli.apply_overrides(cfg, args)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise cli.ConfigOverrideError(
-                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch '
-                'that its learning rate is meant for.'
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch that its learning '
+                'rate is meant for.'
             )
         cfg.auto_scale_lr.enable = True
     if args.seed is not None or args.deterministic:
@@ -92,11 +75,8 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     runner = cli.build_runner(cfg, ['train', 'val'])
     if args.from_scratch and resumed is None:
         left_out = ', '.join(f'{source} ({place})' for place, source in removed) or 'none named'
-        print_log(
-            f'FROM SCRATCH: training starts from RANDOM weights; left out: {left_out}.',
-            logger='current',
-            level=logging.WARNING,
-        )
+        text = f'FROM SCRATCH: training starts from RANDOM weights; left out: {left_out}.'
+        print_log(text, logger='current', level=logging.WARNING)
     runner.train()
 
 

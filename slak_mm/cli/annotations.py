@@ -1,6 +1,5 @@
 """What annotation files, data sets and heads say about classes and boxes, compared before a run."""
 
-import inspect
 import json
 import logging
 import math
@@ -18,19 +17,15 @@ from mmengine.registry import MODELS
 
 from slak_mm._config import EVALUATORS, datasets_of, framework, model_of, type_name, walk
 
-from .data import dataset_class
+from .data import dataset_class, default_of
 from .errors import ConfigOverrideError, reason
 
 
 def check_annotations(cfg: Config, loaders: Sequence[str]) -> None:
-    """Compare the classes in annotation files, data sets and heads, and look at the boxes.
+    """Compare the classes in annotation files, data sets and heads, and check the boxes.
 
-    Files are read for data sets that read VOC's or COCO's format as mmdet does. What the
+    Files are read for data sets that read VOC's or COCO's format as mmdet does, and must exist. What the
     framework ignores is counted in the log.
-
-    Args:
-        cfg: A whole config whose files exist; not changed.
-        loaders: The loaders that are going to be used.
 
     Raises:
         ConfigOverrideError: Classes do not fit each other, a file or an annotation in it cannot be used, or
@@ -50,8 +45,8 @@ def check_annotations(cfg: Config, loaders: Sequence[str]) -> None:
         classes = meta.get('classes')
         if isinstance(classes, str):
             raise ConfigOverrideError(
-                f'{where}.metainfo.classes must be a list of names, got the text "{classes}"; a single class is '
-                f'written ("{classes}",).'
+                f'{where}.metainfo.classes must be a list of names, got the text "{classes}"; a single '
+                f'class is written ("{classes}",).'
             )
         if not classes:
             continue
@@ -81,16 +76,6 @@ def _names(names: Sequence[str]) -> str:
     return f'{shown}, ... ({len(names)})' if len(names) > 6 else f'{shown} ({len(names)})' if names else 'none (0)'
 
 
-def _default_of(kind: Any, name: str) -> Any:
-    """Default of a class's argument, None without one; a class that passes ``**kwargs`` on inherits its bases'."""
-    for base in inspect.getmro(kind) if isinstance(kind, type) else ():
-        parameters = inspect.signature(vars(base)['__init__']).parameters if '__init__' in vars(base) else {}
-        if name in parameters:
-            default = parameters[name].default
-            return None if default is inspect.Parameter.empty else default
-    return None
-
-
 # Their classes are not those of the data set: objects in general, stuff, borders.
 _OTHER_CLASSES = ('rpn_head', 'semantic_head', 'STDCHead')
 
@@ -109,7 +94,7 @@ def _heads(path: str, node: Any, scope: str) -> Iterator[tuple[str, int]]:
                     kind = registry.get(part['type']) if isinstance(part.get('type'), str) else part.get('type')
 
                 def number(name: str, part: dict = part, kind: Any = kind) -> Any:
-                    return part.get(name, _default_of(kind, name))
+                    return part.get(name, default_of(kind, name))
 
                 if 'num_classes' not in part and number('num_things_classes') is not None:
                     yield f'{place}.num_things_classes', number('num_things_classes') + number('num_stuff_classes')
@@ -133,20 +118,13 @@ def _check_heads(where: str, classes: list[str], meta: dict, heads: list[tuple[s
 
 @dataclass
 class _Boxes:
-    """What an annotation file has.
-
-    Attributes:
-        source: The file.
-        names: Classes that the file declares or uses.
-        ordered: Whether mmdet numbers the classes by their order in the file.
-        boxes: Class, image, whether it can be used, whether it is to be ignored, whether it has a mask.
-        dropped: Whether mmdet leaves unusable boxes out by itself.
-    """
+    """What an annotation file has."""
 
     source: str
-    ordered: bool
-    dropped: bool
-    names: list[str] = field(default_factory=list)
+    ordered: bool  # whether mmdet numbers the classes by their order in the file
+    dropped: bool  # whether mmdet leaves unusable boxes out by itself
+    names: list[str] = field(default_factory=list)  # classes that the file declares or uses
+    # Class, image, whether it can be used, whether it is to be ignored, whether it has a mask.
     boxes: list[tuple[str, str, bool, bool, bool]] = field(default_factory=list)
 
 
@@ -154,11 +132,8 @@ def _read_boxes(where: str, dataset: dict, kind: Any, bases: dict[str, type]) ->
     """Read the annotations of a data set in VOC's or COCO's format; None for any other."""
     base = bases.get('XMLDataset') or bases.get('CocoDataset')
     # A class that reads its files in a way of its own knows itself what it needs.
-    if (
-        base is None
-        or not dataset.get('ann_file')
-        or any(getattr(kind, name) is not getattr(base, name) for name in ('load_data_list', 'parse_data_info'))
-    ):
+    own = base and any(getattr(kind, n) is not getattr(base, n) for n in ('load_data_list', 'parse_data_info'))
+    if base is None or own or not dataset.get('ann_file'):
         return None
     path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
     return (_read_coco if base.__name__ == 'CocoDataset' else _read_voc)(where, dataset, path)
@@ -173,19 +148,15 @@ def _read(path: str, dataset: dict, parse: Any, what: str) -> Any:
     try:
         return parse(content)
     except (ValueError, ElementTree.ParseError) as error:
-        raise ConfigOverrideError(
-            f'"{path}" is not valid {what}, it is damaged or ends in the middle: {error}.'
-        ) from error
+        text = f'"{path}" is not valid {what}, it is damaged or ends in the middle: {error}.'
+        raise ConfigOverrideError(text) from error
 
 
 def _is_usable(box: Sequence[float], width: float, height: float) -> bool:
     """Whether a box (left, upper, right, lower) has an area within its image, whose size may be unknown (0)."""
     left, upper, right, lower = box
-    return (
-        all(map(math.isfinite, box))
-        and min(right, width or math.inf) > max(left, 0)
-        and min(lower, height or math.inf) > max(upper, 0)
-    )
+    is_there = min(right, width or math.inf) > max(left, 0) and min(lower, height or math.inf) > max(upper, 0)
+    return is_there and all(map(math.isfinite, box))
 
 
 def _read_coco(where: str, dataset: dict, path: str) -> _Boxes:
@@ -193,9 +164,7 @@ def _read_coco(where: str, dataset: dict, path: str) -> _Boxes:
     item: dict = {}
     try:
         categories = {category['id']: category['name'] for category in content['categories']}
-        images = {
-            image['id']: (image['file_name'], int(image['width']), int(image['height'])) for image in content['images']
-        }
+        images = {i['id']: (i['file_name'], int(i['width']), int(i['height'])) for i in content['images']}
         found = _Boxes(path, ordered=True, dropped=True, names=list(categories.values()))
         for item in content.get('annotations', ()):
             name, width, height = images.get(item['image_id'], (None, 0, 0))
@@ -237,13 +206,11 @@ def _read_voc(where: str, dataset: dict, path: str) -> _Boxes:
                 ]
                 ignored = item.findtext('difficult', '0') != '0' or _is_small(dataset, width, height)
                 ignored |= 0 < smallest > min(box[2] - box[0], box[3] - box[1])
-                found.boxes.append(
-                    (item.find('name').text, file, _is_usable(box, width, height), ignored, False)  # type: ignore
-                )
+                name = item.find('name').text  # type: ignore[union-attr]
+                found.boxes.append((name, file, _is_usable(box, width, height), ignored, False))  # type: ignore
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ConfigOverrideError(
-                f'"{file}" has an object without a name or a box of finite numbers, or a size that is not one '
-                f'({where}).'
+                f'"{file}" has an object without a name or a finite box, or a size that is not one ({where}).'
             ) from error
     found.names = list(dict.fromkeys(box[0] for box in found.boxes))
     return found
@@ -287,19 +254,14 @@ def _check_file(
             f'{len(unusable)} boxes of "{file.source}" have no area within their image, the first is in '
             f'"{unusable[0][1]}" ({where}): correct or remove them.'
         )
+    lost = len(unusable) if file.dropped else 0
     for count, text in (
         (sum(unknown.values()), f'of classes that {where} does not name: {dict(unknown.most_common(6))}'),
-        (
-            len(unusable) if file.dropped else 0,
-            f'without an area within their image: {sorted({box[1] for box in unusable})[:6]}',
-        ),
+        (lost, f'without an area within their image: {sorted({box[1] for box in unusable})[:6]}'),
     ):
         if count:
-            print_log(
-                f'{count} of {len(file.boxes)} boxes in "{file.source}" are ignored, {text}.',
-                logger='current',
-                level=logging.WARNING,
-            )
+            message = f'{count} of {len(file.boxes)} boxes in "{file.source}" are ignored, {text}.'
+            print_log(message, logger='current', level=logging.WARNING)
     usable = [box for box in wanted if box[2]]
     if (trains or judged) and not any(not box[3] for box in usable):
         raise ConfigOverrideError(

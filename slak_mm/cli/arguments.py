@@ -16,30 +16,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.add_argument(
-            '--debug', action='store_true', help='show the traceback of every error (also: SLAK_MM_DEBUG=1)'
-        )
+        self.add_argument('--debug', action='store_true', help='show tracebacks (also: SLAK_MM_DEBUG=1)')
 
 
 class KeyValuePairs(DictAction):
     """mmengine's ``key=value`` pairs, with a usage message for what is not one."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Parse the pairs into the namespace."""
         try:
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, AssertionError, RecursionError):
             # It has no syntax for dicts, and recurses without end on one.
             parser.error(
-                f'{option_string} takes key=value pairs with numbers, words, lists or '
-                f'tuples as values (a dict is set by its keys, a.b=1 a.c=2), got: '
-                f'{" ".join(values)}'
+                f'{option_string} takes key=value pairs with numbers, words, lists or tuples as values '
+                f'(a dict is set by its keys, a.b=1 a.c=2), got: {" ".join(values)}'
             )
 
 
@@ -75,9 +66,8 @@ def img_scale(text: str) -> tuple[int, int]:
     try:
         sides = crop_size(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f'must be like 400 (shorter side) or 667x400 (longer x shorter side), got {text}'
-        ) from None
+        wanted = f'must be like 400 (shorter side) or 667x400 (longer x shorter side), got {text}'
+        raise argparse.ArgumentTypeError(wanted) from None
     return (max(sides) if 'x' in text.lower().replace(',', 'x') else 0), min(sides)
 
 
@@ -101,11 +91,7 @@ def share(text: str) -> float:
 
 
 def check_output(path: str, is_folder: bool) -> None:
-    """Check that a file can be written, or files into a folder; what is missing of it can be made.
-
-    Args:
-        path: File or folder.
-        is_folder: Which of the two it is to be.
+    """Check that a file can be written, or files into a folder; what is missing of its path can be made.
 
     Raises:
         ConfigOverrideError: Something else is there, or the place cannot be written to.
@@ -143,62 +129,40 @@ def _checked_output(text: str, is_folder: bool) -> str:
     return text
 
 
+def add_cfg_options(parser: argparse._ActionsContainer) -> None:
+    """Add ``--cfg-options``."""
+    what = 'override any key of the config, e.g. model.backbone.drop_path_rate=0.2'
+    parser.add_argument('--cfg-options', nargs='+', action=KeyValuePairs, metavar='KEY=VALUE', help=what)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every tool takes: the config, its options, the work dir, the launcher."""
-    parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--work-dir', type=output_folder, help='where logs and results go (default: ./work_dirs/<name of the config>)'
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=KeyValuePairs,
-        metavar='KEY=VALUE',
-        help='override any key of the config, e.g. model.backbone.drop_path_rate=0.2',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes of a distributed run were started (pytorch: torchrun)',
-    )
+    """Add what training and testing take: the config, its options, the work dir, the launcher, compilation."""
+    add = parser.add_argument
+    add('config', help='config file')
+    add('--work-dir', type=output_folder, help='for logs and results (default: ./work_dirs/<name of the config>)')
+    add_cfg_options(parser)
+    launchers = ['none', 'pytorch', 'slurm', 'mpi']
+    add('--launcher', choices=launchers, default='none', help='what starts the processes (pytorch: torchrun)')
     # torch.distributed.launch passes this; torchrun sets the environment variable instead.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add('--compile', action='store_true', help='compile the model with torch.compile; the first iterations are slow')
 
 
 def add_override_arguments(parser: argparse.ArgumentParser, training: bool) -> None:
-    """Add the overrides of :mod:`slak_mm.cli`.
-
-    Args:
-        parser: The parser.
-        training: Whether to add those that only concern training.
-    """
+    """Add the overrides of :mod:`slak_mm.cli`; some concern training alone."""
     group = parser.add_argument_group('changes to the config')
-    group.add_argument('--data-root', metavar='DIR', help='folder with the data set')
+    add = group.add_argument
+    add('--data-root', metavar='DIR', help='folder with the data set')
     if training:
-        group.add_argument(
-            '--max-iters',
-            type=positive_int,
-            metavar='N',
-            help='train for N iterations; the schedule keeps its proportions',
-        )
-        group.add_argument('--batch-size', type=positive_int, metavar='N', help='training images per process')
-    group.add_argument('--num-workers', type=non_negative_int, metavar='N', help='data loading processes per process')
+        add('--max-iters', type=positive_int, metavar='N', help='iterations; the schedule keeps its proportions')
+        add('--batch-size', type=positive_int, metavar='N', help='training images per process')
+    add('--num-workers', type=non_negative_int, metavar='N', help='data loading processes per process')
     add_size_arguments(group)
 
 
 def add_size_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the overrides that concern the size of images."""
-    parser.add_argument(
-        '--crop-size',
-        type=crop_size,
-        metavar='N or HxW',
-        help='training crop (semantic segmentation); image scales, sliding window and its stride follow in proportion',
-    )
-    parser.add_argument(
-        '--img-scale',
-        type=img_scale,
-        metavar='S or LxS',
-        help='shorter, or longer and shorter side of test images (detection); '
-        'training scales and crops follow in proportion',
-    )
+    crop = 'training crop (semantic segmentation); image scales, sliding window and its stride follow in proportion'
+    scale = 'shorter, or longer and shorter side of test images (detection); training scales and crops follow'
+    parser.add_argument('--crop-size', type=crop_size, metavar='N or HxW', help=crop)
+    parser.add_argument('--img-scale', type=img_scale, metavar='S or LxS', help=scale)

@@ -6,7 +6,9 @@ import importlib.util
 import os
 import os.path as osp
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -14,7 +16,7 @@ from slak_mm._config import datasets_of, framework, model_of, type_name, walk
 
 from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
-from .device import set_amp
+from .device import set_amp, set_compile
 from .errors import ConfigOverrideError, reason
 from .schedule import check_schedule, set_max_iters
 from .size import RESIZES, set_crop_size, set_img_scale
@@ -24,15 +26,8 @@ from .sparse import set_sparse, set_sparsity
 def load_config(path: str) -> Config:
     """Read a config.
 
-    Args:
-        path: Config file.
-
-    Returns:
-        The config.
-
     Raises:
-        ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is
-            not installed.
+        ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is not installed.
     """
     if not osp.isfile(path):
         folder = osp.dirname(path) or '.'
@@ -57,14 +52,9 @@ def load_config(path: str) -> Config:
 
 
 def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
-    """Apply the work dir, :func:`add_override_arguments`, and last ``--cfg-options``.
+    """Apply the work dir, :func:`add_override_arguments`, and last ``--cfg-options``; skip what a tool does not have.
 
-    The options come last so that they mean what they say: an interval given by hand is not
-    scaled by ``--max-iters``.
-
-    Args:
-        cfg: Changed in place.
-        args: Parsed arguments; those a tool does not have are skipped.
+    The options come last so that they mean what they say: an interval given by hand is not scaled by ``--max-iters``.
 
     Raises:
         ConfigOverrideError: An override or option does not fit the config, or the work dir cannot be written.
@@ -73,21 +63,15 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('./work_dirs', Path(args.config).stem)
-    for name, change in (
-        ('data_root', set_data_root),
-        ('max_iters', set_max_iters),
-        ('batch_size', set_batch_size),
-        ('num_workers', set_num_workers),
-        ('crop_size', set_crop_size),
-        ('img_scale', set_img_scale),
-        ('sparse', set_sparse),
-        ('sparsity', set_sparsity),
-    ):
-        value = getattr(args, name, None)
+    changes = (set_data_root, set_max_iters, set_batch_size, set_num_workers, set_crop_size, set_img_scale)
+    change: Callable[[Config, Any], None]
+    for change in (*changes, set_sparse, set_sparsity):
+        value = getattr(args, change.__name__.removeprefix('set_'), None)
         if value is not None:
             change(cfg, value)
-    if getattr(args, 'amp', False):
-        set_amp(cfg)
+    for switch in (set_amp, set_compile):
+        if getattr(args, switch.__name__.removeprefix('set_'), False):
+            switch(cfg)
     if args.cfg_options:
         try:
             cfg.merge_from_dict(args.cfg_options)
@@ -100,11 +84,9 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
-    """Test with the config's ``tta_model`` and ``tta_pipeline``.
+    """Test with the config's ``tta_model`` and ``tta_pipeline``, unless its model is one for augmentation already.
 
-    Args:
-        cfg: Changed in place; left as it is where its model is one already. Images are read as
-            the test pipeline reads them: frameworks' bases have a ``tta_pipeline`` for RGB.
+    Images are read as the test pipeline reads them: frameworks' bases have a ``tta_pipeline`` for RGB.
 
     Raises:
         ConfigOverrideError: The config has no test-time augmentation.
@@ -123,11 +105,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
 def tests_boxes_alone(cfg: Config) -> bool:
     """Whether only the boxes of a model with masks are tested, under test-time augmentation.
 
-    Args:
-        cfg: A whole config.
-
-    Returns:
-        True if the mask head is to be left out after the weights were loaded.
+    The mask head is then to be left out after the weights were loaded.
 
     Raises:
         ConfigOverrideError: Masks would be predicted, which mmdetection cannot merge over views.
@@ -140,14 +118,10 @@ def tests_boxes_alone(cfg: Config) -> bool:
     if not (judges_masks or removable or any(node.get('mask_head') or 'panoptic_head' in node for node in walk(model))):
         return False
     if judges_masks or not removable:
-        remedy = (
-            'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
-            if removable
-            else 'test it without --tta'
-        )
-        raise ConfigOverrideError(
-            f'mmdetection has test-time augmentation for boxes only, and this model predicts masks: {remedy}.'
-        )
+        boxes = 'add --cfg-options test_evaluator.metric=bbox to test its boxes alone'
+        remedy = boxes if removable else 'test it without --tta'
+        text = 'mmdetection has test-time augmentation for boxes only, and this model predicts masks'
+        raise ConfigOverrideError(f'{text}: {remedy}.')
     return True
 
 

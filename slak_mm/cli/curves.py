@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,12 @@ _STYLES = ('-', '--', '-.', ':')
 
 
 def read_scalars(work_dir: str | Path) -> Curves:
-    """Read the scalars of a run, over all of its interruptions.
+    """Read the scalars of a run, over all of its interruptions, from its work directory or a ``scalars.json``.
 
-    mmengine's local visualization backend writes one ``<time>/vis_data/scalars.json`` with a
-    JSON object per line for each start of a run. What a resumed run wrote replaces what the
-    earlier ones wrote from its first step on. A line that was cut off when a run was killed is
-    skipped. Where a run counts epochs, validation results stand at the last training step
-    before them.
-
-    Args:
-        work_dir: Work directory, or a ``scalars.json`` itself.
-
-    Returns:
-        The numbers by name; bookkeeping such as ``time`` and ``memory`` is left out.
+    mmengine's local visualization backend writes one ``<time>/vis_data/scalars.json`` with a JSON object per line for
+    each start of a run. What a resumed run wrote replaces what the earlier ones wrote from its first step on. A line
+    that was cut off when a run was killed is skipped, bookkeeping such as ``time`` and ``memory`` left out. Where a run
+    counts epochs, validation results stand at the last training step before them.
 
     Raises:
         ConfigOverrideError: There is no such file in the directory, or the files have no numbers.
@@ -62,11 +56,8 @@ def read_scalars(work_dir: str | Path) -> Curves:
         for step, scalars in entries:
             for key, value in scalars.items():
                 found.setdefault(key, {})[step] = value
-    curves = {
-        key: (np.array(sorted(values)), np.array([values[s] for s in sorted(values)]))
-        for key, values in found.items()
-        if values
-    }
+    numbers = {key: sorted(values.items()) for key, values in found.items() if values}
+    curves = {key: (np.array([s for s, _ in n]), np.array([v for _, v in n])) for key, n in numbers.items()}
     if not curves:
         raise ConfigOverrideError(f'The scalars.json files below {path} have no numbers in them.')
     return curves
@@ -87,30 +78,15 @@ def _entries(file: Path) -> list[tuple[float, dict[str, float]]]:
             trained, by_epoch = step, 'epoch' in content
         elif by_epoch:
             step = trained
-        entries.append(
-            (
-                step,
-                {
-                    key: float(value)
-                    for key, value in content.items()
-                    if key not in _NOT_SCALARS and isinstance(value, (int, float))
-                },
-            )
-        )
+        numbers = {k: float(v) for k, v in content.items() if k not in _NOT_SCALARS and isinstance(v, (int, float))}
+        entries.append((step, numbers))
     return entries
 
 
 def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None) -> list[str]:
-    """Which scalars to draw.
+    """Names of the scalars to draw, each once; a wanted one that ends in ``*`` stands for all that begin so.
 
-    Args:
-        runs: Curves of each run.
-        wanted: Names to draw; a name ending in ``*`` stands for all
-            that begin so. Defaults to those of :data:`DEFAULT_KEYS` that some run has and that
-            are not zero throughout, and all metrics of validation.
-
-    Returns:
-        Names, each once.
+    Defaults to those of :data:`DEFAULT_KEYS` that are not zero throughout in some run, and all metrics of validation.
 
     Raises:
         ConfigOverrideError: No run has a wanted name.
@@ -125,36 +101,18 @@ def choose_keys(runs: Mapping[str, Curves], wanted: Sequence[str] | None = None)
             chosen.update(dict.fromkeys(matches))
         return list(chosen)
     # Validation happens seldom, and its names are those that training does not write.
-    training = {
-        key
-        for curves in runs.values()
-        for key, (steps, _) in curves.items()
-        if 'loss' in curves and len(steps) == len(curves['loss'][0])
-    }
-    keys = [
-        key
-        for key in DEFAULT_KEYS
-        if key in there and any(curves[key][1].any() for curves in runs.values() if key in curves)
-    ]
-    return keys + [
-        key
-        for key in there
-        if key not in keys
-        and key not in training
-        and not key.startswith(('sparsity/', 'base_lr'))
-        and 'loss' not in key
-    ]
+    drawn = [run for run in runs.values() if 'loss' in run]
+    training = {key for run in drawn for key in run if len(run[key][0]) == len(run['loss'][0])}
+    moving = {key for curves in runs.values() for key, (_, values) in curves.items() if values.any()}
+    keys = [key for key in DEFAULT_KEYS if key in moving]
+    others = re.compile('sparsity/|base_lr|.*loss')
+    return keys + [key for key in there if key not in {*keys, *training} and not others.match(key)]
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered running mean; at both ends over the part of the window that is there.
+    """Centered running mean of (N,) values; at both ends over the part of the window that is there.
 
-    Args:
-        values: Shape (N,).
-        window: Number of values to average over; even ones are made odd.
-
-    Returns:
-        Shape (N,).
+    Even windows are made odd.
     """
     half = max(0, window // 2)
     totals = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
@@ -164,17 +122,10 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, title: str | None = None) -> np.ndarray:
-    """Draw the curves of one or several runs as one picture, a panel for each scalar.
+    """Draw the curves of runs, by their names for the legend, as one RGB picture (H, W, 3), a panel for each scalar.
 
-    Losses are drawn as they are, pale, and as a running mean over a twentieth of the run.
-
-    Args:
-        runs: Name of each run for the legend -> its curves.
-        keys: Which scalars, see :func:`choose_keys`.
-        title: Written above everything.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
+    Losses are drawn as they are, pale, and as a running mean over a twentieth of the run. For the keys see
+    :func:`choose_keys`.
 
     Raises:
         ConfigOverrideError: No run has any of the wanted scalars.
@@ -228,14 +179,8 @@ def draw_curves(runs: Mapping[str, Curves], keys: Sequence[str] | None = None, t
             axis.set_ylim(middle - 0.05 * abs(middle), middle + 0.05 * abs(middle))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    figure.legend(
-        legend.values(),
-        legend.keys(),
-        loc='outside upper center',
-        ncols=min(len(legend), 4),
-        frameon=False,
-        fontsize=10,
-    )
+    look = dict(loc='outside upper center', ncols=min(len(legend), 4), frameon=False, fontsize=10)
+    figure.legend(legend.values(), legend.keys(), **look)
     if title:
         figure.suptitle(title, fontsize=12)
     canvas.draw()

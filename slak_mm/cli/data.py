@@ -24,9 +24,8 @@ def set_data_root(cfg: Config, root: str) -> None:
     """Let every data set and evaluator read below another folder.
 
     Args:
-        cfg: Changed in place: ``data_root`` at the top and in every data set of every
-            loader, wrapped or not, and all paths in loaders and evaluators (``ann_file``) that
-            are written out below the old root.
+        cfg: Changed in place: ``data_root`` at the top and in every data set of every loader, wrapped or not,
+            and all paths in loaders and evaluators (``ann_file``) that are written out below the old root.
         root: Folder with the layout that the data sets of the config expect.
 
     Raises:
@@ -73,11 +72,8 @@ def _entries(dataset: dict) -> list[str]:
     """Files and folders below its root that a data set needs, as written in the config."""
     pipeline = dataset.get('pipeline')
     labels_unread = pipeline and not any('Annotations' in type_name(node) for node in walk(pipeline))
-    entries = [
-        value
-        for key, value in (dataset.get('data_prefix') or {}).items()
-        if isinstance(value, str) and value and not (key == 'seg_map_path' and labels_unread)
-    ]
+    prefix = {k: v for k, v in (dataset.get('data_prefix') or {}).items() if k != 'seg_map_path' or not labels_unread}
+    entries = [value for value in prefix.values() if isinstance(value, str) and value]
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file:
         entries.append(ann_file)
@@ -85,17 +81,13 @@ def _entries(dataset: dict) -> list[str]:
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
-    """Look for the data before anything is built.
-
-    Args:
-        cfg: A whole config; not changed.
-        loaders: The loaders that are going to be used.
+    """Look for the data of some loaders before anything is built.
 
     Raises:
-        ConfigOverrideError: Names the first folder or file that is missing, the first folder
-            without images, or the first image without its annotation; for VOC and COCO, also the
-            first image that is listed and missing, and a list of images that ends in the middle.
-            For a known data set the command that gets it is added.
+        ConfigOverrideError: Names the first folder or file that is missing, the first folder without images, or
+            the first image without its annotation; for VOC and COCO, also the first image that is listed and
+            missing, and a list of images that ends in the middle. For a known data set the command that gets it
+            is added.
     """
     for where, dataset in datasets_of(cfg, loaders):
         try:
@@ -116,28 +108,18 @@ def _check_dataset(where: str, dataset: dict, scope: str) -> None:
         if files.ask('exists', path) is False:
             raise ConfigOverrideError(f'"{path}" does not exist ({where}): {remedy}.')
     kind = dataset_class(dataset, scope)
-    bases = {base.__name__: base for base in inspect.getmro(kind)} if kind is not None else {}
-    for name, check in (
-        ('BaseSegDataset', _check_pairs),
-        ('XMLDataset', _check_listed),
-        ('CocoDataset', _check_listed),
-    ):
-        # A class that reads its list in a way of its own knows itself what it needs.
-        own = ('load_data_list', 'parse_data_info', '_join_prefix')
-        if (
-            kind is not None
-            and name in bases
-            and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own)
-        ):
+    if kind is None:
+        return
+    bases = {base.__name__: base for base in inspect.getmro(kind)}
+    # A class that reads its list in a way of its own knows itself what it needs.
+    own = ('load_data_list', 'parse_data_info', '_join_prefix')
+    for name, check in dict(BaseSegDataset=_check_pairs, XMLDataset=_check_listed, CocoDataset=_check_listed).items():
+        if name in bases and all(getattr(kind, n, None) is getattr(bases[name], n, None) for n in own):
             check(where, files, dataset, kind)
 
 
 class _Files:
-    """Asks a data set's storage as the data set itself does: its root, its backend, links followed.
-
-    Args:
-        dataset: Config of the data set.
-    """
+    """Asks a data set's storage as the data set itself does: its root, its backend, links followed."""
 
     def __init__(self, dataset: dict) -> None:
         self.root = dataset.get('data_root') or ''
@@ -172,7 +154,9 @@ class _Files:
 def _check_pairs(where: str, files: _Files, dataset: dict, kind: type) -> None:
     """Check a folder-based segmentation data set: has images, each with its annotation."""
     prefix = dataset.get('data_prefix') or {}
-    image_suffix, label_suffix = _suffixes(dataset, kind)
+    image_suffix, label_suffix = (
+        default_of(kind, k) if dataset.get(k) is None else dataset[k] for k in ('img_suffix', 'seg_map_suffix')
+    )
     if not prefix.get('img_path') or dataset.get('ann_file') or not isinstance(image_suffix, str):
         return
     folder = files.path(prefix['img_path'])
@@ -208,14 +192,10 @@ def _check_listed(where: str, files: _Files, dataset: dict, kind: type) -> None:
         needed = [('missing', files.path(prefix.get('img', '')), images)]
     else:
         folder = files.path(prefix.get('sub_data_root', ''))
-        needed = [
-            ('missing', osp.join(folder, dataset.get('img_subdir', 'JPEGImages')), [f'{name}.jpg' for name in images]),
-            (
-                'without annotation',
-                osp.join(folder, dataset.get('ann_subdir', 'Annotations')),
-                [f'{name}.xml' for name in images],
-            ),
-        ]
+        image_folder = osp.join(folder, dataset.get('img_subdir', 'JPEGImages'))
+        label_folder = osp.join(folder, dataset.get('ann_subdir', 'Annotations'))
+        needed = [('missing', image_folder, [f'{name}.jpg' for name in images])]
+        needed.append(('without annotation', label_folder, [f'{name}.xml' for name in images]))
     if not images:
         raise ConfigOverrideError(f'"{listing}" lists no images ({where}).')
     for lack, folder, names in needed:
@@ -245,7 +225,7 @@ def _coco_images(listing: str, files: _Files, where: str) -> list[str] | None:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 if not text[-64:].rstrip().endswith(b'}'):
                     raise ConfigOverrideError(
-                        f'"{listing}" ends in the middle, as after an interrupted download or unpacking ({where}).'
+                        f'"{listing}" ends in the middle, as after an interrupted download ({where}).'
                     )
                 return [json.loads(name) for name in re.findall(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)]
     except (AttributeError, NotImplementedError):  # the backend gives no files
@@ -255,15 +235,7 @@ def _coco_images(listing: str, files: _Files, where: str) -> list[str] | None:
 
 
 def dataset_class(dataset: dict, scope: str | None) -> type | None:
-    """The class of a data set.
-
-    Args:
-        dataset: Its config.
-        scope: Framework whose registry is asked, 'mmseg' or 'mmdet'.
-
-    Returns:
-        The class; None if nothing is registered under that name.
-    """
+    """The class of a data set in the registry of a framework; None if nothing has that name."""
     kind = dataset.get('type')
     if not isinstance(kind, str):
         return kind
@@ -272,24 +244,18 @@ def dataset_class(dataset: dict, scope: str | None) -> type | None:
     return None
 
 
-def _suffixes(dataset: dict, kind: type) -> tuple[str | None, str | None]:
-    """Image and label suffix of a segmentation data set: its own, else its class's default."""
-    suffixes = dict(img_suffix=dataset.get('img_suffix'), seg_map_suffix=dataset.get('seg_map_suffix'))
-    # A class that passes **kwargs on inherits the defaults of its base.
-    for cls in inspect.getmro(kind):
-        parameters = inspect.signature(vars(cls)['__init__']).parameters if '__init__' in vars(cls) else {}
-        for key in suffixes:
-            if suffixes[key] is None and key in parameters:
-                suffixes[key] = parameters[key].default
-    return suffixes['img_suffix'], suffixes['seg_map_suffix']
+def default_of(kind: Any, name: str) -> Any:
+    """Default of a class's argument, None without one; a class that passes ``**kwargs`` on inherits its bases'."""
+    for base in inspect.getmro(kind) if isinstance(kind, type) else ():
+        parameters = inspect.signature(vars(base)['__init__']).parameters if '__init__' in vars(base) else {}
+        if name in parameters:
+            default = parameters[name].default
+            return None if default is inspect.Parameter.empty else default
+    return None
 
 
 def set_batch_size(cfg: Config, batch_size: int) -> None:
-    """Set the number of training images per process.
-
-    Args:
-        cfg: Changed in place. The learning rate is not touched: see ``auto_scale_lr``.
-        batch_size: At least 1.
+    """Set the number of training images per process; the learning rate stays, see ``auto_scale_lr``.
 
     Raises:
         ConfigOverrideError: The config has no training data loader.
@@ -300,13 +266,7 @@ def set_batch_size(cfg: Config, batch_size: int) -> None:
 
 
 def set_num_workers(cfg: Config, num_workers: int) -> None:
-    """Set the number of worker processes of every data loader.
-
-    Args:
-        cfg: Changed in place. With 0 workers the options that need workers
-            (``persistent_workers``, ``prefetch_factor``, ``timeout``) are switched off.
-        num_workers: At least 0.
-    """
+    """Set the number of worker processes of every data loader; with none, options that need them go."""
     for name in LOADERS:
         loader = cfg.get(name)
         if loader:

@@ -19,17 +19,6 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = [
-    'DEMO_CLASSES',
-    'DEMO_OBJECTS',
-    'DemoObject',
-    'draw_objects',
-    'draw_scene',
-    'write_demo_coco',
-    'write_demo_data',
-    'write_demo_voc',
-]
-
 #: The classes that occur, by their value in ADE20K's annotations (0 is unlabeled).
 DEMO_CLASSES = {2: 'building', 3: 'sky', 5: 'tree', 7: 'road', 10: 'grass', 17: 'mountain', 21: 'car', 22: 'water'}
 _IDS = {name: value for value, name in DEMO_CLASSES.items()}
@@ -87,9 +76,8 @@ def _mountains(canvas: _Canvas, horizon: float) -> None:
     # Slanted ridges: fine noise on sheared coordinates.
     yy, xx = np.mgrid[:size, :size].astype(np.float32)
     ridges = np.sin((xx + 0.7 * yy) / size * rng.uniform(60, 90) + 5 * canvas.noise(4, 4)[..., 0])[..., None]
-    canvas.paint(
-        canvas.mask(lambda d: d.polygon(outline, fill=255)), 'mountain', color + 16 * ridges + 14 * canvas.noise(10, 10)
-    )
+    texture = color + 16 * ridges + 14 * canvas.noise(10, 10)
+    canvas.paint(canvas.mask(lambda d: d.polygon(outline, fill=255)), 'mountain', texture)
 
 
 def _ground(canvas: _Canvas, horizon: float) -> None:
@@ -106,11 +94,9 @@ def _water(canvas: _Canvas, horizon: float) -> None:
     bottom = rng.uniform(top + 0.15 * size, size)
     left, right = rng.uniform(-0.4, 0.2) * size, rng.uniform(0.7, 1.4) * size
     ripples = canvas.noise(size // 2, size // 12)
-    canvas.paint(
-        canvas.mask(lambda d: d.ellipse((left, top, right, bottom), fill=255)),
-        'water',
-        canvas.color([(85, 120, 160), (110, 130, 140)][rng.integers(2)], 15) + 24 * ripples,
-    )
+    color = canvas.color([(85, 120, 160), (110, 130, 140)][rng.integers(2)], 15)
+    mask = canvas.mask(lambda d: d.ellipse((left, top, right, bottom), fill=255))
+    canvas.paint(mask, 'water', color + 24 * ripples)
 
 
 def _road(canvas: _Canvas, horizon: float) -> tuple[float, float]:
@@ -118,11 +104,8 @@ def _road(canvas: _Canvas, horizon: float) -> tuple[float, float]:
     far, near = rng.uniform(0.2, 0.8) * size, rng.uniform(0.1, 0.9) * size
     thin, wide = rng.uniform(0.03, 0.08) * size, rng.uniform(0.25, 0.45) * size
     outline = [(far - thin, horizon), (far + thin, horizon), (near + wide, size), (near - wide, size)]
-    canvas.paint(
-        canvas.mask(lambda d: d.polygon(outline, fill=255)),
-        'road',
-        canvas.color((105, 102, 100), 18) + 9 * canvas.noise(size, size),
-    )
+    asphalt = canvas.color((105, 102, 100), 18) + 9 * canvas.noise(size, size)
+    canvas.paint(canvas.mask(lambda d: d.polygon(outline, fill=255)), 'road', asphalt)
     for start in np.arange(0.05, 1, 0.22):
         stop = start + 0.1
         ends = [(far + (near - far) * t, horizon + (size - horizon) * t) for t in (start, stop)]
@@ -141,9 +124,8 @@ def _building(canvas: _Canvas, horizon: float) -> None:
     left, bottom = rng.uniform(-0.05, 0.85) * size, horizon + rng.uniform(0.02, 0.1) * size
     box = (left, bottom - height, left + width, bottom)
     wall = canvas.color([(150, 110, 90), (125, 125, 130), (175, 160, 130), (110, 120, 135)][rng.integers(4)], 15)
-    canvas.paint(
-        canvas.mask(lambda d: d.rectangle(box, fill=255)), 'building', wall + 8 * canvas.noise(size // 3, size // 6)
-    )
+    wall = wall + 8 * canvas.noise(size // 3, size // 6)
+    canvas.paint(canvas.mask(lambda d: d.rectangle(box, fill=255)), 'building', wall)
     pane, step = rng.integers(4, 6), rng.integers(8, 11)
     glass = canvas.color([(60, 70, 90), (190, 185, 150)][rng.integers(2)], 20)
 
@@ -170,28 +152,19 @@ def _tree(canvas: _Canvas, horizon: float) -> None:
         for cx, cy, r in blobs:
             draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
 
-    canvas.paint(
-        canvas.mask(crown),
-        'tree',
-        canvas.color([(65, 95, 50), (90, 105, 50), (120, 95, 50)][rng.integers(3)], 14)
-        + 34 * canvas.noise(size // 3, size // 3),
-    )
+    leaves = canvas.color([(65, 95, 50), (90, 105, 50), (120, 95, 50)][rng.integers(3)], 14)
+    canvas.paint(canvas.mask(crown), 'tree', leaves + 34 * canvas.noise(size // 3, size // 3))
 
 
 def _car(canvas: _Canvas, x: float, y: float) -> None:
     size, rng = canvas.size, canvas.rng
     width = rng.uniform(0.16, 0.26) * size
     height = 0.3 * width
-    paint = canvas.color(
-        [(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45), (190, 160, 50)][rng.integers(5)], 15
-    )
+    paints = [(170, 40, 40), (40, 60, 140), (200, 200, 200), (40, 40, 45), (190, 160, 50)]
+    paint = canvas.color(paints[rng.integers(5)], 15)
     left, right = x - width / 2, x + width / 2
-    cabin = [
-        (left + 0.2 * width, y - height),
-        (left + 0.32 * width, y - 1.8 * height),
-        (right - 0.3 * width, y - 1.8 * height),
-        (right - 0.14 * width, y - height),
-    ]
+    cabin = [(left + 0.2 * width, y - height), (left + 0.32 * width, y - 1.8 * height)]
+    cabin += [(right - 0.3 * width, y - 1.8 * height), (right - 0.14 * width, y - height)]
 
     def body(draw: ImageDraw.ImageDraw) -> None:
         draw.rectangle((left, y - height, right, y), fill=255)
@@ -209,16 +182,11 @@ def _car(canvas: _Canvas, x: float, y: float) -> None:
 
 
 def draw_scene(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one scene.
-
-    Args:
-        rng: The only source of randomness.
-        size: Side of the square image in pixels. Defaults to 160.
+    """Draw one square scene of ``size`` pixels, with all randomness from ``rng``.
 
     Returns:
-        RGB image (size, size, 3) and annotation (size, size),
-        both uint8; the annotation has the values of :data:`DEMO_CLASSES`, and 0 where nothing is
-        labeled.
+        RGB image (size, size, 3) and annotation (size, size), both uint8; the annotation has the values of
+        :data:`DEMO_CLASSES`, and 0 where nothing is labeled.
     """
     canvas = _Canvas(size, rng)
     horizon = rng.uniform(0.4, 0.6) * size
@@ -257,18 +225,9 @@ def _photograph(canvas: _Canvas) -> np.ndarray:
 
 
 def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, size: int = 160, seed: int = 0) -> Path:
-    """Write the data set as ADE20K has it.
+    """Write scenes as ADE20K has them, as a function of the seed; returns the root, which is made.
 
-    Args:
-        root: Folder to write to, created if missing; it gets
-            ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png``.
-        num_train: Number of training scenes. Defaults to 48.
-        num_val: Number of held-out scenes. Defaults to 12.
-        size: Side of the images in pixels. Defaults to 160.
-        seed: Scenes are a function of the seed. Defaults to 0.
-
-    Returns:
-        The root.
+    It gets ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png`` of ``size`` pixels.
     """
     root = Path(root)
     for split, count, stream in (('training', num_train, 0), ('validation', num_val, 1)):
@@ -282,8 +241,6 @@ def write_demo_data(root: str | Path, num_train: int = 48, num_val: int = 12, si
             Image.fromarray(labels).save(annotations / f'{name}.png')
     return root
 
-
-# ---------------------------------------------------------------------------------- detection
 
 Point = tuple[float, float]
 
@@ -346,30 +303,15 @@ DEMO_OBJECTS = tuple(_SHAPES)
 
 
 class DemoObject(NamedTuple):
-    """An object in an image.
+    """An object in an image."""
 
-    Attributes:
-        name: One of :data:`DEMO_OBJECTS`.
-        polygons: Its outline: (n, 2) points x, y in pixels. It covers their
-            union.
-        box: Left, top, right and bottom in pixels.
-    """
-
-    name: str
-    polygons: list[np.ndarray]
-    box: tuple[float, float, float, float]
+    name: str  # one of DEMO_OBJECTS
+    polygons: list[np.ndarray]  # (n, 2) points x, y in pixels; the object covers their union
+    box: tuple[float, float, float, float]  # left, top, right and bottom in pixels
 
 
 def draw_objects(rng: np.random.Generator, size: int = 160) -> tuple[np.ndarray, list[DemoObject]]:
-    """Draw one to three objects, whole and apart from each other.
-
-    Args:
-        rng: The only source of randomness.
-        size: Side of the square image in pixels. Defaults to 160.
-
-    Returns:
-        RGB image (size, size, 3), uint8, and what it shows.
-    """
+    """Draw one to three objects, whole and apart; RGB image (size, size, 3), uint8, and what it shows."""
     canvas = _Canvas(size, rng)
     horizon = rng.uniform(0.4, 0.7) * size
     _sky(canvas, horizon)
@@ -412,9 +354,8 @@ def _paint_object(canvas: _Canvas, shape: _Shape, box: tuple[float, float, float
     second = np.where(color.mean() > 115, color - 85, color + 85)
     outline = place(shape.outline)
     for polygons, texture in ((outline, color), (place(shape.details), second)):
-        canvas.paint(
-            _cover(canvas.size, polygons), None, texture + 6 * canvas.noise(canvas.size // 4, canvas.size // 4)
-        )
+        grain = 6 * canvas.noise(canvas.size // 4, canvas.size // 4)
+        canvas.paint(_cover(canvas.size, polygons), None, texture + grain)
     return outline
 
 
@@ -426,20 +367,10 @@ def write_demo_voc(
     seed: int = 0,
     years: Sequence[int] = (2007,),
 ) -> Path:
-    """Write a detection set as VOC has it.
+    """Write a detection set as VOC has it, as a function of the seed; returns the root, which is made.
 
-    Args:
-        root: Folder to write to, created if missing, which stands for ``VOCdevkit``;
-            it gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists
-            ``trainval`` and ``test``.
-        num_train: Number of images to train on, in each year. Defaults to 24.
-        num_test: Number of images to test on; only 2007 has them. Defaults to 8.
-        size: Side of the images in pixels. Defaults to 160.
-        seed: Images are a function of the seed. Defaults to 0.
-        years: Which years to write. Defaults to 2007 alone.
-
-    Returns:
-        The root.
+    It stands for ``VOCdevkit`` and gets ``VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`` with the lists
+    ``trainval`` (``num_train`` images in each year) and ``test`` (in 2007 alone).
     """
     root = Path(root)
     for year in years:
@@ -474,29 +405,16 @@ def _voc_annotation(name: str, size: int, objects: list[DemoObject]) -> ElementT
         add(entry, name=item.name, truncated=0, difficult=0)
         # VOC counts pixels from 1, and the last one belongs to the box.
         left, upper, right, lower = item.box
-        add(
-            ElementTree.SubElement(entry, 'bndbox'),
-            xmin=math.floor(left) + 1,
-            ymin=math.floor(upper) + 1,
-            xmax=math.ceil(right),
-            ymax=math.ceil(lower),
-        )
+        low, high = (math.floor(left) + 1, math.floor(upper) + 1), (math.ceil(right), math.ceil(lower))
+        sides = dict(zip(('xmin', 'ymin', 'xmax', 'ymax'), low + high))
+        add(ElementTree.SubElement(entry, 'bndbox'), **sides)
     return ElementTree.ElementTree(top)
 
 
 def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, size: int = 160, seed: int = 0) -> Path:
-    """Write an instance segmentation set as COCO 2017 has it; needs mmdet for COCO's categories.
+    """Write an instance segmentation set as COCO 2017 has it, as a function of the seed; returns the root.
 
-    Args:
-        root: Folder to write to, created if missing; it gets
-            ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``.
-        num_train: Number of images to train on. Defaults to 24.
-        num_val: Number of images to test on. Defaults to 8.
-        size: Side of the images in pixels. Defaults to 160.
-        seed: Images are a function of the seed. Defaults to 0.
-
-    Returns:
-        The root.
+    It gets ``{train,val}2017/*.jpg`` and ``annotations/instances_{train,val}2017.json``. Needs mmdet, for its classes.
     """
     from mmdet.datasets import CocoDataset
 
@@ -515,24 +433,13 @@ def write_demo_coco(root: str | Path, num_train: int = 24, num_val: int = 8, siz
             images.append(dict(id=index + 1, file_name=name, height=size, width=size))
             for item in objects:
                 left, upper, right, lower = item.box
-                annotations.append(
-                    dict(
-                        id=len(annotations) + 1,
-                        image_id=index + 1,
-                        iscrowd=0,
-                        category_id=numbers[_SHAPES[item.name].coco_name],
-                        bbox=[round(value, 2) for value in (left, upper, right - left, lower - upper)],
-                        area=int(_cover(size, item.polygons).sum()),
-                        segmentation=[np.round(polygon, 2).ravel().tolist() for polygon in item.polygons],
-                    )
-                )
-        (root / 'annotations' / f'instances_{split}.json').write_text(
-            json.dumps(
-                dict(
-                    images=images,
-                    annotations=annotations,
-                    categories=[dict(id=number, name=name) for name, number in numbers.items()],
-                )
-            )
-        )
+                entry: dict = dict(id=len(annotations) + 1, image_id=index + 1, iscrowd=0)
+                entry['category_id'] = numbers[_SHAPES[item.name].coco_name]
+                entry['bbox'] = [round(value, 2) for value in (left, upper, right - left, lower - upper)]
+                entry['area'] = int(_cover(size, item.polygons).sum())
+                entry['segmentation'] = [np.round(polygon, 2).ravel().tolist() for polygon in item.polygons]
+                annotations.append(entry)
+        categories = [dict(id=number, name=name) for name, number in numbers.items()]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
     return root

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import mmengine
 import torch
-import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 
 from slak_mm._config import model_of, type_name, walk
 from slak_mm.models import registered_backbones
@@ -19,11 +20,6 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
     SyncBN becomes BN (it exists for GPUs only; in a distributed run each process then has its
     own statistics), processes talk through gloo instead of nccl, and the model wrapper is told
     that there is no device to put the model on.
-
-    Args:
-        cfg: Changed in place.
-        has_gpu: Says whether there is a GPU. Defaults to
-            ``torch.cuda.is_available``.
 
     Raises:
         ConfigOverrideError: Mixed precision was asked for, which mmengine has for GPUs only.
@@ -50,14 +46,9 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
     if (env_cfg.get('dist_cfg') or {}).get('backend', 'nccl') == 'nccl':
         cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
     if cfg.get('launcher', 'none') != 'none':
-        wrapper_cfg = ConfigDict(
-            cfg.get('model_wrapper_cfg')
-            or dict(
-                type='MMDistributedDataParallel',
-                broadcast_buffers=False,
-                find_unused_parameters=cfg.get('find_unused_parameters', False),
-            )
-        )
+        plain = dict(type='MMDistributedDataParallel', broadcast_buffers=False)
+        plain.update(find_unused_parameters=cfg.get('find_unused_parameters', False))
+        wrapper_cfg = ConfigDict(cfg.get('model_wrapper_cfg') or plain)
         wrapper_cfg.device_ids = None
         cfg.model_wrapper_cfg = wrapper_cfg
 
@@ -65,17 +56,25 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
 def set_amp(cfg: Config) -> None:
     """Train in mixed precision.
 
-    Args:
-        cfg: Changed in place.
-
     Raises:
         ConfigOverrideError: The optimizer wrapper is not one of mmengine's two.
     """
     wrapper = cfg.get('optim_wrapper') or ConfigDict()
     if type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
-        raise ConfigOverrideError(
-            f'--amp cannot be used with the optimizer wrapper "{type_name(wrapper)}" of this config.'
-        )
+        raise ConfigOverrideError(f'--amp cannot be used with the optimizer wrapper "{type_name(wrapper)}".')
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
     cfg.optim_wrapper = wrapper
+
+
+def set_compile(cfg: Config) -> None:
+    """Compile the model by mmengine's ``compile``, whose options stay if the config has some.
+
+    Raises:
+        ConfigOverrideError: PyTorch or mmengine is too old for that.
+    """
+    if not hasattr(torch, 'compile'):
+        raise ConfigOverrideError(f'--compile needs PyTorch 2.0 or later, and this is {torch.__version__}.')
+    if not hasattr(Runner, '_maybe_compile'):
+        raise ConfigOverrideError(f'--compile needs mmengine 0.7.0 or later, and this is {mmengine.__version__}.')
+    cfg.compile = cfg.get('compile') or True

@@ -58,10 +58,8 @@ def explain(error: Exception) -> str | None:
             f'or --img-scale, or use --amp ({text.splitlines()[0]}).'
         )
     if 'Expected more than 1 value per channel' in text:
-        return (
-            'Batch norm cannot train on one image per process: raise --batch-size, or train '
-            'with SyncBN on several GPUs.'
-        )
+        remedy = 'raise --batch-size, or train with SyncBN on several GPUs.'
+        return f'Batch norm cannot train on one image per process: {remedy}'
     if ENVIRONMENT_VARIABLE in text or 'was asked for but cannot run' in text:
         forced = os.environ.get(ENVIRONMENT_VARIABLE)
         return f'{text} ({ENVIRONMENT_VARIABLE}={forced}).' if forced else f'{text}.'

@@ -1,10 +1,10 @@
 """Start the processes of a run and build what it needs."""
 
 import argparse
-import contextlib
 import logging
 import os
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
+from mmengine.registry import MODELS, OPTIMIZERS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
@@ -35,18 +35,14 @@ from .weights import remove_weights
 
 
 def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
-    """Adapt a config to the machine and start the process group of a distributed run.
+    """Adapt a config to the machine, in place, and start the process group of a distributed run.
 
-    mmengine's launchers do it where there are GPUs. They select a GPU unconditionally, so
-    without one the process group is made here, from the same environment variables.
-
-    Args:
-        cfg: Changed in place, see :func:`slak_mm.cli.adapt_to_device`.
-        args: Parsed arguments, with ``launcher`` and ``local_rank``.
+    mmengine's launchers do it where there are GPUs. They select a GPU unconditionally, so without one the process group
+    is made here, from the same environment variables.
 
     Raises:
-        ConfigOverrideError: The process was not started by that launcher, or by torchrun without
-            saying so, or there are fewer GPUs than processes.
+        ConfigOverrideError: The process was not started by that launcher, or by torchrun without saying so, or there
+            are fewer GPUs than processes.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     _check_numbers(args.launcher)
@@ -54,9 +50,9 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
     adapt_to_device(cfg)
     if args.launcher == 'none':
         if 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', '1')) > 1:
+            count = os.environ['WORLD_SIZE']
             raise ConfigOverrideError(
-                f'torchrun started {os.environ["WORLD_SIZE"]} processes, which would each do the '
-                'whole run: add --launcher pytorch.'
+                f'torchrun started {count} processes, each of which would do all: add --launcher pytorch.'
             )
         return
     variables = dict(
@@ -68,8 +64,8 @@ def init_distributed(cfg: Config, args: argparse.Namespace) -> None:
     if missing:
         starter = dict(pytorch='torchrun --nproc_per_node=N', slurm='srun', mpi='mpirun')
         raise ConfigOverrideError(
-            f'--launcher {args.launcher} needs processes started with '
-            f'{starter[args.launcher]}: {", ".join(missing)} not set.'
+            f'--launcher {args.launcher} needs processes started with {starter[args.launcher]}: '
+            f'{", ".join(missing)} not set.'
         )
     env_cfg = cfg.get('env_cfg') or {}
     dist_cfg = dict(env_cfg.get('dist_cfg') or {})
@@ -118,7 +114,7 @@ def _check_numbers(launcher: str) -> None:
         raise ConfigOverrideError(f'The environment variable MASTER_PORT={numbers["MASTER_PORT"]} is no port.')
 
 
-@contextlib.contextmanager
+@contextmanager
 def _meeting() -> Iterator[None]:
     """Say where processes were to meet that do not find each other."""
     try:
@@ -129,26 +125,19 @@ def _meeting() -> Iterator[None]:
 
 
 def _slurm_environment(port: int | None) -> None:
-    import subprocess
-
     if 'MASTER_ADDR' not in os.environ:
-        os.environ['MASTER_ADDR'] = subprocess.getoutput(
-            f'scontrol show hostname {os.environ["SLURM_NODELIST"]} | head -n1'
-        )
+        command = f'scontrol show hostname {os.environ["SLURM_NODELIST"]} | head -n1'
+        os.environ['MASTER_ADDR'] = subprocess.getoutput(command)
     if port is not None:
         os.environ['MASTER_PORT'] = str(port)
     os.environ.setdefault('MASTER_PORT', '29500')
-    os.environ['RANK'] = os.environ['SLURM_PROCID']
-    os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
-    os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', '0')
+    ranks = dict(RANK=os.environ['SLURM_PROCID'], LOCAL_RANK=os.environ.get('SLURM_LOCALID', '0'))
+    os.environ.update(ranks, WORLD_SIZE=os.environ['SLURM_NTASKS'])
 
 
 @contextmanager
 def own_work_dir(cfg: Config) -> Iterator[None]:
-    """Keep other trainings out of the work dir; the operating system ends this when the process dies.
-
-    Args:
-        cfg: Its work dir is made.
+    """Make the work dir and keep other trainings out of it; the operating system ends this when the process dies.
 
     Raises:
         ConfigOverrideError: Another training is in it, or it cannot be written.
@@ -177,15 +166,9 @@ def own_work_dir(cfg: Config) -> Iterator[None]:
 
 
 def build_model(cfg: Config, node: ConfigDict) -> nn.Module:
-    """Build a model, or a part of one, outside of a runner.
+    """Build a model, or a part of one, with random weights and outside of a runner.
 
-    Args:
-        cfg: A complete config, adapted to the device; weights that it names are left
-            out, in place.
-        node: Its model, or a part of that.
-
-    Returns:
-        With random weights.
+    The config is adapted to the device already; weights that it names are left out, in place.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -206,17 +189,11 @@ def _try_metrics(loop: Any) -> None:
 
 
 def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
-    """Build a runner and everything it is going to use.
+    """Build a runner and everything that the loops 'train', 'val' and 'test' are going to use.
 
-    Args:
-        cfg: A complete config; :class:`StrictCheckpointHook` is added, and for training
-            what :mod:`slak_mm.engine.reproducible` has and :class:`FiniteLossHook`; mmengine's
-            checkpoint hook and loop over epochs become those of this package.
-        loops: Which of 'train', 'val' and 'test' to build.
-
-    Returns:
-        With its model and those loops built, and the optimizer for training. Its data sets
-        check what they load.
+    :class:`StrictCheckpointHook` is added to the config, and for training what :mod:`slak_mm.engine.reproducible`
+    has and :class:`FiniteLossHook`; mmengine's checkpoint hook and loop over epochs become those of this package.
+    Data sets check what they load.
 
     Raises:
         ConfigOverrideError: The config names something that does not exist or does not fit.
@@ -224,16 +201,10 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     add_hook(cfg, 'StrictCheckpointHook', require_heads=bool(cfg.get('resume')))
     if 'train' in loops:
         make_reproducible(cfg)
-        _check_intervals(cfg)
         make_resumable(cfg)
         add_hook(cfg, 'FiniteLossHook')
     try:
-        if 'runner_type' in cfg:
-            from mmengine.registry import RUNNERS
-
-            runner = RUNNERS.build(cfg)
-        else:
-            runner = Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if 'train' in loops:
             if runner.train_loop is None:
                 raise ConfigOverrideError('This config has no training loop.')
@@ -258,23 +229,6 @@ def build_runner(cfg: Config, loops: Sequence[str]) -> Runner:
     return runner
 
 
-def _check_intervals(cfg: Config) -> None:
-    """Refuse lengths and intervals of the training loop that mmengine divides by or never reaches."""
-    loop = cfg.get('train_cfg') or {}
-    values = {key: loop.get(key) for key in ('max_iters', 'max_epochs')}
-    if cfg.get('val_dataloader'):
-        values['val_interval'] = loop.get('val_interval')
-        values |= {f'dynamic_intervals[{i}]': pair[1] for i, pair in enumerate(loop.get('dynamic_intervals') or [])}
-    for key, value in values.items():
-        if value is not None and not (isinstance(value, (int, float)) and value >= 1):
-            remedy = (
-                ''
-                if key.startswith('max')
-                else ('; to train without validation set val_dataloader, val_cfg and val_evaluator to None')
-            )
-            raise ConfigOverrideError(f'train_cfg.{key} must be a number from 1, got {value!r}{remedy}.')
-
-
 def make_resumable(cfg: Config) -> None:
     """Replace mmengine's checkpoint hook and loop over epochs by those of this package."""
     cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
@@ -285,11 +239,8 @@ def make_resumable(cfg: Config) -> None:
         if name == 'CheckpointHook':
             hook['type'] = 'AtomicCheckpointHook'
         elif hook is hooks.checkpoint and hook is not None and name != 'AtomicCheckpointHook':
-            print_log(
-                f'{name} saves the checkpoints of this config; what is lost when it is cut off is up to it.',
-                'current',
-                logging.WARNING,
-            )
+            text = f'{name} saves the checkpoints of this config; what is lost when it is cut off is up to it.'
+            print_log(text, 'current', logging.WARNING)
     loop = cfg.get('train_cfg') or {}
     if type_name(loop) == 'EpochBasedTrainLoop' or ('type' not in loop and loop.get('by_epoch', True)):
         loop.pop('by_epoch', None)

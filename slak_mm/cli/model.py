@@ -18,15 +18,11 @@ _SIZE = 64  # pixels: the smallest that leaves every stage more than one pixel
 
 
 def check_channels(model: nn.Module, cfg: Config) -> None:
-    """Compare neck and heads with the backbone before anything is trained.
+    """Compare neck and heads of a segmentor or detector with the backbone before anything is trained.
 
-    One blank image goes through the parts of the model in their own order. Only what would fail
-    in the first iteration is refused: a layer that gets other channels than it has weights for, or
-    a part that fails and names another number of maps than it gets.
-
-    Args:
-        model: A segmentor or detector, built, not wrapped. It is not changed.
-        cfg: Its whole config.
+    One blank image goes through the parts of the model in their own order. Only what would fail in the first iteration
+    is refused: a layer that gets other channels than it has weights for, or a part that fails and names another number
+    of maps than it gets. The model is not changed.
 
     Raises:
         ConfigOverrideError: Names what the part takes, what it gets, and the setting.
@@ -46,10 +42,6 @@ def check_channels(model: nn.Module, cfg: Config) -> None:
 def check_crop(model: nn.Module, cfg: Config) -> None:
     """Refuse crops of semantic segmentation that the backbone cannot reduce to its last stage.
 
-    Args:
-        model: A segmentor, built, not wrapped. It is not changed.
-        cfg: Its whole config.
-
     Raises:
         ConfigOverrideError: Names the crop and a size that works.
     """
@@ -58,11 +50,8 @@ def check_crop(model: nn.Module, cfg: Config) -> None:
     node = model_of(cfg)
     pipelines = [dataset.get('pipeline') for _, dataset in datasets_of(cfg, ('train_dataloader',))]
     padded = pair((node.get('data_preprocessor') or {}).get('size') or 0)
-    crops = [
-        tuple(map(max, pair(t.crop_size), padded))
-        for t in walk(pipelines)
-        if type_name(t) == 'RandomCrop' and t.get('crop_size')
-    ]
+    cuts = [t for t in walk(pipelines) if type_name(t) == 'RandomCrop' and t.get('crop_size')]
+    crops = [tuple(map(max, pair(t.crop_size), padded)) for t in cuts]
     test_cfg = node.get('test_cfg') or {}
     if test_cfg.get('mode') == 'slide':
         crops.append(pair(test_cfg['crop_size']))
@@ -100,12 +89,7 @@ def _blank(model: nn.Module, height: int, width: int) -> Iterator[Tensor]:
 
 
 class _Parts:
-    """Runs parts of a model, and says of those that fail whether the channels are why.
-
-    Args:
-        model: The model.
-        node: Its config.
-    """
+    """Runs parts of a model with this config, and says of those that fail whether the channels are why."""
 
     def __init__(self, model: nn.Module, node: ConfigDict) -> None:
         self.model, self.node = model, node

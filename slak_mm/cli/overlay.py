@@ -10,53 +10,29 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['class_shares', 'colorize', 'displayable', 'overlay', 'panel', 'with_legend']
-
 Palette = Sequence[Sequence[int]]
 _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
 
 
 def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
-    """The classes of a label map, the largest first.
-
-    Args:
-        labels: Label map (H, W).
-        num_classes: Number of classes; other values do not count.
-
-    Returns:
-        Class index and its share of all pixels, 0..1.
-    """
+    """Index and share of all pixels, 0..1, of the classes in a label map (H, W), the largest first."""
     counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(), minlength=num_classes)
     order = np.argsort(-counts, kind='stable')
     return [(int(index), float(counts[index] / labels.size)) for index in order if counts[index]]
 
 
 def colorize(labels: np.ndarray, palette: Palette, unlabeled: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Paint every class in its color.
-
-    Args:
-        labels: Label map (H, W).
-        palette: RGB color 0..255 of each class.
-        unlabeled: Color of everything else. Defaults to black.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
-    """
+    """Paint every class of a label map (H, W) in its color of the palette; RGB (H, W, 3), uint8."""
     colors = np.asarray([*palette, unlabeled], np.uint8)
     known = (labels >= 0) & (labels < len(palette))
     return colors[np.where(known, labels, len(palette))]
 
 
 def displayable(image: np.ndarray) -> np.ndarray:
-    """Make a picture of an image of any depth and number of channels.
+    """Make an RGB picture (H, W, 3), uint8, of an image of any depth and number of channels.
 
-    Args:
-        image: Gray (H, W), or with channels (H, W, C), the first three of which are blue,
-            green and red; fewer are shown as gray. Values beyond 0..255 are scaled so that
-            the smallest is black and the largest white.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
+    An image is gray (H, W), or has channels (H, W, C), the first three of which are blue, green and red; fewer are
+    shown as gray. Values beyond 0..255 are scaled so that the smallest is black and the largest white.
     """
     image = image.reshape(*image.shape[:2], -1)
     image = image[..., 2::-1] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
@@ -70,16 +46,7 @@ def displayable(image: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: float = 0.5) -> np.ndarray:
-    """Lay the colors of a label map over its image.
-
-    Args:
-        image: RGB image (H, W, 3), uint8.
-        labels: Label map (H, W).
-        palette: RGB color 0..255 of each class.
-        opacity: Weight of the colors, from 0 (the image alone) to 1. Defaults to 0.5.
-
-    Returns:
-        RGB image (H, W, 3), uint8.
+    """Lay the colors of a label map (H, W) over its RGB image (H, W, 3), uint8; opacity 0 gives the image alone.
 
     Raises:
         ValueError: Image and label map differ in size, or opacity is not within 0..1.
@@ -108,17 +75,10 @@ def _text_size(text: str, font: Any) -> tuple[int, int]:
 def with_legend(
     picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]], font_size: int | None = None
 ) -> np.ndarray:
-    """Put a legend to the right of a picture.
+    """Put a legend of text and RGB color to the right of an RGB picture (H, W, 3), uint8; without entries give it back.
 
-    Args:
-        picture: RGB image (H, W, 3), uint8.
-        entries: Text and RGB color of each line. What does not fit in the height goes
-            on in further columns.
-        font_size: In pixels. Defaults to a fortieth of the height, at least 12.
-
-    Returns:
-        RGB image of at least the same height, and wider; the picture itself when
-        there are no entries.
+    What does not fit in the height goes on in further columns. The font has a fortieth of the height by default, at
+    least 12 pixels.
     """
     if not entries:
         return picture
@@ -136,24 +96,17 @@ def with_legend(
     for column, width in zip(columns, widths):
         for row, (text, color) in enumerate(column):
             top = gap + row * line
-            draw.rectangle(
-                (left, top, left + font_size, top + font_size), fill=tuple(int(value) for value in color), outline=_INK
-            )
+            square = (left, top, left + font_size, top + font_size)
+            draw.rectangle(square, fill=tuple(map(int, color)), outline=_INK)
             draw.text((left + line, top), text, fill=_INK, font=font)
         left += width
     return np.asarray(canvas)
 
 
 def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], font_size: int | None = None) -> np.ndarray:
-    """Put pictures side by side, each under its title.
+    """Put RGB pictures (uint8) of any sizes side by side, each under its title.
 
-    Args:
-        pictures: RGB images, uint8, of any sizes.
-        titles: One for each.
-        font_size: In pixels. Defaults to a twentieth of the height, at least 12.
-
-    Returns:
-        RGB image.
+    The font has a twentieth of the height by default, at least 12 pixels.
 
     Raises:
         ValueError: There are not as many titles as pictures, or none.

@@ -32,8 +32,6 @@ from slak_mm.checkpoints.errors import shown
 
 from .errors import ConfigOverrideError
 
-__all__ = ['DATA_SETS', 'Archive', 'DataError', 'DataSet', 'Files', 'Part', 'check', 'hint', 'prepare']
-
 _CHUNK = 1 << 20
 _DOWNLOADS = '.downloads'
 
@@ -44,15 +42,10 @@ class DataError(ConfigOverrideError):
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download.
+    """A file to download."""
 
-    Attributes:
-        urls: Addresses of the same file, the preferred one first.
-        checksum: ``md5:…`` or ``sha1:…`` as published, '' where there is none.
-    """
-
-    urls: tuple[str, ...]
-    checksum: str = ''
+    urls: tuple[str, ...]  # addresses of the same file, the preferred one first
+    checksum: str = ''  # ``md5:...`` or ``sha1:...`` as published
 
     @property
     def filename(self) -> str:
@@ -62,102 +55,65 @@ class Archive:
 
 @dataclass(frozen=True)
 class Files:
-    """Files that a complete data set has.
+    """Files that a complete data set has."""
 
-    Attributes:
-        folder: Below the folder of the data set.
-        pattern: Name of a file; ``{}`` stands for a name of the list, ``{:08d}`` or the
-            like for numbers from 1.
-        count: How many there are.
-        listed_in: A file below the folder of the data set with their names: a text with
-            one on each line, or COCO's JSON. '' for numbers.
-    """
-
-    folder: str
-    pattern: str
+    folder: str  # below the folder of the data set
+    pattern: str  # of the names; ``{}`` stands for a name of the list, ``{:08d}`` or the like for numbers from 1
     count: int
+    # A file below the folder of the data set: a text with a name on each line, or COCO's JSON. '' for numbers.
     listed_in: str = ''
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is unpacked together.
+    """What is unpacked together."""
 
-    Attributes:
-        target: Its place below the folder of the data set, '' for that folder itself.
-        inside: The folder within the archives that becomes it.
-        archives: All of them are unpacked into one folder.
-    """
-
-    target: str
-    inside: str
-    archives: tuple[Archive, ...]
+    target: str  # place below the folder of the data set, '' for that folder itself
+    inside: str  # folder within the archives that becomes it
+    archives: tuple[Archive, ...]  # all are unpacked into one folder
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set.
+    """A data set."""
 
-    Attributes:
-        folder: Its folder below the root.
-        kind: Data set class of the configs that read it.
-        parts: What is downloaded.
-        files: What has to be there.
-    """
-
-    folder: str
-    kind: str
-    parts: tuple[Part, ...]
-    files: tuple[Files, ...]
+    folder: str  # below the root
+    kind: str  # data set class of the configs that read it
+    parts: tuple[Part, ...]  # what is downloaded
+    files: tuple[Files, ...]  # what has to be there
 
 
 def _voc(year: str, lists: Mapping[str, int], *archives: tuple[str, str]) -> DataSet:
     hosts = ('https://thor.robots.ox.ac.uk', 'http://host.robots.ox.ac.uk')
-    return DataSet(
-        folder=f'VOCdevkit/VOC{year}',
-        kind='VOCDataset',
-        parts=(
-            Part(
-                '',
-                f'VOCdevkit/VOC{year}',
-                tuple(
-                    Archive(tuple(f'{host}/pascal/VOC/voc{year}/{name}' for host in hosts), checksum)
-                    for name, checksum in archives
-                ),
-            ),
-        ),
-        files=tuple(
-            Files(folder, pattern, count, f'ImageSets/Main/{name}.txt')
-            for name, count in lists.items()
-            for folder, pattern in (('JPEGImages', '{}.jpg'), ('Annotations', '{}.xml'))
-        ),
+    folder = f'VOCdevkit/VOC{year}'
+    addresses = (([f'{host}/pascal/VOC/voc{year}/{name}' for host in hosts], checksum) for name, checksum in archives)
+    part = Part('', folder, tuple(Archive(tuple(urls), checksum) for urls, checksum in addresses))
+    files = tuple(
+        Files(folder, pattern, count, f'ImageSets/Main/{name}.txt')
+        for name, count in lists.items()
+        for folder, pattern in (('JPEGImages', '{}.jpg'), ('Annotations', '{}.xml'))
     )
+    return DataSet(folder, 'VOCDataset', (part,), files)
 
 
-def _coco(name: str, checksum: str) -> Archive:
-    folder = 'annotations' if name.startswith('annotations') else 'zips'
-    return Archive((f'http://images.cocodataset.org/{folder}/{name}',), checksum)
+def _coco(folder: str, name: str, md5: str) -> Part:
+    place = 'annotations' if folder == 'annotations' else 'zips'
+    return Part(folder, folder, (Archive((f'http://images.cocodataset.org/{place}/{name}',), f'md5:{md5}'),))
 
+
+_ADE = Archive(
+    ('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',),
+    'sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7',
+)
 
 #: The data sets by name. The checksums are those of torchvision (VOC), GluonCV (ADE20K) and, for
 #: COCO, which publishes none, those that many projects give alike (PaddleDetection, for one).
 DATA_SETS: dict[str, DataSet] = {
     'ade20k': DataSet(
-        folder='ade/ADEChallengeData2016',
-        kind='ADE20KDataset',
-        parts=(
-            Part(
-                '',
-                'ADEChallengeData2016',
-                (
-                    Archive(
-                        ('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',),
-                        'sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7',
-                    ),
-                ),
-            ),
-        ),
-        files=tuple(
+        'ade/ADEChallengeData2016',
+        'ADE20KDataset',
+        (Part('', 'ADEChallengeData2016', (_ADE,)),),
+        tuple(
             Files(f'{kind}/{split}', f'ADE_{short}_{{:08d}}.{suffix}', count)
             for split, short, count in (('training', 'train', 20210), ('validation', 'val', 2000))
             for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))
@@ -173,18 +129,14 @@ DATA_SETS: dict[str, DataSet] = {
         '2012', dict(trainval=11540), ('VOCtrainval_11-May-2012.tar', 'md5:6cd6e144f989b92b3379bac3b3de84fd')
     ),
     'coco': DataSet(
-        folder='coco',
-        kind='CocoDataset',
-        parts=(
-            Part(
-                'annotations',
-                'annotations',
-                (_coco('annotations_trainval2017.zip', 'md5:f4bbac642086de4f52a3fdda2de5fa2c'),),
-            ),
-            Part('val2017', 'val2017', (_coco('val2017.zip', 'md5:442b8da7639aecaf257c1dceb8ba8c80'),)),
-            Part('train2017', 'train2017', (_coco('train2017.zip', 'md5:cced6f7f71b7629ddf16f17bbcfab6b2'),)),
+        'coco',
+        'CocoDataset',
+        (
+            _coco('annotations', 'annotations_trainval2017.zip', 'f4bbac642086de4f52a3fdda2de5fa2c'),
+            _coco('val2017', 'val2017.zip', '442b8da7639aecaf257c1dceb8ba8c80'),
+            _coco('train2017', 'train2017.zip', 'cced6f7f71b7629ddf16f17bbcfab6b2'),
         ),
-        files=(
+        (
             Files('annotations', 'instances_train2017.json', 1),
             Files('annotations', 'instances_val2017.json', 1),
             Files('val2017', '{}', 5000, 'annotations/instances_val2017.json'),
@@ -195,52 +147,22 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def hint(data_set: Mapping[str, Any]) -> str:
-    """The command that gets a data set.
-
-    Args:
-        data_set: Config of a data set of mmsegmentation or mmdetection.
-
-    Returns:
-        A sentence that begins with a space; '' for a data set that is not one of
-        :data:`DATA_SETS`.
-    """
+    """The command that gets a data set, as a sentence after a space; '' for one that is not in :data:`DATA_SETS`."""
     root = str(data_set.get('data_root') or '').rstrip('/')
-    paths = ' '.join(
-        [root, str(data_set.get('ann_file') or ''), *map(str, (data_set.get('data_prefix') or {}).values())]
-    )
+    paths = [root, data_set.get('ann_file') or '', *(data_set.get('data_prefix') or {}).values()]
     for name, known in DATA_SETS.items():
-        if known.kind != type_name(data_set):
-            continue
-        if name.startswith('voc') and f'VOC{name[3:]}' not in paths:
+        is_year = not name.startswith('voc') or f'VOC{name[3:]}' in ' '.join(map(str, paths))
+        if known.kind != type_name(data_set) or not is_year:
             continue
         # The configs' roots are the folder of the data set, or VOCdevkit above it.
-        above = next(
-            (
-                root.removesuffix(folder).rstrip('/') or '.'
-                for folder in (known.folder, known.folder.partition('/')[0])
-                if f'/{root}'.endswith(f'/{folder}')
-            ),
-            'data',
-        )
+        ends = (f for f in (known.folder, known.folder.partition('/')[0]) if f'/{root}'.endswith(f'/{f}'))
+        above = next((root.removesuffix(folder).rstrip('/') or '.' for folder in ends), 'data')
         return f' To download it: python tools/prepare_data.py {name} --root {above}'
     return ''
 
 
-# ----------------------------------------------------------------------------------- checking
-
-
 def check(name: str, root: str | os.PathLike, data_sets: Mapping[str, DataSet] = DATA_SETS) -> str | None:
-    """Look whether a data set is complete.
-
-    Args:
-        name: A key of ``data_sets``.
-        root: Folder that data sets are kept in, 'data' in the configs.
-        data_sets: The known data sets. Defaults to :data:`DATA_SETS`.
-
-    Returns:
-        The first thing that is missing, as a sentence without its end; None if
-        everything is there.
-    """
+    """The first thing that a data set below a root lacks, as a sentence without its end; None if it is complete."""
     data_set = data_sets[name]
     folder = Path(root, data_set.folder)
     if not folder.is_dir():
@@ -278,9 +200,8 @@ def _names(group: Files, locate: Callable[[str], Path]) -> list[str] | str:
         return f'{listing} is missing'
     try:
         text = listing.read_text()
-        listed = (
-            [image['file_name'] for image in json.loads(text)['images']] if listing.suffix == '.json' else text.split()
-        )
+        is_coco = listing.suffix == '.json'
+        listed = [image['file_name'] for image in json.loads(text)['images']] if is_coco else text.split()
     except (ValueError, KeyError, TypeError):
         return f'{listing} cannot be read'
     if len(listed) != group.count:
@@ -292,9 +213,6 @@ def _is_whole_json(path: Path) -> bool:
     with path.open('rb') as file:
         file.seek(max(0, path.stat().st_size - 64))
         return file.read().rstrip().endswith((b'}', b']'))
-
-
-# ---------------------------------------------------------------------------------- preparing
 
 
 def prepare(
@@ -310,19 +228,16 @@ def prepare(
     Args:
         name: A key of ``data_sets``.
         root: Folder that data sets are kept in; created if need be.
-        keep_archives: Keep the downloaded archives, in ``.downloads`` below the root.
-            Defaults to False.
-        report: Called again and again with what is done, how much of it and how much
-            in all (bytes or files; 0 where that is not known).
+        keep_archives: Keep the downloaded archives, in ``.downloads`` below the root. Defaults to False.
+        report: Called with what is done, how much of it and how much in all (bytes or files; 0 if not known).
         data_sets: The known data sets. Defaults to :data:`DATA_SETS`.
 
     Returns:
         Folder of the complete data set.
 
     Raises:
-        DataError: It cannot be downloaded, an archive is damaged or wants to write outside its
-            folder, there is too little space, another process is at it, or a folder with other
-            content is in the way.
+        DataError: It cannot be downloaded, an archive is damaged or wants to write outside its folder, there is too
+            little space, another process is at it, or a folder with other content is in the way.
     """
     data_set = data_sets[name]
     folder = Path(root, data_set.folder)
@@ -356,9 +271,8 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
     target = folder / part.target
     staging = target.parent / f'.{target.name}.unpacking'
     inner = staging / part.inside
-    files = tuple(
-        group for group in data_set.files if f'{group.folder}/'.startswith(f'{part.target}/' if part.target else '')
-    )
+    start = f'{part.target}/' if part.target else ''
+    files = tuple(group for group in data_set.files if f'{group.folder}/'.startswith(start))
 
     def missing(place: Path) -> str | None:
         """What of this part is missing at a place; its lists may be in another part."""
@@ -373,9 +287,7 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
         lacking = missing(target)
         if lacking is None:
             return
-        raise DataError(
-            f'{target} exists, but is not complete: {lacking}. Move it away, and this command gets a whole one.'
-        )
+        raise DataError(f'{target} exists, but is not complete: {lacking}. Move it away and call this again.')
     archives = [_download(archive, downloads, report) for archive in part.archives]
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of an interrupted call
@@ -393,9 +305,6 @@ def _prepare_part(data_set: DataSet, part: Part, folder: Path, downloads: Path, 
         os.replace(inner, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-# -------------------------------------------------------------------------------- downloading
 
 
 def _download(archive: Archive, folder: Path, report: Report) -> Path:
@@ -428,9 +337,6 @@ def _verify(part: Path, archive: Archive, report: Report) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------- unpacking
-
-
 @dataclass(frozen=True)
 class _Member:
     """A file or folder in an archive."""
@@ -455,9 +361,9 @@ def _members(path: Path) -> Iterator[list[_Member]]:
                 _Member(
                     info.filename,
                     info.file_size,
-                    kind in (0, stat.S_IFREG) and not info.is_dir(),
-                    kind in (0, stat.S_IFDIR) and info.is_dir(),
-                    functools.partial(archive.open, info),
+                    is_file=kind in (0, stat.S_IFREG) and not info.is_dir(),
+                    is_folder=kind in (0, stat.S_IFDIR) and info.is_dir(),
+                    open=functools.partial(archive.open, info),
                 )
                 for info, kind in zip(infos, kinds)
             ]
@@ -493,9 +399,8 @@ def _unpack(path: Path, folder: Path, report: Report) -> None:
             remedy = 'Make room, or choose another --root.'
         else:
             remedy = 'The archive is not the one that was published: delete it and try again.'
-        raise DataError(
-            f'{shown(name)} in {path} cannot be unpacked to {folder}: {error.strerror}. {remedy}'
-        ) from error
+        text = f'{shown(name)} in {path} cannot be unpacked to {folder}: {error.strerror}. {remedy}'
+        raise DataError(text) from error
 
 
 def _refuse_escape(path: Path, member: _Member) -> None:
@@ -504,6 +409,4 @@ def _refuse_escape(path: Path, member: _Member) -> None:
         raise DataError(f'{path} was refused: {shown(name)} in it is neither a file nor a folder.')
     parts = PurePosixPath(name.replace('\\', '/'))
     if parts.is_absolute() or '..' in parts.parts or ':' in name or '\0' in name:
-        raise DataError(
-            f'{path} was refused: {shown(name)} in it would be written outside the folder that it is unpacked in.'
-        )
+        raise DataError(f'{path} was refused: {shown(name)} in it would be written outside of its folder.')

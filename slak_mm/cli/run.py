@@ -20,18 +20,14 @@ from .errors import explain
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a command line and leave the process with its exit code.
+    """Run a command line, whose ``main`` gives None or an exit code, and leave the process with that.
 
-    Whatever reads a checkpoint meanwhile, in mmengine and the libraries on it too, does so with this
-    package's reader (:func:`slak_mm.engine.loader.safe_reader`).
+    Whatever reads a checkpoint meanwhile, in mmengine and the libraries on it too, does so with this package's reader
+    (:func:`slak_mm.engine.loader.safe_reader`).
 
-    What a user can cause (:func:`slak_mm.cli.errors.explain` knows) ends in one sentence on stderr
-    and exit code 1; with ``--debug`` or ``SLAK_MM_DEBUG=1`` the traceback is shown as well.
-    Everything else is a defect and keeps its traceback. An interrupt ends with exit code 130, a
-    reader of stdout that went away (``| head``) with 141.
-
-    Args:
-        main: Does the work; returns the exit code, None for 0.
+    What a user can cause (:func:`slak_mm.cli.errors.explain` knows) ends in one sentence on stderr and exit code 1;
+    with ``--debug`` or ``SLAK_MM_DEBUG=1`` the traceback is shown as well. Everything else is a defect and keeps its
+    traceback. An interrupt ends with exit code 130, a reader of stdout that went away (``| head``) with 141.
     """
     code: Any = 1
     try:

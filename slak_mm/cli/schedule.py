@@ -19,13 +19,9 @@ def scaled(value: Any, factor: float, least: int = 0) -> int:
 def set_max_iters(cfg: Config, max_iters: int) -> None:
     """Train for another number of iterations, with the schedule keeping its proportions.
 
-    The intervals of validation and checkpoints and every boundary of every learning-rate
-    schedule are scaled alike, so that each of them happens at the same fraction of the run. A
-    config that counts epochs becomes one that counts iterations.
-
-    Args:
-        cfg: Changed in place.
-        max_iters: Number of optimization steps, at least 1.
+    The intervals of validation and checkpoints and every boundary of every learning-rate schedule are scaled alike, so
+    that each of them happens at the same fraction of the run. A config that counts epochs becomes one that counts
+    iterations.
 
     Raises:
         ConfigOverrideError: The config does not train, or its loop is not one of mmengine's.
@@ -42,10 +38,8 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
     factor = max_iters / old
 
     if by_epoch:
-        cfg.train_cfg = ConfigDict(
-            {key: value for key, value in loop.items() if key in ('val_begin', 'val_interval', 'dynamic_intervals')}
-        )
-        cfg.train_cfg.type = 'IterBasedTrainLoop'
+        kept = {key: loop[key] for key in ('val_begin', 'val_interval', 'dynamic_intervals') if key in loop}
+        cfg.train_cfg = ConfigDict(kept, type='IterBasedTrainLoop')
         _count_iterations(cfg)
         loop = cfg.train_cfg
         # EpochBasedTrainLoop validates after every epoch unless told otherwise.
@@ -55,9 +49,7 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
     if 'val_begin' in loop:
         loop.val_begin = scaled(loop.val_begin, factor, 1)
     if loop.get('dynamic_intervals'):
-        loop.dynamic_intervals = [
-            (scaled(begin, factor), scaled(interval, factor, 1)) for begin, interval in loop.dynamic_intervals
-        ]
+        loop.dynamic_intervals = [(scaled(a, factor), scaled(b, factor, 1)) for a, b in loop.dynamic_intervals]
 
     schedulers = cfg.get('param_scheduler') or []
     schedulers = [schedulers] if isinstance(schedulers, dict) else schedulers
@@ -84,19 +76,21 @@ def set_max_iters(cfg: Config, max_iters: int) -> None:
 
 
 def check_schedule(cfg: Config) -> None:
-    """Refuse lengths and intervals that mmengine divides by or never reaches.
-
-    Args:
-        cfg: A whole config.
+    """Refuse lengths and intervals of training that mmengine divides by or never reaches.
 
     Raises:
         ConfigOverrideError: Names the setting.
     """
-    for key in ('max_iters', 'max_epochs', 'val_interval'):
-        value = (cfg.get('train_cfg') or {}).get(key, 1)
-        if not isinstance(value, (int, float)) or value < 1:
-            advice = ' To train without validation, set it above the length of the run.' if 'val' in key else ''
-            raise ConfigOverrideError(f'train_cfg.{key} must be at least 1, got {value!r}.{advice}')
+    loop = cfg.get('train_cfg') or {}
+    values = {key: loop.get(key) for key in ('max_iters', 'max_epochs')}
+    if cfg.get('val_dataloader'):
+        values['val_interval'] = loop.get('val_interval')
+        values |= {f'dynamic_intervals[{i}]': pair[1] for i, pair in enumerate(loop.get('dynamic_intervals') or [])}
+    for key, value in values.items():
+        if value is not None and not (isinstance(value, (int, float)) and value >= 1):
+            remedy = '; to train without validation set val_dataloader, val_cfg and val_evaluator to None'
+            remedy = '' if key.startswith('max') else remedy
+            raise ConfigOverrideError(f'train_cfg.{key} must be a number from 1, got {value!r}{remedy}.')
 
 
 def _count_iterations(cfg: Config) -> None:
@@ -114,11 +108,8 @@ def _count_iterations(cfg: Config) -> None:
     sampler = cfg.train_dataloader.get('sampler')
     if sampler and type_name(sampler) == 'DefaultSampler':
         cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
-    print_log(
-        '--max-iters: this config counts epochs; it is run by iterations instead, with its '
-        'schedule in the same proportions.',
-        logger='current',
-    )
+    text = 'this config counts epochs; it is run by iterations instead, with its schedule in the same proportions.'
+    print_log(f'--max-iters: {text}', logger='current')
 
 
 def _rescale(scheduler: ConfigDict, loop_by_epoch: bool, factor: float, max_iters: int) -> None:

@@ -29,37 +29,27 @@ RESIZES = ('Resize', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge',
 
 #: What else has a size in pixels in detection, and under which names.
 _AREAS = {
+    **dict.fromkeys(('Mosaic', 'CachedMosaic', 'MixUp', 'CachedMixUp'), ('img_scale',)),
+    **dict.fromkeys(('Pad', 'BatchFixedSizePad'), ('size',)),
     'RandomCrop': ('crop_size',),
-    'Pad': ('size',),
     'FixShapeResize': ('width', 'height'),
-    'Mosaic': ('img_scale',),
-    'CachedMosaic': ('img_scale',),
-    'MixUp': ('img_scale',),
-    'CachedMixUp': ('img_scale',),
-    'BatchFixedSizePad': ('size',),
     'BatchResize': ('scale',),
     'BatchSyncRandomResize': ('random_size_range',),
 }
 
 
 def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
-    """Train and test a semantic segmentation config at another resolution.
+    """Train and test a semantic segmentation config at another resolution, (height, width).
 
-    The crop changes and everything in proportion with it: the scales that images are resized to
-    in training, testing and test-time augmentation, the size that batches are padded to, and
-    crop and stride of the sliding window.
-
-    Args:
-        cfg: Changed in place.
-        size: Height and width in pixels. Scales follow the shorter side.
+    The crop changes and everything in proportion with its shorter side: the scales that images are resized to in
+    training, testing and test-time augmentation, the size that batches are padded to, and crop and stride of the
+    sliding window.
 
     Raises:
         ConfigOverrideError: The config does not crop, or crops to several sizes.
     """
     if framework(cfg) == 'mmdet':
-        raise ConfigOverrideError(
-            '--crop-size is for semantic segmentation; detection trains on whole images, whose size --img-scale sets.'
-        )
+        raise ConfigOverrideError('--crop-size is for segmentation; detection trains on whole images, see --img-scale.')
     crops = {
         pair(transform['crop_size'])
         for _, dataset in datasets_of(cfg, ('train_dataloader',))
@@ -106,18 +96,15 @@ def set_crop_size(cfg: Config, size: tuple[int, int]) -> None:
 def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     """Train and test a detection config on images of another size.
 
-    The scale of the test images becomes the given one, and everything in proportion with it: the
-    scales of training and of test-time augmentation, crops, paddings, and what the data
-    preprocessor pads or resizes batches to.
+    The scale of the test images becomes the given one, and everything in proportion with it: the scales of training and
+    of test-time augmentation, crops, paddings, and what the data preprocessor pads or resizes batches to.
 
     Args:
         cfg: Changed in place.
-        size: Most that the longer side and the shorter side may have, in
-            pixels; a longer side of 0 is in proportion to the shorter one.
+        size: Most pixels of the longer side (0: in proportion) and of the shorter side.
 
     Raises:
-        ConfigOverrideError: The config is not one of detection, or does not resize test images to
-            one scale.
+        ConfigOverrideError: The config is not one of detection, or does not resize test images to one scale.
     """
     if framework(cfg) == 'mmseg':
         raise ConfigOverrideError('--img-scale is for detection; a segmentation config follows --crop-size.')
@@ -130,7 +117,7 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
     if len(scales) != 1:
         found = f'to {len(scales)} different scales' if scales else 'to no scale'
         raise ConfigOverrideError(
-            f'--img-scale needs a config that resizes all test images to one scale; this one resizes them {found}.'
+            f'--img-scale needs a config with one scale of test images; this one resizes them {found}.'
         )
     old_long, old_short = scales.pop()
     short_factor = size[1] / old_short
@@ -142,10 +129,8 @@ def set_img_scale(cfg: Config, size: tuple[int, int]) -> None:
         if not isinstance(value, (list, tuple)):
             return scaled(value, short_factor, 1)
         # Configs write (width, height) as well as (short, long).
-        factors = (long_factor, short_factor)
-        return type(value)(
-            scaled(side, factor, 1) for side, factor in zip(value, factors if value[0] >= value[1] else factors[::-1])
-        )
+        factors = (long_factor, short_factor)[:: 1 if value[0] >= value[1] else -1]
+        return type(value)(scaled(side, factor, 1) for side, factor in zip(value, factors))
 
     def area(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

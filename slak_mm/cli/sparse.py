@@ -22,41 +22,23 @@ def set_sparse(cfg: Config, choice: str) -> None:
     Masks come from the zeros of the weights that the config names, and with ``--from-scratch``
     from what the hook of the config says under ``from_scratch``, else from ERK at a sparsity of
     0.4, or for a preset from its own distribution.
-
-    Args:
-        cfg: Changed in place.
-        choice: One of :data:`SPARSE_CHOICES`.
     """
     present = sparsity_hooks(cfg)
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook not in present]
     if choice in PRESETS:
-        published = PRESETS[choice]
-        hooks.append(
-            ConfigDict(
-                type='SparsityHook',
-                preset=choice,
-                distribution='from_weights',
-                from_scratch={key: published[key] for key in ('distribution', 'sparsity')},
-            )
-        )
+        drawn = {key: PRESETS[choice][key] for key in ('distribution', 'sparsity')}
+        hook = ConfigDict(type='SparsityHook', preset=choice, distribution='from_weights', from_scratch=drawn)
+        hooks.append(hook)
     elif choice != 'off':
-        hook = (
-            present[0]
-            if present
-            else ConfigDict(
-                type='SparsityHook', distribution='from_weights', from_scratch=dict(distribution='erk', sparsity=0.4)
-            )
-        )
+        drawn = dict(distribution='erk', sparsity=0.4)
+        new = ConfigDict(type='SparsityHook', distribution='from_weights', from_scratch=drawn)
+        hook = present[0] if present else new
         hooks.append(ConfigDict(hook, mode=choice))
     cfg.custom_hooks = hooks
 
 
 def set_sparsity(cfg: Config, sparsity: float) -> None:
-    """Let the ``SparsityHook`` of a config draw masks of a sparsity, whatever the weights are.
-
-    Args:
-        cfg: Changed in place.
-        sparsity: Share of weights to set to zero, 0 < sparsity < 1.
+    """Let the ``SparsityHook`` of a config draw masks of a sparsity in (0, 1), whatever the weights are.
 
     Raises:
         ConfigOverrideError: The config has no such hook.
@@ -64,7 +46,7 @@ def set_sparsity(cfg: Config, sparsity: float) -> None:
     hooks = sparsity_hooks(cfg)
     if not hooks:
         raise ConfigOverrideError(
-            f'--sparsity needs a config with a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
+            f'--sparsity needs a SparsityHook; add one with --sparse {"|".join(SPARSE_CHOICES[1:])}.'
         )
     for hook in hooks:
         own = hook.get('distribution', 'from_weights')
@@ -76,9 +58,7 @@ def set_sparsity(cfg: Config, sparsity: float) -> None:
 def masks_from_scratch(cfg: Config) -> None:
     """Let the ``SparsityHook`` of a config draw masks, for weights without zeros.
 
-    Args:
-        cfg: Changed in place: what the hook has under ``from_scratch`` replaces its
-            arguments of the same names.
+    What the hook has under ``from_scratch`` replaces its arguments of the same names.
 
     Raises:
         ConfigOverrideError: The hook has nothing under ``from_scratch`` and takes its masks from

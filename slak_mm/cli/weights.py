@@ -20,11 +20,7 @@ from .sparse import sparsity_hooks
 
 
 def named_weights(cfg: Config) -> list[tuple[str, str]]:
-    """The pretrained weights that a config names.
-
-    Returns:
-        Place in the config and source of each, without ``load_from``.
-    """
+    """Place in the config and source of the pretrained weights that it names, without ``load_from``."""
     found: list[tuple[str, str]] = []
 
     def visit(path: str, node: Any) -> None:
@@ -45,14 +41,7 @@ def named_weights(cfg: Config) -> list[tuple[str, str]]:
 
 
 def remove_weights(cfg: Config) -> list[tuple[str, str]]:
-    """Remove every mention of pretrained weights, ``load_from`` included.
-
-    Args:
-        cfg: Changed in place.
-
-    Returns:
-        What was removed, as :func:`named_weights`.
-    """
+    """Remove every mention of pretrained weights, ``load_from`` included; returns them as :func:`named_weights`."""
     removed = named_weights(cfg)
     if cfg.get('load_from'):
         removed.append(('load_from', str(cfg.load_from)))
@@ -69,25 +58,13 @@ def remove_weights(cfg: Config) -> list[tuple[str, str]]:
 
 
 # Addresses that mmengine's own loader knows and this package does not.
-_FRAMEWORK_SCHEMES = (
-    'torchvision://',
-    'open-mmlab://',
-    'openmmlab://',
-    'mmcls://',
-    'modelzoo://',
-    'pavi://',
-    's3://',
-    'petrel://',
-    'local://',
+_FRAMEWORK_SCHEMES = tuple(
+    f'{name}://' for name in 'torchvision open-mmlab openmmlab mmcls modelzoo pavi s3 petrel local'.split()
 )
 
 
 def check_weights(cfg: Config, config_path: str) -> None:
-    """Fetch the weights that a config names, before anything is built.
-
-    Args:
-        cfg: Changed in place: ``load_from`` becomes the path of a local file.
-        config_path: For messages.
+    """Fetch the weights that a config names, before anything is built; ``load_from`` becomes a local file.
 
     Raises:
         ConfigOverrideError: The config names no weights, or has ``pretrained`` beside our backbone.
@@ -120,17 +97,15 @@ def check_weights(cfg: Config, config_path: str) -> None:
 
 
 def prepare_resume(cfg: Config, resume: str) -> str | None:
-    """Find and check the checkpoint to resume from.
+    """Find and check the checkpoint to resume from, a file or 'auto' for the newest of the work dir that can be read.
 
     Args:
-        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run, what it had from
-            ``from_scratch`` of its ``SparsityHook``, and no pretrained weights any more, since all
-            weights come from the checkpoint.
-        resume: A file, or 'auto' for the newest checkpoint of the work dir that can be read.
+        cfg: Changed in place: ``resume``, ``load_from``, the seed of the earlier run, what it had from ``from_scratch``
+            of its ``SparsityHook``, and no pretrained weights any more, since all come from the checkpoint.
+        resume: As above.
 
     Returns:
-        The file; None if the work dir has no checkpoint ('auto' only): the run then
-        begins at the beginning.
+        The file; None if the work dir has no checkpoint ('auto' only): the run then begins at the beginning.
 
     Raises:
         CheckpointError: The file is missing, unreadable, or not from a training run.
@@ -139,11 +114,8 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     if resume == 'auto':
         newest = _newest_checkpoint(cfg)
         if newest is None:
-            print_log(
-                f'{cfg.work_dir} has no checkpoint, training starts at the beginning.',
-                logger='current',
-                level=logging.WARNING,
-            )
+            text = f'{cfg.work_dir} has no checkpoint, training starts at the beginning.'
+            print_log(text, logger='current', level=logging.WARNING)
             cfg.resume = False
             return None
         found, checkpoint = newest
@@ -154,11 +126,8 @@ def prepare_resume(cfg: Config, resume: str) -> str | None:
     randomness = ConfigDict(cfg.get('randomness') or {})
     if seed is not None:
         if randomness.get('seed') not in (None, seed):
-            print_log(
-                f'The run to resume has the seed {seed}; it goes on with that one.',
-                logger='current',
-                level=logging.WARNING,
-            )
+            text = f'The run to resume has the seed {seed}; it goes on with that one.'
+            print_log(text, logger='current', level=logging.WARNING)
         # mmengine takes the seed over itself, but only after the samplers were built.
         randomness.seed = seed
         cfg.randomness = randomness
@@ -176,19 +145,15 @@ def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folder = Path(cfg.work_dir)
     if '://' in (hook.get('out_dir') or ''):
-        raise ConfigOverrideError(
-            f'The checkpoints of this config are kept at {hook["out_dir"]}: name one after --resume.'
-        )
+        raise ConfigOverrideError(f'The checkpoints of this run are kept at {hook["out_dir"]}: name one by --resume.')
     if hook.get('out_dir') and Path(hook['out_dir']) != folder:
         folder = Path(hook['out_dir'], folder.absolute().name)
     own = hook.get('filename_tmpl') or ('epoch_{}.pth' if hook.get('by_epoch', True) else 'iter_{}.pth')
     # Those named as this config names them come first: other numbers cannot be compared with theirs.
     candidates = []
     for rank, template in enumerate(dict.fromkeys((own, 'iter_{}.pth', 'epoch_{}.pth'))):
-        pattern = checkpoint_pattern(template)
         for path in folder.iterdir() if folder.is_dir() else ():
-            match = pattern.fullmatch(path.name)
-            if match:
+            if match := checkpoint_pattern(template).fullmatch(path.name):
                 candidates.append((-rank, int(match['step']), path))
     passed = []
     for *_, path in sorted(candidates, reverse=True):
@@ -198,9 +163,8 @@ def _newest_checkpoint(cfg: Config) -> tuple[str, dict[str, Any]] | None:
             passed.append(f'{path.name} ({str(error).splitlines()[0]})')
             continue
         others = f' Passed over, because they cannot be resumed: {"; ".join(passed)}' if passed else ''
-        print_log(
-            f'The run goes on from {path}.{others}', logger='current', level=logging.WARNING if passed else logging.INFO
-        )
+        level = logging.WARNING if passed else logging.INFO
+        print_log(f'The run goes on from {path}.{others}', logger='current', level=level)
         return str(path), checkpoint
     if passed:
         raise ConfigOverrideError(

@@ -14,6 +14,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
 from slak_mm._config import walk
+from slak_mm._tables import table
 from slak_mm.models import LargeKernelBackbone
 
 _DECAY_TYPES = ('layer_wise', 'stage_wise')
@@ -188,18 +189,7 @@ class LargeKernelLayerDecayConstructor(DefaultOptimWrapperConstructor):
     def _table(self, groups: list[dict]) -> str:
         rows = [('group', 'lr', 'lr scale', 'weight decay', 'tensors', 'parameters')]
         for group in groups:
-            rows.append(
-                (
-                    group['group_name'],
-                    f'{group["lr"]:.3g}',
-                    f'{group["lr_scale"]:.4f}',
-                    f'{group.get("weight_decay", self.base_wd or 0):g}',
-                    str(len(group['params'])),
-                    f'{sum(p.numel() for p in group["params"]):,}',
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return '\n'.join(
-            '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-            for row in rows
-        )
+            rate, decay = f'{group["lr"]:.3g}', f'{group.get("weight_decay", self.base_wd or 0):g}'
+            counts = str(len(group['params'])), f'{sum(p.numel() for p in group["params"]):,}'
+            rows.append((group['group_name'], rate, f'{group["lr_scale"]:.4f}', decay, *counts))
+        return table(rows, markdown=False)

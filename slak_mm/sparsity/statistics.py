@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from slak_mm._tables import table
+
 __all__ = ['LayerStatistics', 'Statistics', 'format_table']
 
 
@@ -32,6 +34,11 @@ class LayerStatistics:
     def density(self) -> float:
         """Share of active entries."""
         return self.active / self.total
+
+    @property
+    def exploration(self) -> float:
+        """Share of the entries that were ever active."""
+        return self.explored / self.total
 
 
 @dataclass(frozen=True)
@@ -79,40 +86,13 @@ class Statistics:
 
 
 def format_table(statistics: Statistics) -> str:
-    """Lay out one line for each parameter and one for the sum.
-
-    Args:
-        statistics: What to show.
-
-    Returns:
-        Lines of equal columns: name, shape, active and all entries, density and exploration.
-    """
+    """Name, shape, active and all entries, density and exploration of each parameter and of their sum, as text."""
     rows = [('parameter', 'shape', 'active', 'all', 'density', 'explored')]
-    for layer in statistics.layers:
-        rows.append(
-            (
-                layer.name,
-                'x'.join(map(str, layer.shape)),
-                f'{layer.active:,}',
-                f'{layer.total:,}',
-                f'{layer.density:.4f}',
-                f'{layer.explored / layer.total:.4f}',
-            )
-        )
-    rows.append(
-        (
-            'sum',
-            '',
-            f'{statistics.active:,}',
-            f'{statistics.total:,}',
-            f'{statistics.density:.4f}',
-            f'{statistics.exploration:.4f}',
-        )
-    )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return '\n'.join(
-        '  '.join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )
+    named: list[tuple[str, str, LayerStatistics | Statistics]] = [
+        (layer.name, 'x'.join(map(str, layer.shape)), layer) for layer in statistics.layers
+    ]
+    named.append(('sum', '', statistics))
+    for name, shape, part in named:
+        shares = f'{part.density:.4f}', f'{part.exploration:.4f}'
+        rows.append((name, shape, f'{part.active:,}', f'{part.total:,}', *shares))
+    return table(rows, markdown=False)

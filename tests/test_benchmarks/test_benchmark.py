@@ -1,10 +1,8 @@
-import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import exit_code, tool_main
 
 from benchmarks import op
 from benchmarks.common import plot_bars, worst_difference
@@ -13,26 +11,19 @@ from slak_mm.ops import BACKENDS
 
 
 @pytest.fixture
-def tool():
-    """Runs the tool with a list of arguments; gives the exit code."""
-    return functools.partial(exit_code, tool_main('benchmark'))
-
-
-@pytest.fixture
-def small(tool, monkeypatch):
-    """The tool with a few channels."""
+def run(call_tool, monkeypatch):
+    """Run the tool with a few channels."""
     monkeypatch.setattr(op, 'CHANNELS', dict(slak=(4,) * 4, shiftwise=(6,) * 4))
     monkeypatch.setattr(op, 'MATRIX_SIZE', 128)
-    return tool
+    return lambda *arguments, code=0: call_tool('benchmark', 'op', *arguments, code=code)
 
 
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
 @pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
-def test_table_and_json(small, family, dtype, capsys, tmp_path):
+def test_table_and_json(run, family, dtype, tmp_path):
     out, plot = tmp_path / 'out.json', tmp_path / 'out.png'
-    options = f'op --family {family} --size 64x96 --stages 0 3 --repeats 1 --dtype {dtype} --no-memory'
-    assert small([*options.split(), '--json', str(out), '--plot', str(plot)]) == 0
-    printed = capsys.readouterr().out
+    options = f'--family {family} --size 64x96 --stages 0 3 --repeats 1 --dtype {dtype} --no-memory'
+    printed = run(options, '--json', out, '--plot', plot).out
     assert 'disagrees' not in printed and f'dtype {dtype}' in printed
     assert f'threads {torch.get_num_threads()}' in printed
     passes = op.PASSES[family]
@@ -48,16 +39,12 @@ def test_table_and_json(small, family, dtype, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('family', ['slak', 'shiftwise'])
-def test_no_figure_for_a_wrong_result(small, family, monkeypatch, capsys, tmp_path):
-    original = op.cross_dwconv2d
-    monkeypatch.setattr(
-        op, 'cross_dwconv2d', lambda x, *a, **k: torch.utils._pytree.tree_map(lambda y: y * 1.01, original(x, *a, **k))
-    )
+def test_no_figure_for_a_wrong_result(run, family, monkeypatch, tmp_path):
+    original, scale = op.cross_dwconv2d, lambda y: y * 1.01
+    monkeypatch.setattr(op, 'cross_dwconv2d', lambda *a, **k: torch.utils._pytree.tree_map(scale, original(*a, **k)))
     out = tmp_path / 'out.json'
-    options = f'op --family {family} --size 64x64 --stages 3 --repeats 1 --no-memory'
-    assert small([*options.split(), '--json', str(out)]) == 1
-    captured = capsys.readouterr()
-    assert 'its figures are left out' in captured.err
+    options = f'--family {family} --size 64x64 --stages 3 --repeats 1 --no-memory'
+    assert 'its figures are left out' in run(options, '--json', out, code=1).err
     for row in json.loads(out.read_text())['rows']:
         # All that goes through the operator, and nothing else.
         assert set(row['disagrees']) - set(BACKENDS) == {'ours'}
@@ -82,28 +69,20 @@ def test_peak_memory_is_that_of_the_arithmetic():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
+    ('arguments', 'message', 'code'),
     [
-        (['--size', '512'], 'a size is HxW, such as 512x512, got 512'),
-        (['--size', '16x512'], 'at least 32x32'),
-        (['--batch', '0'], 'must be at least 1, got 0'),
-        (['--repeats', '-1'], 'must be at least 1, got -1'),
-        (['--family', 'convnext'], 'invalid choice'),
+        ('--size 512', 'a size is HxW, such as 512x512, got 512', 2),
+        ('--size 16x512', 'at least 32x32', 2),
+        ('--batch 0', 'must be at least 1, got 0', 2),
+        ('--repeats -1', 'must be at least 1, got -1', 2),
+        ('--family convnext', 'invalid choice', 2),
+        ('--plot out.abc', 'writes no "abc" files', 1),
+        ('--device abacus', '--device is cpu or cuda, got abacus', 1),
+        *[('--device cuda', 'needs a CUDA device', 1)] * (not torch.cuda.is_available()),
     ],
 )
-def test_bad_arguments(tool, arguments, message, capsys):
-    assert tool(['op', *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_what_is_not_there_is_named(tool, capsys, tmp_path):
-    assert tool(['op', '--plot', str(tmp_path / 'out.abc')]) == 1
-    assert 'writes no "abc" files' in capsys.readouterr().err
-    assert tool(['op', '--device', 'abacus']) == 1
-    assert '--device is cpu or cuda, got abacus' in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert tool(['op', '--device', 'cuda']) == 1
-        assert 'needs a CUDA device' in capsys.readouterr().err
+def test_bad_arguments(run, arguments, message, code):
+    assert message in run(arguments, code=code).err
 
 
 def test_a_nan_is_a_difference():
@@ -119,7 +98,7 @@ def test_a_plot_leaves_out_what_is_missing(tmp_path):
     assert path.read_text().count('id="patch_') >= 4
 
 
-def test_operations_of_taps_within_the_map(small):
+def test_operations_of_taps_within_the_map():
     """Counted by convolving ones; and the small kernel is part of the wide one when deployed."""
     case = op.Case('slak', 3, (224, 320), 2, 'float64', 'cpu', channels=3)
     case.x = torch.ones_like(case.x)
@@ -130,10 +109,9 @@ def test_operations_of_taps_within_the_map(small):
     assert case.flops('sum') == 2 * sum(int(y.sum()) for y in results[:2])
 
 
-def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys):
+def test_best_mix_takes_each_branch_in_its_faster_layout(run, tmp_path):
     out = tmp_path / 'out.json'
-    options = 'op --size 64x64 --stages 3 --repeats 1 --skip gemm cpu'
-    assert small([*options.split(), '--json', str(out)]) == 0
+    assert '%)' in run('--size 64x64 --stages 3 --repeats 1 --skip gemm cpu', '--json', out).out
     for row in json.loads(out.read_text())['rows']:
         layouts = row['branch_seconds']
         fastest = [min(pair) for pair in zip(*layouts.values())]
@@ -142,4 +120,3 @@ def test_best_mix_takes_each_branch_in_its_faster_layout(small, tmp_path, capsys
         assert row['seconds']['best mix'] == sum(fastest)
         assert set(layouts) < set(row['seconds'])  # as a whole, too
         assert not {'gemm', 'cpu'} & set(row['seconds'])
-    assert '%)' in capsys.readouterr().out

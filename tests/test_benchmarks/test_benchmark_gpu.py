@@ -3,16 +3,15 @@
 import json
 
 import pytest
+from conftest import TINY_ARCH
 
 from benchmarks import gpu, model, op
-
-ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 
 
 @pytest.fixture
 def small(monkeypatch):
     for family, config in model.CONFIGS.items():
-        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=ARCH))
+        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=TINY_ARCH))
     monkeypatch.setattr(op, 'CHANNELS', dict(slak=(4,) * 4, shiftwise=(6,) * 4))
     monkeypatch.setattr(gpu, 'IMAGE', (64, 64))
     monkeypatch.setattr(gpu, 'OPERATOR_BATCHES', (1,))
@@ -20,9 +19,7 @@ def small(monkeypatch):
 
 
 def test_every_result_is_written_as_it_is_known(small, call_tool, config_path, tmp_path):
-    options = ['--out', tmp_path, '--device', 'cpu', '--repeats', '1', '--config', config_path]
-    result = call_tool('benchmark', 'gpu', *options)
-    assert result.code == 0, result.text
+    call_tool('benchmark', 'gpu', '--out', tmp_path, '--device cpu --repeats 1', '--config', config_path, code=0)
     rows = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
     parts = ['correctness'] * 3 + ['networks'] * 4 + ['operator'] * 4 + ['host_time'] * 2 + ['start_up'] * 4
     parts += ['segmentor']

@@ -1,38 +1,33 @@
 """`tools/benchmark.py model`, with networks of one block per stage."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import exit_code, tool_main
+from conftest import TINY_ARCH
 from mmengine.registry import MODELS
 
 from benchmarks import model
 from benchmarks.peak import measure_peak
+from slak_mm.models.shiftwise import ShiftWiseConv
 
 OURS = [name for name in model.NETWORKS if name.startswith(('SLaK', 'ShiftWise'))]
-ARCH = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Small networks; the kernels have their size."""
     for family, config in model.CONFIGS.items():
-        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=ARCH))
+        monkeypatch.setitem(model.CONFIGS, family, dict(config, arch=TINY_ARCH))
 
 
 @pytest.fixture
-def run(capsys):
-    """Run the tool: its exit code, stdout and stderr."""
+def run(call_tool):
+    def run(options, networks, *arguments, code=0):
+        options = f'--repeats 1 --no-memory {options} --networks'
+        return call_tool('benchmark', 'model', options, *networks, *arguments, code=code)
 
-    def call(options, networks, *arguments):
-        options = f'model {options} --repeats 1 --no-memory --networks'
-        code = exit_code(tool_main('benchmark'), [*options.split(), *networks, *map(str, arguments)])
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-
-    return call
+    return run
 
 
 @pytest.mark.parametrize('family', model.CONFIGS)
@@ -52,19 +47,14 @@ def test_official_networks_are_built_otherwise(small):
     """They contain none of the operators that they are compared with."""
     backbone = MODELS.build(model.CONFIGS['ShiftWise-T'])
     official = model.official_shiftwise(backbone)
-    assert not any(
-        hasattr(block, 'large_kernel') and type(block.large_kernel).__name__ == 'ShiftWiseConv'
-        for block in official.modules()
-    )
-    assert type(backbone.stages[0][0].large_kernel).__name__ == 'ShiftWiseConv'
+    assert not any(isinstance(module, ShiftWiseConv) for module in official.modules())
+    assert isinstance(backbone.stages[0][0].large_kernel, ShiftWiseConv)
 
 
 @pytest.mark.parametrize('train', [False, True])
 def test_table_json_and_plot(small, run, tmp_path, train):
     out, plot = tmp_path / 'out.json', tmp_path / 'out.png'
-    train_option = ['--train'] if train else []
-    done = run('--size 64x64 --batch 1 2', OURS, '--json', out, '--plot', plot, *train_option)
-    assert done.code == 0, done.err
+    done = run(f'--size 64x64 --batch 1 2{" --train" * train}', OURS, '--json', out, '--plot', plot)
     names = [name for name in OURS if not (train and name.endswith('deploy'))]
     data = json.loads(out.read_text())
     assert [(row['batch'], row['network']) for row in data['rows']] == [
@@ -78,15 +68,13 @@ def test_table_json_and_plot(small, run, tmp_path, train):
 
 
 def test_low_precision(small, run):
-    done = run('--size 64x64 --batch 1 --dtype bfloat16', ['SLaK-T', 'SLaK-T deploy'])
-    assert done.code == 0 and 'dtype bfloat16' in done.out
+    assert 'dtype bfloat16' in run('--size 64x64 --batch 1 --dtype bfloat16', ['SLaK-T', 'SLaK-T deploy']).out
 
 
 def test_beside_convnext_and_swin(small, run):
     """An image size that is no multiple of Swin's windows."""
     pytest.importorskip('timm')
     done = run('--size 64x96 --batch 1', ['SLaK-T', 'ConvNeXt-T', 'Swin-T'])
-    assert done.code == 0, done.err
     (convnext,) = (line for line in done.out.splitlines() if '| ConvNeXt-T ' in line)
     assert convnext.split('|')[4].strip() == '1.0x'
 
@@ -102,8 +90,8 @@ def test_no_figure_for_a_wrong_result(small, run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(model, 'switch_to_deploy', wrong)
     out = tmp_path / 'out.json'
-    done = run('--size 64x64 --batch 1', ['SLaK-T', 'SLaK-T deploy'], '--json', out)
-    assert done.code == 1 and 'disagrees with the reference' in done.err
+    done = run('--size 64x64 --batch 1', ['SLaK-T', 'SLaK-T deploy'], '--json', out, code=1)
+    assert 'disagrees with the reference' in done.err
     right, bad = json.loads(out.read_text())['rows']
     assert right['seconds'] and bad['disagrees'] and bad['seconds'] is None
     assert 'disagrees' in done.out.splitlines()[-1]
@@ -112,10 +100,8 @@ def test_no_figure_for_a_wrong_result(small, run, monkeypatch, tmp_path):
 def test_peak_memory():
     """The four maps of ConvNeXt-T are there at the end; a pass cannot take less."""
     pytest.importorskip('timm')
-    peak = measure_peak(
-        model.__name__,
-        dict(contender='ConvNeXt-T', size=[256, 256], batch=2, dtype='float32', device='cpu', train=False),
-    )
+    case = dict(contender='ConvNeXt-T', size=[256, 256], batch=2, dtype='float32', device='cpu', train=False)
+    peak = measure_peak(model.__name__, case)
     if peak is None:
         pytest.skip('this system does not tell the peak of a process')
     maps = 2 * sum(c * (256 // s) ** 2 * 4 for c, s in zip((96, 192, 384, 768), (4, 8, 16, 32)))
@@ -123,9 +109,7 @@ def test_peak_memory():
 
 
 def test_errors(run, monkeypatch):
-    done = run('--train', ['SLaK-T deploy'])
-    assert done.code == 1 and 'deployed forms do not train' in done.err
+    assert 'deployed forms do not train' in run('--train', ['SLaK-T deploy'], code=1).err
     find_spec = model.importlib.util.find_spec
     monkeypatch.setattr(model.importlib.util, 'find_spec', lambda name: None if name == 'timm' else find_spec(name))
-    done = run('', ['Swin-T'])
-    assert done.code == 1 and 'timm, which is not installed' in done.err
+    assert 'timm, which is not installed' in run('', ['Swin-T'], code=1).err

@@ -22,8 +22,7 @@ def test_table_and_json(call_tool, tmp_path, backbone, mode):
     out = tmp_path / 'out.json'
     options = f'--backbone {backbone} --mode {mode} --size 64x96 --batch 1 2 --repeats 2 --intervals 1 10'
     files = ['--json', out, '--plot', tmp_path / 'out.png']
-    result = call_tool('benchmark', 'sparse', *options.split(), *files)
-    assert result.code in (0, None), result.text
+    result = call_tool('benchmark', 'sparse', options, *files, code=0)
     assert result.out.count('| 64x96, ') == 2 and 'every 10 steps' in result.out
     rows = json.loads(out.read_text())['rows']
     assert [row['batch'] for row in rows] == [1, 2]

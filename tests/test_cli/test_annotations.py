@@ -14,10 +14,11 @@ pytest.importorskip('mmdet')
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ('train_dataloader', 'val_dataloader')
-HEADS = [f'model.roi_head.bbox_head.{stage}.num_classes' for stage in range(3)] + [
-    'model.roi_head.mask_head.num_classes'
-]
+HEADS = [f'model.roi_head.{name}.num_classes' for name in ('bbox_head.0', 'bbox_head.1', 'bbox_head.2', 'mask_head')]
 TWO = {f'{loader}.dataset.metainfo.classes': ['worker', 'thing'] for loader in TRAINING} | dict.fromkeys(HEADS, 2)
+
+ORDERS = 'train_dataloader.dataset has the classes worker, thing.*val_dataloader.dataset has thing, worker'
+REVERSED = {'val_dataloader.dataset.metainfo.classes': ['thing', 'worker']}
 
 
 def coco():
@@ -73,12 +74,7 @@ def without(key, of=None):
         (TWO | {HEADS[1]: 3}, coco(), None, r'worker.*set model.roi_head.bbox_head.1.num_classes to 2'),
         (TWO | {'train_dataloader.dataset.metainfo.classes': 'worker'}, coco(), None, r'\("worker",\)'),
         (TWO | {'train_dataloader.dataset.metainfo.classes': ['thing', 'worker']}, coco(), None, 'in the order of'),
-        (
-            TWO | {'val_dataloader.dataset.metainfo.classes': ['thing', 'worker']},
-            coco(),
-            dict(coco(), categories=coco()['categories'][::-1]),
-            r'train_dataloader.dataset has the classes worker, thing.*val_dataloader.dataset has thing, worker',
-        ),
+        (TWO | REVERSED, coco(), dict(coco(), categories=coco()['categories'][::-1]), ORDERS),
         (TWO, each('segmentation', []), None, 'train2017.json" have no segmentation.*a.jpg.*without a mask head'),
         (TWO, coco(), each('segmentation', None), 'val2017.json" have no segmentation'),
         (TWO, each('iscrowd', 1), None, 'train2017.json" has no box to train on'),
@@ -105,10 +101,8 @@ def test_what_is_ignored_is_counted(check_coco, monkeypatch):
     said = []
     monkeypatch.setattr(annotations, 'print_log', lambda text, **options: said.append(text))
     content = coco()
-    content['annotations'] += [
-        dict(content['annotations'][0], id=3, category_id=3),
-        dict(content['annotations'][0], id=4, bbox=[1, 1, 0, 5]),
-    ]
+    first = content['annotations'][0]
+    content['annotations'] += [dict(first, id=3, category_id=3), dict(first, id=4, bbox=[1, 1, 0, 5])]
     content['categories'].append(dict(id=3, name='other'))
     check_coco(TWO, content)
     assert len(said) == 2
@@ -194,7 +188,6 @@ def test_classes_of_segmentation_are_compared(config_path):
 def test_published_configs_are_accepted(monkeypatch, name):
     monkeypatch.setattr(annotations, '_read_boxes', lambda *args: None)
     package, _, path = name.partition('/')
-    cfg = cli.load_config(
-        framework_configs(package, f'../{path}.py')[0] if path else str(ROOT / 'configs' / f'{name}.py')
-    )
+    file = framework_configs(package, f'../{path}.py')[0] if path else str(ROOT / 'configs' / f'{name}.py')
+    cfg = cli.load_config(file)
     cli.check_annotations(cfg, (*TRAINING, 'test_dataloader'))

@@ -9,16 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from slak_mm.cli import set_data_root
-from slak_mm.cli.demo_data import (
-    DEMO_CLASSES,
-    DEMO_OBJECTS,
-    draw_objects,
-    draw_scene,
-    write_demo_coco,
-    write_demo_data,
-    write_demo_voc,
-)
+from slak_mm.cli import demo_data, set_data_root
+from slak_mm.cli.demo_data import DEMO_CLASSES, DEMO_OBJECTS, write_demo_coco, write_demo_data, write_demo_voc
 
 
 @pytest.fixture(scope='module')
@@ -33,9 +25,8 @@ def labels_of(root, split):
 def test_layout_is_ade20ks(root):
     from mmseg.datasets import ADE20KDataset
 
-    dataset = ADE20KDataset(
-        data_root=str(root), data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')
-    )
+    prefix = dict(img_path='images/training', seg_map_path='annotations/training')
+    dataset = ADE20KDataset(data_root=str(root), data_prefix=prefix)
     assert len(dataset) == 30
     for index in range(30):
         info = dataset.get_data_info(index)
@@ -76,20 +67,16 @@ def test_no_class_is_a_color(root):
     classes = np.array(list(DEMO_CLASSES))
     means = np.stack([pixels[truth == value].mean(0) for value in classes])
     guess = classes[((pixels[:, None] - means) ** 2).sum(-1).argmin(1)]
-    ious = [
-        ((guess == value) & (truth == value)).sum() / ((guess == value) | (truth == value)).sum() for value in classes
-    ]
+    pairs = [(guess == value, truth == value) for value in classes]
+    ious = [(a & b).sum() / (a | b).sum() for a, b in pairs]
     assert np.mean(ious) < 0.4
 
 
 @pytest.mark.parametrize('size', [64, 97, 200])
 def test_any_size(size):
-    image, labels = draw_scene(np.random.default_rng(0), size)
+    image, labels = demo_data.draw_scene(np.random.default_rng(0), size)
     assert image.shape == (size, size, 3) and labels.shape == (size, size)
     assert image.dtype == labels.dtype == np.uint8
-
-
-# ---------------------------------------------------------------------------------- detection
 
 
 def dataset_and_metric(name, root, loader='test_dataloader'):
@@ -127,15 +114,12 @@ def score(name, root, keep, shift_masks=0):
 
 
 def test_voc_layout_and_metric(tmp_path):
-    name, root = (
-        'faster_rcnn_slak_t_voc07',
-        write_demo_voc(tmp_path, num_train=6, num_test=20, size=96, years=(2007, 2012)),
-    )
+    name = 'faster_rcnn_slak_t_voc07'
+    root = write_demo_voc(tmp_path, num_train=6, num_test=20, size=96, years=(2007, 2012))
     dataset, _ = dataset_and_metric(name, root)
     assert len(dataset) == 20
-    counts = Counter(
-        instance['bbox_label'] for index in range(20) for instance in dataset.get_data_info(index)['instances']
-    )
+    instances = [item for index in range(20) for item in dataset.get_data_info(index)['instances']]
+    counts = Counter(item['bbox_label'] for item in instances)
     assert {dataset.metainfo['classes'][label] for label in counts} == set(DEMO_OBJECTS)
     assert score(name, root, lambda label: True)['mAP'] == 1
 
@@ -177,7 +161,7 @@ def test_coco_layout_and_metric(tmp_path):
 def test_objects_are_whole_apart_and_a_function_of_the_seed(tmp_path):
     seen = set()
     for seed in range(30):
-        image, objects = draw_objects(np.random.default_rng(seed), 120)
+        image, objects = demo_data.draw_objects(np.random.default_rng(seed), 120)
         assert image.shape == (120, 120, 3) and image.dtype == np.uint8
         assert 1 <= len(objects) <= 3
         cover = np.zeros((120, 120), int)

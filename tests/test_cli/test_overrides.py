@@ -30,13 +30,8 @@ def det_cfg():
     """Faster R-CNN on COCO in epochs, put together from mmdet's own bases."""
     pytest.importorskip('mmdet')
     merged = {}
-    for path in framework_configs(
-        'mmdet',
-        'models/faster-rcnn_r50_fpn.py',
-        'datasets/coco_detection.py',
-        'schedules/schedule_1x.py',
-        'default_runtime.py',
-    ):
+    parts = 'models/faster-rcnn_r50_fpn.py datasets/coco_detection.py schedules/schedule_1x.py default_runtime.py'
+    for path in framework_configs('mmdet', *parts.split()):
         merged.update(Config.fromfile(path).to_dict())
     return Config(merged)
 
@@ -44,33 +39,25 @@ def det_cfg():
 def concat(cfg):
     """The config with its training set wrapped as people wrap it."""
     inner = cfg.train_dataloader.dataset
-    cfg.train_dataloader.dataset = dict(
-        type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[inner, copy.deepcopy(inner)])
-    )
+    both = dict(type='ConcatDataset', datasets=[inner, copy.deepcopy(inner)])
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=both)
     return cfg
-
-
-# ----------------------------------------------------------------------------------- data root
 
 
 def test_data_root_reaches_every_dataset(cfg, demo_data):
     cli.set_data_root(concat(cfg), demo_data)
     found = dict(cli.datasets_of(cfg))
-    assert sorted(found) == [
-        'test_dataloader.dataset',
-        'train_dataloader.dataset.dataset.datasets[0]',
-        'train_dataloader.dataset.dataset.datasets[1]',
-        'val_dataloader.dataset',
-    ]
+    both = [f'train_dataloader.dataset.dataset.datasets[{index}]' for index in range(2)]
+    assert sorted(found) == ['test_dataloader.dataset', *both, 'val_dataloader.dataset']
     assert {dataset.data_root for dataset in found.values()} == {demo_data}
     assert cfg.data_root == demo_data
 
 
-def test_data_root_reaches_paths_written_out(det_cfg, coco_data):
-    cli.set_data_root(det_cfg, coco_data)
+def test_data_root_reaches_paths_written_out(det_cfg, demo_coco):
+    cli.set_data_root(det_cfg, demo_coco)
     for evaluator in (det_cfg.val_evaluator, det_cfg.test_evaluator):
-        assert Path(evaluator.ann_file) == Path(coco_data, 'annotations/instances_val2017.json')
-    assert det_cfg.train_dataloader.dataset.data_root == coco_data
+        assert Path(evaluator.ann_file) == Path(demo_coco, 'annotations/instances_val2017.json')
+    assert det_cfg.train_dataloader.dataset.data_root == demo_coco
     assert det_cfg.train_dataloader.dataset.ann_file == 'annotations/instances_train2017.json'
     cli.check_data(det_cfg)
 
@@ -96,30 +83,29 @@ def test_data_root_errors_say_what_is_expected(cfg, tmp_path):
         cli.set_data_root(cfg, str(tmp_path))
 
 
+def lacks(cfg, message, loaders=LOADERS):
+    with pytest.raises(ConfigOverrideError, match=message):
+        cli.check_data(cfg, loaders)
+
+
 def test_check_data_names_the_first_thing_missing(cfg, tmp_path):
-    with pytest.raises(ConfigOverrideError, match=r'"data/ade/ADEChallengeData2016" does not'):
-        cli.check_data(cfg)
+    lacks(cfg, r'"data/ade/ADEChallengeData2016" does not')
     root = tmp_path / 'ade'
     root.mkdir()
     cli.set_data_root(cfg, str(root))
     train = ('train_dataloader',)
-    with pytest.raises(ConfigOverrideError, match=r'images/training" does not exist.*--data-root'):
-        cli.check_data(cfg, train)
+    lacks(cfg, r'images/training" does not exist.*--data-root', train)
     (root / 'images/training').mkdir(parents=True)
-    with pytest.raises(ConfigOverrideError, match='annotations/training" does not exist'):
-        cli.check_data(cfg, train)
+    lacks(cfg, 'annotations/training" does not exist', train)
     (root / 'annotations/training').mkdir(parents=True)
-    with pytest.raises(ConfigOverrideError, match=r'images/training" has no \*\.jpg images'):
-        cli.check_data(cfg, train)
+    lacks(cfg, r'images/training" has no \*\.jpg images', train)
     for name in 'ab':
         (root / f'images/training/{name}.jpg').touch()
     (root / 'annotations/training/a.png').touch()
-    with pytest.raises(ConfigOverrideError, match='1 of 2 images .*annotations/training/b.png"'):
-        cli.check_data(cfg, train)
+    lacks(cfg, '1 of 2 images .*annotations/training/b.png"', train)
     (root / 'annotations/training/b.png').touch()
     cli.check_data(cfg, train)
-    with pytest.raises(ConfigOverrideError, match='images/validation'):
-        cli.check_data(cfg)
+    lacks(cfg, 'images/validation')
 
 
 def test_check_data_of_voc(config_folder, demo_voc, tmp_path):
@@ -131,25 +117,15 @@ def test_check_data_of_voc(config_folder, demo_voc, tmp_path):
     (root / 'VOC2007/JPEGImages/000008.jpg').unlink()
     # 000008 is a test image.
     cli.check_data(cfg, ('train_dataloader',))
-    with pytest.raises(
-        ConfigOverrideError, match='1 of 2 images .*test.txt" lists are missing, the first is .*000008.jpg'
-    ):
-        cli.check_data(cfg)
+    lacks(cfg, '1 of 2 images .*test.txt" lists are missing, the first is .*000008.jpg')
     for number in (2, 5):
         (root / f'VOC2012/Annotations/{number:06d}.xml').unlink()
-    with pytest.raises(
-        ConfigOverrideError,
-        match=r'2 of 6 images .*without annotation, the first '
-        r'is .*VOC2012/Annotations/000002.xml" '
-        r'\(train_dataloader.dataset.datasets\[1\]\)',
-    ):
-        cli.check_data(cfg)
+    place = r'VOC2012/Annotations/000002.xml" \(train_dataloader.dataset.datasets\[1\]\)'
+    lacks(cfg, f'2 of 6 images .*without annotation, the first is .*{place}')
     shutil.rmtree(root / 'VOC2012')
-    with pytest.raises(ConfigOverrideError, match='VOC2012/" does not exist'):
-        cli.check_data(cfg)
+    lacks(cfg, 'VOC2012/" does not exist')
     (root / 'VOC2007/ImageSets/Main/trainval.txt').write_text('\n')
-    with pytest.raises(ConfigOverrideError, match='trainval.txt" lists no images'):
-        cli.check_data(cfg)
+    lacks(cfg, 'trainval.txt" lists no images')
 
 
 def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
@@ -164,22 +140,13 @@ def test_check_data_of_coco(config_folder, demo_coco, tmp_path):
     listing.write_text(other + '\n')
     cli.check_data(cfg)
     (root / 'val2017/000000000002.jpg').unlink()
-    with pytest.raises(
-        ConfigOverrideError, match='1 of 2 images .*val2017.json" lists are missing, the first is .*000000000002.jpg'
-    ):
-        cli.check_data(cfg)
+    lacks(cfg, '1 of 2 images .*val2017.json" lists are missing, the first is .*000000000002.jpg')
     listing.write_text(content[:-200])
-    with pytest.raises(ConfigOverrideError, match='val2017.json" ends in the middle'):
-        cli.check_data(cfg)
+    lacks(cfg, 'val2017.json" ends in the middle')
     listing.write_text('')
-    with pytest.raises(ConfigOverrideError, match='val2017.json" is empty'):
-        cli.check_data(cfg)
+    lacks(cfg, 'val2017.json" is empty')
     shutil.rmtree(root / 'train2017')
-    with pytest.raises(ConfigOverrideError, match='train2017/" does not exist'):
-        cli.check_data(cfg)
-
-
-# ------------------------------------------------------------------------------------ schedule
+    lacks(cfg, 'train2017/" does not exist')
 
 
 def learning_rates(cfg, iters):
@@ -264,9 +231,6 @@ def test_max_iters_refuses_what_it_does_not_know(cfg):
         cli.set_max_iters(cfg, 10)
 
 
-# ---------------------------------------------------------------------------------- data loader
-
-
 def test_batch_size_and_workers(cfg):
     cfg.val_dataloader.prefetch_factor = 4
     cli.set_batch_size(cfg, 7)
@@ -278,9 +242,6 @@ def test_batch_size_and_workers(cfg):
         assert 'prefetch_factor' not in cfg[name]
     cli.set_num_workers(cfg, 3)
     assert {cfg[name].num_workers for name in LOADERS} == {3}
-
-
-# ----------------------------------------------------------------------------------------- size
 
 
 @pytest.mark.parametrize('wrapped', [False, True])
@@ -296,14 +257,9 @@ def test_crop_size_reaches_everything(cfg, wrapped):
         assert tuple(crop.crop_size) == (128, 192)
     for name in ('val_dataloader', 'test_dataloader'):
         assert tuple(cfg[name].dataset.pipeline[1].scale) == (512, 128)
-    assert [tuple(resize.scale) for resize in cfg.tta_pipeline[1].transforms[0]] == [
-        (256, 64),
-        (384, 96),
-        (512, 128),
-        (640, 160),
-        (768, 192),
-        (896, 224),
-    ]
+    ratios = (0.5, 0.75, 1, 1.25, 1.5, 1.75)
+    tta = [(int(512 * ratio), int(128 * ratio)) for ratio in ratios]
+    assert [tuple(resize.scale) for resize in cfg.tta_pipeline[1].transforms[0]] == tta
     assert tuple(cfg.model.data_preprocessor['size']) == (128, 192)
     assert tuple(cfg.data_preprocessor['size']) == (128, 192)
     assert cfg.model.test_cfg.crop_size == (128, 192)
@@ -332,12 +288,8 @@ def test_crop_size_is_refused_where_it_has_no_meaning(cfg, det_cfg):
 
 
 def transforms_of(cfg, loader, kind):
-    return [
-        node
-        for _, dataset in cli.datasets_of(cfg, (loader,))
-        for node in walk(dataset.pipeline)
-        if node.get('type') == kind
-    ]
+    nodes = [node for _, dataset in cli.datasets_of(cfg, (loader,)) for node in walk(dataset.pipeline)]
+    return [node for node in nodes if node.get('type') == kind]
 
 
 @pytest.mark.parametrize('size,long', [((0, 200), 333), ((400, 200), 400)])
@@ -348,17 +300,8 @@ def test_img_scale_reaches_everything(config_folder, size, long):
         dict(type='BatchSyncRandomResize', random_size_range=(480, 800), size_divisor=32),
         dict(type='BatchFixedSizePad', size=(1024, 1024)),
     ]
-    cfg.tta_pipeline = [
-        dict(
-            type='TestTimeAug',
-            transforms=[
-                [
-                    dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-                    dict(type='Resize', scale=(2000, 1200), keep_ratio=True),
-                ]
-            ],
-        )
-    ]
+    resizes = [dict(type='Resize', scale=scale, keep_ratio=True) for scale in ((1333, 800), (2000, 1200))]
+    cfg.tta_pipeline = [dict(type='TestTimeAug', transforms=[resizes])]
     cli.set_img_scale(cfg, size)
     # A quarter of the shorter sides, which the configs write first.
     expected = [(round(short / 4), long) for short in range(480, 801, 32)]
@@ -418,9 +361,6 @@ def test_img_scale_is_refused_where_it_has_no_meaning(cfg, det_cfg):
     assert det_cfg.to_dict() == before
 
 
-# -------------------------------------------------------------------------------------- weights
-
-
 def test_remove_weights(cfg, det_cfg):
     cfg.load_from = 'somewhere.pth'
     cfg.model.decode_head.init_cfg = [dict(type='Normal', std=0.01), dict(type='Pretrained', checkpoint='head.pth')]
@@ -431,9 +371,6 @@ def test_remove_weights(cfg, det_cfg):
     assert cli.named_weights(cfg) == [] and cfg.load_from is None
     assert cfg.model.decode_head.init_cfg == [dict(type='Normal', std=0.01)]
     assert cli.remove_weights(det_cfg) == [('model.backbone.init_cfg', 'torchvision://resnet50')]
-
-
-# --------------------------------------------------------------------------------------- device
 
 
 def test_without_a_gpu(cfg):

@@ -1,5 +1,6 @@
 """Data sets are downloaded from a server in this process, with archives of a few kilobytes."""
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -99,17 +100,18 @@ ADE = {
 
 def ade(url, content, checksum=None, name='ade.zip'):
     """A data set like ADE20K, of three images."""
-    return {
-        'ade': DataSet(
-            'ade/ADE',
-            'ADE20KDataset',
-            (Part('', 'ADE', (Archive((f'{url}/{name}',), md5(content) if checksum is None else checksum),)),),
-            tuple(
-                Files(f'{kind}/training', f'ADE_train_{{:08d}}.{suffix}', 3)
-                for kind, suffix in (('images', 'jpg'), ('annotations', 'png'))
-            ),
-        )
-    }
+    archive = Archive((f'{url}/{name}',), md5(content) if checksum is None else checksum)
+    kinds = (('images', 'jpg'), ('annotations', 'png'))
+    files = tuple(Files(f'{kind}/training', f'ADE_train_{{:08d}}.{suffix}', 3) for kind, suffix in kinds)
+    return {'ade': DataSet('ade/ADE', 'ADE20KDataset', (Part('', 'ADE', (archive,)),), files)}
+
+
+def refused(server, tmp_path, message, content=None):
+    """Prepare the data set from an archive without a checksum."""
+    if content is not None:
+        server.files['/ade.zip'] = content
+    with pytest.raises(DataError, match=message):
+        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
 
 
 @pytest.fixture
@@ -121,9 +123,8 @@ def served(server):
 
 
 def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()
-    }
+    files = [path for path in Path(folder).rglob('*') if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def whole(root):
@@ -134,9 +135,8 @@ def whole(root):
 def test_download_unpack_verify(served, server, tmp_path):
     seen = {}
     assert check('ade', tmp_path, served) == f'there is no folder {tmp_path / "ade" / "ADE"}'
-    folder = prepare(
-        'ade', tmp_path, data_sets=served, report=lambda what, done, total: seen.update({what: (done, total)})
-    )
+    report = lambda what, done, total: seen.update({what: (done, total)})  # noqa: E731
+    folder = prepare('ade', tmp_path, data_sets=served, report=report)
     assert folder == tmp_path / 'ade' / 'ADE' and whole(tmp_path)
     size = len(server.files['/ade.zip'])
     assert seen == {'ade.zip': (size, size), 'md5 of ade.zip': (size, size), 'unpacking ade.zip': (6, 6)}
@@ -222,9 +222,8 @@ def test_the_second_address(server, tmp_path):
     data_sets = ade(server.url, content)
     part = data_sets['ade'].parts[0]
     urls = (f'{server.url}/ade.zip', f'{server.url}/mirror/ade.zip')
-    data_sets['ade'] = DataSet(
-        'ade/ADE', '', (Part('', 'ADE', (Archive(urls, part.archives[0].checksum),)),), data_sets['ade'].files
-    )
+    part = dataclasses.replace(part, archives=(dataclasses.replace(part.archives[0], urls=urls),))
+    data_sets['ade'] = dataclasses.replace(data_sets['ade'], parts=(part,))
     prepare('ade', tmp_path, data_sets=data_sets)
     assert whole(tmp_path)
 
@@ -253,26 +252,16 @@ def test_a_wrong_checksum(served, server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'damage',
-    [
-        lambda content: content[:-500],
-        lambda content: b'no archive',
-        lambda content: content[:1000] + b'?' + content[1001:],
-    ],
+    'damage', [lambda old: old[:-500], lambda old: b'no archive', lambda old: old[:1000] + b'?' + old[1001:]]
 )
 def test_a_damaged_archive_without_checksum(server, tmp_path, damage):
-    server.files['/ade.zip'] = damage(zipped(ADE))
-    with pytest.raises(DataError, match='is damaged or no archive'):
-        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    refused(server, tmp_path, 'is damaged or no archive', damage(zipped(ADE)))
     assert contents(tmp_path).keys() <= {'.downloads/ade.lock'}
 
 
 def test_an_archive_of_something_else(server, tmp_path):
     """An image too few: nothing of it gets the name of the data set."""
-    files = dict(list(ADE.items())[:-1])
-    server.files['/ade.zip'] = zipped(files)
-    with pytest.raises(DataError, match='ADE_train_00000003.png is missing'):
-        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    refused(server, tmp_path, 'ADE_train_00000003.png is missing', zipped(dict(list(ADE.items())[:-1])))
     assert not (tmp_path / 'ade' / 'ADE').exists()
 
 
@@ -281,9 +270,7 @@ def test_an_archive_of_something_else(server, tmp_path):
 )
 @pytest.mark.parametrize('pack', [zipped, tarred])
 def test_paths_outside_are_refused(server, tmp_path, name, pack):
-    server.files['/ade.zip'] = pack({**ADE, name: b'evil'})
-    with pytest.raises(DataError, match='outside'):
-        prepare('ade', tmp_path / 'root', data_sets=ade(server.url, b'', checksum=''))
+    refused(server, tmp_path / 'root', 'outside', pack({**ADE, name: b'evil'}))
     assert not list(tmp_path.rglob('*evil*')) and not (tmp_path / 'root' / 'ade' / 'ADE').exists()
 
 
@@ -309,9 +296,7 @@ def special(kind, pack):
 @pytest.mark.parametrize('kind', ['link', 'hard', 'device', 'pipe'])
 @pytest.mark.parametrize('pack', [zipped, tarred])
 def test_links_and_devices_are_refused(server, tmp_path, kind, pack):
-    server.files['/ade.zip'] = special(kind, pack)
-    with pytest.raises(DataError, match='ADE/images in it is neither a file nor a folder'):
-        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    refused(server, tmp_path, 'ADE/images in it is neither a file nor a folder', special(kind, pack))
     assert not (tmp_path / 'ade' / 'ADE').exists()
 
 
@@ -326,18 +311,14 @@ def test_links_and_devices_are_refused(server, tmp_path, kind, pack):
 )
 @pytest.mark.parametrize('pack', [zipped, tarred])
 def test_names_that_do_not_fit(server, tmp_path, files, message, pack):
-    server.files['/ade.zip'] = pack(files)
-    with pytest.raises(DataError, match=message):
-        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    refused(server, tmp_path, message, pack(files))
     assert contents(tmp_path).keys() <= {'.downloads/ade.lock', '.downloads/ade.zip'}
 
 
 def test_an_encrypted_archive(server, tmp_path):
     content = bytearray(zipped(ADE))
     content[content.index(b'PK\x01\x02') + 8] |= 1
-    server.files['/ade.zip'] = bytes(content)
-    with pytest.raises(DataError, match='is encrypted'):
-        prepare('ade', tmp_path, data_sets=ade(server.url, b'', checksum=''))
+    refused(server, tmp_path, 'is encrypted', bytes(content))
 
 
 def test_a_full_disk_while_unpacking(served, tmp_path, monkeypatch):
@@ -379,27 +360,17 @@ def test_two_at_a_time(served, tmp_path):
     assert whole(tmp_path)
 
 
-# -------------------------------------------------------------------------------- the real ones
-
-
-def fill(root, name, leave_out=()):
+def fill(root, name):
     """Write a complete data set with files of one byte, for the counts and names alone."""
     data_set = DATA_SETS[name]
     folder = Path(root, data_set.folder)
     lists = {}
     for group in data_set.files:
         (folder / group.folder).mkdir(parents=True, exist_ok=True)
-        names = [
-            group.pattern.format(number)
-            if not group.listed_in
-            else group.pattern.format(
-                f'{group.listed_in.split("/")[-1][:-4]}{number:06d}.jpg' if name == 'coco' else f'{number:06d}'
-            )
-            for number in range(1, group.count + 1)
-        ]
+        numbers = range(1, group.count + 1)
+        names = [group.pattern.format(f'{number:06d}' if group.listed_in else number) for number in numbers]
         for file in names:
-            if f'{group.folder}/{file}' not in leave_out:
-                (folder / group.folder / file).write_bytes(b'}')
+            (folder / group.folder / file).write_bytes(b'}')
         if group.listed_in.endswith('.txt'):
             lists[group.listed_in] = '\n'.join(file.rpartition('.')[0] for file in names) + '\n'
     for path, text in lists.items():
@@ -422,10 +393,7 @@ def test_voc_as_published(tmp_path):
 
 def test_the_table():
     """Published sizes: Zhou et al. 2017, Everingham et al. 2007 and 2012, cocodataset.org."""
-    counts = {
-        name: {(group.folder, group.listed_in): group.count for group in data_set.files}
-        for name, data_set in DATA_SETS.items()
-    }
+    counts = {name: {(g.folder, g.listed_in): g.count for g in data.files} for name, data in DATA_SETS.items()}
     for kind in ('images', 'annotations'):
         assert counts['ade20k'][f'{kind}/training', ''] == 20210
         assert counts['ade20k'][f'{kind}/validation', ''] == 2000
@@ -453,17 +421,10 @@ def small_coco(url, server):
     )
     for name, content in archives.items():
         server.files[f'/{name}.zip'] = content
-    return {
-        'coco': DataSet(
-            'coco',
-            'CocoDataset',
-            tuple(Part(name, name, (Archive((f'{url}/{name}.zip',)),)) for name in archives),
-            (
-                Files('annotations', 'instances_val2017.json', 1),
-                Files('val2017', '{}', 4, 'annotations/instances_val2017.json'),
-            ),
-        )
-    }
+    parts = tuple(Part(name, name, (Archive((f'{url}/{name}.zip',)),)) for name in archives)
+    listing = 'instances_val2017.json'
+    files = Files('annotations', listing, 1), Files('val2017', '{}', 4, f'annotations/{listing}')
+    return {'coco': DataSet('coco', 'CocoDataset', parts, files)}
 
 
 def test_parts(server, tmp_path):
@@ -504,37 +465,28 @@ def test_hint(data_set, command):
     assert hint(data_set) == expected
 
 
-@pytest.mark.parametrize(
-    ('config', 'command'),
-    [
-        ('upernet_slak_t_ade20k', 'ade20k --root data'),
-        ('faster_rcnn_slak_t_voc07', 'voc2007 --root data'),
-        ('cascade_mask_rcnn_slak_t_coco', 'coco --root data'),
-    ],
-)
-def test_a_config_without_data_says_the_command(config, command, tmp_path, monkeypatch):
+WANTED = dict(upernet_slak_t_ade20k='ade20k', faster_rcnn_slak_t_voc07='voc2007', cascade_mask_rcnn_slak_t_coco='coco')
+
+
+@pytest.mark.parametrize('config', WANTED)
+def test_a_config_without_data_says_the_command(config, tmp_path, monkeypatch):
     pytest.importorskip('mmdet')
     path = Path(__file__).parents[2] / 'configs' / f'{config}.py'
     cfg = Config.fromfile(path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(cli.ConfigOverrideError, match=f'prepare_data.py {command}$'):
+    with pytest.raises(cli.ConfigOverrideError, match=f'prepare_data.py {WANTED[config]} --root data$'):
         cli.check_data(cfg)
-
-
-# ------------------------------------------------------------------------------------- the tool
 
 
 def test_tool(call_tool, served, server, tmp_path, monkeypatch):
     for name, data_set in served.items():
         monkeypatch.setitem(DATA_SETS, name, data_set)
-    missing = call_tool('prepare_data', 'ade', '--root', tmp_path, '--check')
-    assert missing.code == 1
+    missing = call_tool('prepare_data', 'ade', '--root', tmp_path, '--check', code=1)
     assert missing.out == f'ade: NOT complete: there is no folder {tmp_path}/ade/ADE\n'
-    done = call_tool('prepare_data', 'ade', '--root', tmp_path)
-    assert done.code == 0 and done.out == f'ade is complete: {tmp_path}/ade/ADE\n'
+    done = call_tool('prepare_data', 'ade', '--root', tmp_path, code=0)
+    assert done.out == f'ade is complete: {tmp_path}/ade/ADE\n'
     assert whole(tmp_path)
-    assert call_tool('prepare_data', 'ade', '--root', tmp_path, '--check').code == 0
+    call_tool('prepare_data', 'ade', '--root', tmp_path, '--check', code=0)
     (tmp_path / 'ade/ADE/images/training/ADE_train_00000002.jpg').unlink()
-    failed = call_tool('prepare_data', 'ade', '--root', tmp_path)
-    assert failed.code == 1
+    failed = call_tool('prepare_data', 'ade', '--root', tmp_path, code=1)
     assert 'error: ' in failed.err and 'ADE_train_00000002.jpg is missing' in failed.err

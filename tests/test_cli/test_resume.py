@@ -42,11 +42,8 @@ def said(monkeypatch):
 
 
 def config(folder, **checkpoint):
-    return Config(
-        dict(
-            model=dict(), work_dir=str(folder), default_hooks=dict(checkpoint=dict(dict(by_epoch=False), **checkpoint))
-        )
-    )
+    hooks = dict(checkpoint=dict(dict(by_epoch=False), **checkpoint))
+    return Config(dict(model=dict(), work_dir=str(folder), default_hooks=hooks))
 
 
 def resume(folder, source='auto', **checkpoint):
@@ -75,18 +72,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(
-    'spoil',
-    [
-        cut,
-        lambda path: path.write_bytes(b''),
-        lambda path: path.unlink() or path.mkdir(),
-        lambda path: path.unlink() or path.symlink_to('nowhere'),
-        lambda path: torch.save(dict(state_dict={}), path),
-        lambda path: save(path, -1),
-    ],
-    ids=['cut', 'empty', 'folder', 'link to nothing', 'weights only', 'negative'],
-)
+SPOILS = {
+    'cut': cut,
+    'empty': lambda path: path.write_bytes(b''),
+    'folder': lambda path: path.unlink() or path.mkdir(),
+    'link to nothing': lambda path: path.unlink() or path.symlink_to('nowhere'),
+    'weights only': lambda path: torch.save(dict(state_dict={}), path),
+    'negative': lambda path: save(path, -1),
+}
+
+
+@pytest.mark.parametrize('spoil', SPOILS.values(), ids=SPOILS)
 def test_what_does_not_read_whole_is_passed_over_by_name(work_dir, said, spoil):
     spoil(work_dir / 'iter_10.pth')
     assert resume(work_dir) == 'iter_4.pth'
@@ -154,9 +150,8 @@ def test_no_checkpoints_on_purpose():
 
 @pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_explained(code):
-    assert explain(OSError(code, 'Full', 'w/iter_2.pth')) == (
-        'Full: w/iter_2.pth. Make room there; what was saved before is intact.'
-    )
+    said = 'Full: w/iter_2.pth. Make room there; what was saved before is intact.'
+    assert explain(OSError(code, 'Full', 'w/iter_2.pth')) == said
 
 
 HOLD = """
@@ -182,8 +177,6 @@ def test_one_training_in_a_work_dir(tmp_path):
         with cli.own_work_dir(cfg):
             pass
         (tmp_path / 'file').touch()
-        with (
-            pytest.raises(ConfigOverrideError, match='cannot be written'),
-            cli.own_work_dir(Config(dict(work_dir=str(tmp_path / 'file')))),
-        ):
+        cfg.work_dir = str(tmp_path / 'file')
+        with pytest.raises(ConfigOverrideError, match='cannot be written'), cli.own_work_dir(cfg):
             pass

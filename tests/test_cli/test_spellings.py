@@ -97,10 +97,8 @@ def forms(config_path, tmp_path_factory):
 def plain(node, names):
     """A config with its types as names, and no difference between lists and tuples."""
     if isinstance(node, dict):
-        return {
-            key: names.get(type_name(node), type_name(node)) if key == 'type' else plain(value, names)
-            for key, value in node.items()
-        }
+        kind = names.get(type_name(node), type_name(node))
+        return {key: kind if key == 'type' else plain(value, names) for key, value in node.items()}
     return [plain(item, names) for item in node] if isinstance(node, (list, tuple)) else node
 
 
@@ -110,9 +108,8 @@ def outcome(change, framework, cfg):
         change(cfg)
     except cli.ConfigOverrideError as error:
         return str(error)
-    return plain(
-        {key: value for key, value in cfg.items() if not re.match('default_scope|custom_imports|K[0-9]*$', key)}, names
-    )
+    kept = [key for key in cfg if not re.match('default_scope|custom_imports|K[0-9]*$', key)]
+    return plain({key: cfg[key] for key in kept}, names)
 
 
 @pytest.mark.parametrize('override', OVERRIDES)

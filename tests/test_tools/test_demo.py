@@ -7,24 +7,9 @@ from PIL import Image
 
 
 def test_demo(call_tool, tiny, tmp_path):
-    result = call_tool(
-        'demo',
-        '--work-dir',
-        tmp_path / 'demo',
-        '--max-iters',
-        '40',
-        '--crop-size',
-        '64',
-        '--batch-size',
-        '2',
-        '--num-train',
-        '6',
-        '--num-val',
-        '2',
-        '--cfg-options',
-        *tiny,
-        'optim_wrapper.optimizer.lr=0.02',
-    )
+    sizes = '--max-iters 40 --crop-size 64 --batch-size 2 --num-train 6 --num-val 2'
+    options = ['--cfg-options', *tiny, 'optim_wrapper.optimizer.lr=0.02']
+    result = call_tool('demo', '--work-dir', tmp_path / 'demo', sizes, *options)
     assert 'eta: ' in result.out and 'FROM SCRATCH' in result.out, result.text
     rows = dict(re.findall(r'^  (UperNet.*?|always "\w+")  +([\d.]+) %$', result.out, re.M))
     assert len(rows) == 2, result.text
@@ -36,9 +21,8 @@ def test_demo(call_tool, tiny, tmp_path):
     # The trivial predictor: one class everywhere, so its IoU is that class's share of the pixels.
     labels = [np.asarray(Image.open(path)) for path in (tmp_path / 'demo/data/annotations/validation').glob('*.png')]
     known = np.concatenate([label[label > 0] for label in labels])
-    train = np.concatenate(
-        [np.asarray(Image.open(path)).ravel() for path in (tmp_path / 'demo/data/annotations/training').glob('*.png')]
-    )
+    paths = (tmp_path / 'demo/data/annotations/training').glob('*.png')
+    train = np.concatenate([np.asarray(Image.open(path)).ravel() for path in paths])
     constant = np.bincount(train[train > 0]).argmax()
     expected = 100 * (known == constant).mean() / len(set(known.tolist()) | {constant})
     assert abs(trivial - expected) < 0.06

@@ -30,23 +30,10 @@ def checkpoint(build_tiny, tmp_path_factory):
 @pytest.fixture
 def run(call_tool, config_path, checkpoint, tiny, tmp_path):
     def run(*images, **options):
-        extra = [word for key, value in options.items() for word in (f'--{key}', value)]
+        out = ['--out-dir', tmp_path / 'out', '--device cpu', *(f'--{key} {value}' for key, value in options.items())]
         # Small scales, or the images would be enlarged to 512 pixels.
-        return call_tool(
-            'infer',
-            config_path,
-            checkpoint,
-            *images,
-            '--out-dir',
-            tmp_path / 'out',
-            '--device',
-            'cpu',
-            *extra,
-            '--cfg-options',
-            *tiny,
-            'test_dataloader.dataset.pipeline.1.scale=(256,64)',
-            'model.test_cfg.mode=whole',
-        )
+        scales = ['test_dataloader.dataset.pipeline.1.scale=(256,64)', 'model.test_cfg.mode=whole']
+        return call_tool('infer', config_path, checkpoint, *images, *out, '--cfg-options', *tiny, *scales)
 
     return run
 
@@ -160,12 +147,9 @@ def test_reads_what_the_test_tool_reads(call_tool, received, request, tmp_path, 
     Image.fromarray(pixels).save(image, format='PNG', exif=exif)
     tiny = [*tiny, *(f'test_dataloader.dataset.pipeline.0.{option}' for option in options)]
     extra = ['--data-root', tmp_path, '--num-workers', '0', '--work-dir', tmp_path / 'w', '--cfg-options', *tiny]
-    calls = [
-        ('test', config, 'none', *extra),
-        ('infer', config, 'none', image, '--device', 'cpu', '--cfg-options', *tiny),
-    ]
-    for call in calls + [('test', config, 'none', '--tta', *extra)] * (scope == 'mmseg'):
-        result = call_tool(*call)
+    calls = [['test', 'none', *extra], ['infer', 'none', image, '--device', 'cpu', '--cfg-options', *tiny]]
+    for tool, *arguments in calls + [['test', 'none', '--tta', *extra]] * (scope == 'mmseg'):
+        result = call_tool(tool, config, *arguments)
         assert result.err.endswith('error: seen\n'), result.text
     by_test, by_infer, *by_tta = received
     assert torch.equal(by_test, by_infer)
