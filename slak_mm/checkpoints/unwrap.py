@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ._pickle_check import kind_of_tensor, unusable
 from .errors import CheckpointMismatch, CheckpointUnreadable, shown
 
-__all__ = ['Unwrapped', 'unwrap', 'unwrap_model']
-
 # Where frameworks keep the weights, in the order in which the official loaders look.
 _WRAPPERS = ('state_dict', 'model', 'module')
 # Where they keep the moving average of the weights.
@@ -31,12 +29,10 @@ class Unwrapped:
     """The weights found in a checkpoint.
 
     Attributes:
-        state_dict: Tensors by name, without the prefixes that wrappers of a
-            whole model put in front.
+        state_dict: Tensors by name, without the prefixes that wrappers of a whole model put in front.
         wrapper: The entry they came from, '' if the checkpoint is the state dict itself.
         is_ema: Whether they are the moving average.
-        other_copy: What is said of a second copy in the checkpoint that was not taken, ''
-            if there is none.
+        other_copy: What is said of a second copy in the checkpoint that was not taken, '' if there is none.
     """
 
     state_dict: dict[str, Tensor]

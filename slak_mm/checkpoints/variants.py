@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-__all__ = ['Cause', 'Sizes', 'Variant', 'differs', 'likely_causes']
-
 # Published widths first: a width can often be explained in two ways.
 _WIDTH_FACTORS = (1.0, 1.3, *(round(0.05 * n, 2) for n in range(10, 61)))
 
@@ -222,15 +220,10 @@ _COMMON = (
 
 
 def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
-    """Say in which arguments a checkpoint's backbone and a model's differ.
-
-    Args:
-        theirs: The checkpoint's backbone.
-        ours: The model's backbone.
+    """Say in which arguments a checkpoint's backbone (theirs) and a model's (ours) differ.
 
     Returns:
-        One sentence per difference, with its remedy; the most telling first. Empty if
-        the two are built alike.
+        One sentence per difference, with its remedy; the most telling first. Empty if the two are built alike.
     """
     if theirs.family == 'unknown' != ours.family:
         return ['the checkpoint holds the backbone of another project']

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ['CONVENTIONS', 'PUBLISHED', 'ZOO', 'Convention', 'ModelInfo', 'Published', 'find_model', 'normalize_url']
-
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -26,9 +24,8 @@ class ModelInfo:
         backbone: Arguments of our backbone class that fit the weights.
         source: Where address and figures are from.
         config: The config of this project it belongs to, '' for a bare backbone.
-        figures: Published figures, units in the names: ``top1_percent``,
-            ``miou_percent`` (single scale), ``box_ap_percent``, ``mask_ap_percent``,
-            ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
+        figures: Published figures, units in the names: ``top1_percent``, ``miou_percent`` (single scale),
+            ``box_ap_percent``, ``mask_ap_percent``, ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
     """
@@ -95,44 +92,21 @@ _SURF_SHARE = re.compile(r'^(https?://surfdrive\.surf\.nl/files/index\.php/s/\w+
 def normalize_url(url: str) -> str:
     """Turn the address of a viewing page into the address of the file behind it.
 
-    Knows Google Drive's ``/file/d/<id>/view``, ``open?id=`` and ``uc?id=`` links and SURFdrive's
-    shares; every other address is returned as it is.
-
-    Args:
-        url: An address as people paste it.
-
-    Returns:
-        The address to download from.
+    Knows Google Drive's ``/file/d/<id>/view``, ``open?id=`` and ``uc?id=`` links and SURFdrive's shares; every other
+    address is returned as it is.
     """
-    match = _DRIVE_ID.match(url)
-    if match:
-        file_id = match.group(1) or match.group(2)
+    if match := _DRIVE_ID.match(url):
         # `confirm=t` answers the question that Drive asks about files too large to be scanned.
-        return f'https://drive.usercontent.google.com/download?id={file_id}&export=download&confirm=t'
-    match = _SURF_SHARE.match(url)
-    if match:
-        return match.group(1) + '/download'
-    return url
+        return f'https://drive.usercontent.google.com/download?id={match[1] or match[2]}&export=download&confirm=t'
+    return f'{match[1]}/download' if (match := _SURF_SHARE.match(url)) else url
 
 
 def find_model(source: str) -> ModelInfo | None:
-    """Look up a zoo entry by its name or by one of its addresses.
-
-    Args:
-        source: A name of :data:`ZOO`, or a URL.
-
-    Returns:
-        The entry, or ``None``.
-    """
-    if source in ZOO:
-        return ZOO[source]
-    if '://' not in source:
-        return None
+    """The zoo entry of a name or address, or ``None``."""
+    if source in ZOO or '://' not in source:
+        return ZOO.get(source)
     address = normalize_url(source)
-    for info in ZOO.values():
-        if info.url is not None and normalize_url(info.url) == address:
-            return info
-    return None
+    return next((info for info in ZOO.values() if info.url and normalize_url(info.url) == address), None)
 
 
 def similar_names(name: str) -> list[str]:
@@ -141,11 +115,7 @@ def similar_names(name: str) -> list[str]:
 
 
 def zoo_table() -> list[list[str]]:
-    """The zoo as rows of text: a header, then one row per model.
-
-    Returns:
-        Name, task, published figures, address, source.
-    """
+    """The zoo as rows of text, the first a header: name, task, published figures, address, source."""
     units = dict(
         top1_percent='{:g}% top-1',
         miou_percent='{:g}% mIoU ss',

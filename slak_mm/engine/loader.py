@@ -21,8 +21,6 @@ from mmengine.runner.checkpoint import (
 from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import read_open_file
 
-__all__ = ['load_from_safe_reader', 'safe_reader']
-
 # torch.load refuses to run with both.
 _SWITCHES = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
 

@@ -18,8 +18,6 @@ from slak_mm.checkpoints import CheckpointMismatch, unwrap_model
 from .epoch_loop import ResumableEpochLoop
 from .sparsity_hook import SPARSITY_KEY, SparsityHook, SparsityMismatch
 
-__all__ = ['GRADIENTS_KEY', 'RUN_KEY', 'check_state', 'check_resumed', 'describe_run', 'wrappers_of']
-
 #: Entry of a checkpoint with the gradients of an unfinished accumulation, by process and parameter.
 GRADIENTS_KEY = 'gradients'
 #: Entry of a checkpoint's ``meta`` with :func:`describe_run`.

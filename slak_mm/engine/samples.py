@@ -14,8 +14,6 @@ from torch import nn
 
 from slak_mm.checkpoints import unwrap_model
 
-__all__ = ['CheckedLoad', 'DataError', 'FiniteLossHook', 'check_loads', 'check_samples']
-
 
 class DataError(ValueError):
     """A file of the data cannot be used; the message has its name and the remedy."""

@@ -33,8 +33,6 @@ from slak_mm.sparsity import (
 
 from .reproducible import seed_everything
 
-__all__ = ['SPARSITY_KEY', 'SparsityHook', 'SparsityMismatch', 'finalize_checkpoint', 'saved_masks']
-
 #: Entry of a checkpoint with the state of :class:`SparsityHook`.
 SPARSITY_KEY = 'sparsity'
 
@@ -47,69 +45,58 @@ class SparsityMismatch(CheckpointMismatch):
 class SparsityHook(Hook):
     """Train with weights that are zero, and let other weights take their place from time to time.
 
-    The masks are applied by a hook of the optimizer itself, after each of its steps and at no
-    other time: neither gradient accumulation nor a step that mixed precision skips because of an
-    overflow counts, and weights, momenta and second moments of pruned entries are zero, bit for
-    bit, whenever anything looks at them. The averaged models of ``EMAHook`` and the like are masked
-    in the same moment in which the masks change, whatever the order of the hooks, and stay sparse
-    because an average of zeros is zero. The average of a grown weight begins at the first value
-    that it has, as in the official code.
+    The masks are applied by a hook of the optimizer itself, after each of its steps and at no other time: neither
+    gradient accumulation nor a step that mixed precision skips because of an overflow counts, and weights, momenta
+    and second moments of pruned entries are zero, bit for bit, whenever anything looks at them. The averaged models
+    of ``EMAHook`` and the like are masked in the same moment in which the masks change, whatever the order of the
+    hooks, and stay sparse because an average of zeros is zero. The average of a grown weight begins at the first
+    value that it has, as in the official code.
 
-    Gradients for growth (``mode='rigl'``) are those that the optimizer is given in the step that
-    changes the masks: dense, accumulated over micro-batches, averaged over the processes,
-    without the loss scale, and after clipping. Clipping by norm scales all of them alike and so
-    changes no choice.
+    Gradients for growth (``mode='rigl'``) are those that the optimizer is given in the step that changes the masks:
+    dense, accumulated over micro-batches, averaged over the processes, without the loss scale, and after clipping.
+    Clipping by norm scales all of them alike and so changes no choice.
 
     State is kept in the checkpoint under ``sparsity``: a run that was killed and resumed goes on
     with the same masks, in the same phase of the schedule. The saved weights have real zeros, so
     any tool can use them; :func:`finalize_checkpoint` gives them without the rest.
 
-    In a distributed run the processes have the same masks: they draw alike, SNIP's gradients are
-    averaged, rank 0's masks are broadcast at each change, and their hashes are compared at the
-    start. Model wrappers other than ``DistributedDataParallel``, which cut up or move weights, are
-    refused.
+    In a distributed run the processes have the same masks: they draw alike, SNIP's gradients are averaged, rank 0's
+    masks are broadcast at each change, and their hashes are compared at the start. Model wrappers other than
+    ``DistributedDataParallel``, which cut up or move weights, are refused.
 
     Args:
-        mode: 'static' keeps the masks; 'set' replaces the smallest weights by
-            random ones (SET, Mocanu et al. 2018), 'rigl' by those with the
-            largest gradients (RigL, Evci et al. 2020), 'momentum' by those with the largest
+        mode: 'static' keeps the masks; 'set' replaces the smallest weights by random ones (SET, Mocanu et al. 2018),
+            'rigl' by those with the largest gradients (RigL, Evci et al. 2020), 'momentum' by those with the largest
             momentum. Defaults to that of the preset, else 'static'.
-        distribution: Where the first masks come from: 'from_weights' takes the
-            zeros of the weights that training starts with, 'uniform', 'erk' and 'snip' draw
-            masks with ``sparsity`` zeros; SNIP needs one batch of the training data, which
-            training does not miss, and runs it without dropout and drop path. Defaults to that of
-            the preset, else 'from_weights'.
-        sparsity: Share of zeros among the selected weights. With
-            'from_weights', the share that the weights should have, of which half must be
-            found. Defaults to that of the preset, else 0.4 where masks are drawn.
-        update_interval: Optimizer steps between two changes of the masks.
-            Defaults to that of the preset, else 100.
+        distribution: Where the first masks come from: 'from_weights' takes the zeros of the weights that training
+            starts with, 'uniform', 'erk' and 'snip' draw masks with ``sparsity`` zeros; SNIP needs one batch of the
+            training data, which training does not miss, and runs it without dropout and drop path. Defaults to that
+            of the preset, else 'from_weights'.
+        sparsity: Share of zeros among the selected weights. With 'from_weights', the share that the weights should
+            have, of which half must be found. Defaults to that of the preset, else 0.4 where masks are drawn.
+        update_interval: Optimizer steps between two changes of the masks. Defaults to that of the preset, else 100.
         prune_rate: Share of each layer's weights that the first change
             replaces; it falls along half a cosine. Defaults to that of the preset, else 0.3.
         stop_fraction: The masks do not change after this share of the training.
             Defaults to that of the preset, else 0.75.
-        include: Regular expressions; a weight is selected if one
-            is found in its name or is the type of its module. Defaults to the weights of the
-            backbone.
+        include: Regular expressions; a weight is selected if one is found in its name or is the type of its module.
+            Defaults to the weights of the backbone.
         exclude: The same, to leave weights out.
-        selection: Selection of
-            :func:`~slak_mm.sparsity.select_parameters`: 'backbone', 'large_kernel',
-            'all' or that of a family of backbones. Defaults to that of the preset where it is narrower
-            than the backbone, else to the backbone.
+        selection: Selection of :func:`~slak_mm.sparsity.select_parameters`: 'backbone', 'large_kernel', 'all' or that
+            of a family of backbones. Defaults to that of the preset where it is narrower than the backbone, else to
+            the backbone.
         preset: Published training, a key of :data:`slak_mm.sparsity.PRESETS`.
             Arguments given beside it have precedence. Defaults to None.
         seed: Seed of all that is drawn. Defaults to 0.
-        from_scratch: Arguments that take the place of those here in a run from random
-            weights, which have no zeros to take masks from. Whoever starts such a run puts
-            them in; the hook itself does not use them.
+        from_scratch: Arguments that take the place of those here in a run from random weights, which have no zeros to
+            take masks from. Whoever starts such a run puts them in; the hook itself does not use them.
         **options: Further arguments of :class:`~slak_mm.sparsity.SparseTraining`, such as
             ``sampling`` or ``sparse_gap``.
 
     Attributes:
         masks: From the start of training on: name of each sparse parameter of
             the model -> boolean tensor of its shape, True where it is not pruned.
-        training: What holds and changes the masks; None before training, and where all selected
-            weights are frozen.
+        training: What holds and changes the masks; None before training, and where all selected weights are frozen.
 
     Raises:
         SparsityError: An argument is unknown or out of its range.
@@ -454,8 +441,7 @@ def finalize_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a training checkpoint alone, with the pruned ones verified to be zero.
 
     Args:
-        checkpoint: Content of a checkpoint file, with or without the state of a
-            :class:`SparsityHook`.
+        checkpoint: Content of a checkpoint file, with or without the state of a :class:`SparsityHook`.
 
     Returns:
         ``state_dict``, and ``meta`` where there was one.

@@ -62,7 +62,7 @@ def test_epochs_have_different_places():
 
 
 def test_index_is_an_integer_that_survives_the_way_to_a_worker():
-    index = pickle.loads(pickle.dumps(KeyedIndex.of(3, 11, 42)))
+    index = pickle.loads(pickle.dumps(KeyedIndex.of(3, (11, 42))))
     assert index == 3 and [10, 11, 12, 13][index] == 13 and index.key == (11, 42)
 
 
@@ -77,7 +77,7 @@ def test_index_keeps_its_key_within_wrapping_datasets(wrapper):
     dataset = wrapper(Inner)
     assert len(dataset) == 6
     for place in range(6):
-        results = dataset[KeyedIndex.of(place, 11, 40 + place)]
+        results = dataset[KeyedIndex.of(place, (11, 40 + place))]
         assert results['number'] == place % 3
         assert results['sample_idx'] == place % 3 and results['sample_idx'].key == (11, 40 + place)
     assert not hasattr(dataset[4]['sample_idx'], 'key')
@@ -85,12 +85,12 @@ def test_index_keeps_its_key_within_wrapping_datasets(wrapper):
 
 def test_transform_makes_randomness_a_function_of_the_place():
     seed = SeedBySample()
-    results = dict(sample_idx=KeyedIndex.of(3, 11, 42), img='x')
+    results = dict(sample_idx=KeyedIndex.of(3, (11, 42)), img='x')
     assert seed(results) is results
     first = draw()
-    seed(dict(sample_idx=KeyedIndex.of(3, 11, 43)))
+    seed(dict(sample_idx=KeyedIndex.of(3, (11, 43))))
     assert draw() != first
-    seed(dict(sample_idx=KeyedIndex.of(0, 11, 42)))
+    seed(dict(sample_idx=KeyedIndex.of(0, (11, 42))))
     assert draw() == first
     state = torch.get_rng_state()
     seed(dict(sample_idx=3))
