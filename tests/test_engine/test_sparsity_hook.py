@@ -2,23 +2,17 @@
 
 import copy
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sparse_toy
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from sparse_toy import NAMES, Images, Probe, ScaledWrapper, Toy, make_runner
-from torch import nn
+from sparse_toy import NAMES, Images, Probe, ScaledWrapper, Toy, make_runner, process
+from torch import multiprocessing, nn
 
 from slak_mm.checkpoints import CheckpointMismatch, read_checkpoint
 from slak_mm.engine import SparsityHook
@@ -88,7 +82,7 @@ def assert_sparse(runner, hook):
             assert same_bits(pruned, torch.zeros_like(pruned)), name
 
 
-# -------------------------------------------------------------------------------------- exactness
+# exactness
 
 
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl'])
@@ -230,7 +224,7 @@ def test_rigl_grows_where_the_gradients_are_largest(tmp_path):
         assert int(new.sum()) > 0 and size[new].min() >= size[away].max() * (1 - 1e-5)
 
 
-# ---------------------------------------------------------------------------------------- resuming
+# resuming
 
 
 @pytest.mark.parametrize(
@@ -321,7 +315,7 @@ def test_starting_from_weights_takes_their_zeros(tmp_path):
     assert_sparse(runner, second)
 
 
-# -------------------------------------------------------------------------------------- averages
+# averages
 
 
 AVERAGES = [
@@ -418,7 +412,7 @@ def test_average_against_a_simulation(tmp_path):
         torch.testing.assert_close(ours, average, rtol=1e-5, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------ SNIP
+# SNIP
 
 
 def test_snip_leaves_no_trace(tmp_path):
@@ -524,7 +518,7 @@ def test_snip_densities_against_plain_autograd(tmp_path):
         assert int(hook.masks[name].sum()) == round(kept * score.numel())
 
 
-# ----------------------------------------------------------------------------- log, end, refusals
+# log, end, refusals
 
 
 def test_log_and_tables(tmp_path):
@@ -654,50 +648,18 @@ def test_registered_with_its_defaults():
     )
 
 
-# ----------------------------------------------------------------------------------- distributed
-
-
-def in_two_processes(out, *arguments):
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        port = listener.getsockname()[1]
-    root = Path(sparse_toy.__file__).parents[1]
-    env = dict(
-        os.environ,
-        OMP_NUM_THREADS='1',
-        WORLD_SIZE='2',
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-        LOCAL_RANK='0',
-        PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-W', 'ignore', sparse_toy.__file__, out, *arguments],
-            env=dict(env, RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], '\n'.join(outputs)
+# distributed
 
 
 def test_two_processes_go_on_inside_an_accumulation(tmp_path):
-    in_two_processes(str(tmp_path), 'two-parts')
+    multiprocessing.spawn(process, (str(tmp_path), 'two-parts'), nprocs=2)
     whole, *others = (torch.load(tmp_path / f'{name}{rank}.pth') for name in ('whole', 'resumed') for rank in range(2))
     for other in others:
         assert_same(dict(whole), dict(other))
 
 
 def test_two_processes_are_one_with_the_joint_batch(tmp_path):
-    in_two_processes(str(tmp_path), 'uniform:static', 'snip:rigl')
+    multiprocessing.spawn(process, (str(tmp_path), 'uniform:static', 'snip:rigl'), nprocs=2)
     for distribution, mode in (('uniform', 'static'), ('snip', 'rigl')):
         one, two = (torch.load(tmp_path / f'{distribution}{rank}.pth', weights_only=False) for rank in range(2))
         assert one['hash'] == two['hash'] and one['updates'] == two['updates']
