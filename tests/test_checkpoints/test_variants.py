@@ -59,18 +59,9 @@ def test_folded(toy):
     assert 'switch_to_deploy afterwards' in cause
 
 
-def test_convnext():
+def test_convnext(toy):
     with torch.device('meta'):
-        model = SLaK(
-            arch='tiny',
-            kernel_sizes=(7,) * 4,
-            small_kernel=None,
-            decomposed=False,
-            width_factor=1.0,
-            branch_norm=False,
-            conv_bias=True,
-        )
-    variant = of(model)
+        variant = of(SLaK(arch='tiny', width_factor=1.0, **toy.CONVNEXT))
     assert variant.is_convnext and variant.arch == 'tiny' and variant.width_factor == 1.0
     assert str(variant).startswith('ConvNeXt, tiny')
 
