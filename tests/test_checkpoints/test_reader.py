@@ -552,20 +552,9 @@ def test_file_url_is_fetched_once(path, own_cache):
     assert_same(read_checkpoint(url))
 
 
-def test_addresses_that_end_alike_do_not_collide():
+def test_addresses_that_end_alike_do_not_collide(own_cache):
     paths = {cached_path(f'https://example.org/s/{i}/download') for i in range(3)}
-    assert len(paths) == 3 and all(path.parent == cache_dir() for path in paths)
-
-
-def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv('SLAK_MM_CACHE', str(tmp_path / 'a'))
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'b'))
-    assert cache_dir() == tmp_path / 'a' / 'checkpoints'
-    monkeypatch.delenv('SLAK_MM_CACHE')
-    assert cache_dir() == tmp_path / 'b' / 'slak_mm' / 'checkpoints'
-    monkeypatch.delenv('XDG_CACHE_HOME')
-    assert cache_dir() == Path('~/.cache/slak_mm/checkpoints').expanduser()
-    assert not (tmp_path / 'a').exists()
+    assert len(paths) == 3 and all(path.parent == own_cache == cache_dir() for path in paths) and not own_cache.exists()
 
 
 def test_the_hash_is_checked(path, own_cache, monkeypatch):
