@@ -165,10 +165,9 @@ class PickleCheck(_Base):
 
     def unsafe(self, wanted: str) -> UnsafeCheckpoint:
         return UnsafeCheckpoint(
-            f'{self.name} was refused: reading it would run code that it asks for ({shown(wanted)} is not on the '
-            'list of safe names). If you trust its origin, read it once in an isolated environment '
-            'with torch.load(..., weights_only=False) and save only its state dict with '
-            'torch.save({"state_dict": ...}, new_file).',
+            f'{self.name} was refused: reading it would run code that it asks for ({shown(wanted)} is not on the list '
+            'of safe names). If you trust its origin, read it once in an isolated environment with torch.load(..., '
+            'weights_only=False) and save only its state dict with torch.save({"state_dict": ...}, new_file).',
             wanted,
         )
 

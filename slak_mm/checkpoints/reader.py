@@ -42,7 +42,7 @@ def cached_path(source: str) -> Path:
     """Where the download of a zoo name or an address is kept, and a file fetched by hand is looked for."""
     info = find_model(source)
     if info is not None:
-        return cache_dir() / info.filename
+        return cache_dir() / f'{info.name}.pth'
     import urllib.parse
 
     # Many addresses end in the same word ('download'), so the name carries a hash of the address.

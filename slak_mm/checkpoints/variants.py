@@ -175,9 +175,8 @@ _COMMON = (
     ),
     Cause(
         lambda theirs, ours: theirs.dims != ours.dims and theirs.arch == ours.arch is not None,
-        'another width: the checkpoint has {theirs.dims} channels ({theirs.arch}, width_factor '
-        '{theirs.width_factor}), the model {ours.dims} ({ours.arch}, width_factor {ours.width_factor}); '
-        'set width_factor',
+        'another width: the checkpoint has {theirs.dims} channels ({theirs.arch}, width_factor {theirs.width_factor}), '
+        'the model {ours.dims} ({ours.arch}, width_factor {ours.width_factor}); set width_factor',
     ),
     Cause(
         lambda theirs, ours: theirs.dims != ours.dims and (theirs.arch is None or theirs.arch != ours.arch),

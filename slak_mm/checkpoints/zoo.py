@@ -40,11 +40,6 @@ class ModelInfo:
     counted: str = 'all'
     sha256: str | None = None
 
-    @property
-    def filename(self) -> str:
-        """Name of the file in the cache."""
-        return f'{self.name}.pth'
-
 
 @dataclass(frozen=True)
 class Convention:

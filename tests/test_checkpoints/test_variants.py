@@ -39,15 +39,12 @@ def test_real_slak_t(toy):
 def test_constructor_arguments_are_recovered(toy, options):
     model = toy.backbone(**options)
     variant = of(model)
-    assert variant.family == 'slak' and variant.depths == model.depths
-    assert variant.dims == model.dims and variant.kernel_sizes == model.kernel_sizes
-    assert variant.decomposed == model.decomposed and variant.branch_norm == model.branch_norm
-    assert variant.small_kernel == options.get('small_kernel', 5)
+    for name in ('depths', 'dims', 'kernel_sizes', 'decomposed', 'branch_norm'):
+        assert getattr(variant, name) == getattr(model, name)
+    assert variant.family == 'slak' and variant.small_kernel == options.get('small_kernel', 5)
     assert variant.layer_scale == ('layer_scale_init_value' not in options)
     assert variant.in_channels == options.get('in_channels', 3)
-    assert variant.output_norms == (
-        () if options.get('out_norm') is False else options.get('out_indices', (0, 1, 2, 3))
-    )
+    assert variant.output_norms == (model.out_indices if model.out_norm else ())
     assert not variant.deploy and not variant.is_convnext
     assert not likely_causes(variant, variant)
 
