@@ -18,21 +18,13 @@ _UNKNOWN = Family('unknown', titles=(), spellings=(), table=(), formats=())
 
 @dataclass
 class ConversionNotes:
-    """What a conversion did; the last two are filled where a backbone is loaded.
+    """What a conversion did; the last two are filled where a backbone is loaded."""
 
-    Attributes:
-        format: As :func:`~slak_mm.checkpoints.families.detect_format` names it.
-        renamed: Name in the source -> our name, of tensors whose name changed.
-        unrecognized: Names that belong to no tensor of the family; left as they are.
-        dropped: Our names -> why the backbone that is loaded has no use for the tensor.
-        remarks: Sentences on what was fitted to that backbone.
-    """
-
-    format: str
-    renamed: dict[str, str] = field(default_factory=dict)
-    unrecognized: list[str] = field(default_factory=list)
-    dropped: dict[str, str] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    format: str  # as detect_format names it
+    renamed: dict[str, str] = field(default_factory=dict)  # name in the source -> our name, where they differ
+    unrecognized: list[str] = field(default_factory=list)  # names of no tensor of the family; left as they are
+    dropped: dict[str, str] = field(default_factory=dict)  # our name -> why the backbone has no use for the tensor
+    remarks: list[str] = field(default_factory=list)  # sentences on what was fitted to the backbone
 
 
 def convert_state_dict(

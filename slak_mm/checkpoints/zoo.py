@@ -43,34 +43,21 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to count parameters and FLOPs.
+    """A way to count parameters and FLOPs."""
 
-    Attributes:
-        text: What is counted, for the table of costs.
-        count: Parameters and FLOPs of a :class:`slak_mm.cost.Cost` in this way.
-        needs_masks: Whether a dense network cannot be counted so.
-    """
-
-    text: str
-    count: Callable[[Any], tuple[int, int]]
-    needs_masks: bool = False
+    text: str  # what is counted, for the table of costs
+    count: Callable[[Any], tuple[int, int]]  # parameters and FLOPs of a slak_mm.cost.Cost in this way
+    needs_masks: bool = False  # whether a dense network cannot be counted so
 
 
 @dataclass(frozen=True)
 class Published:
-    """Published parameters and FLOPs of a network.
+    """Published parameters and FLOPs of a network."""
 
-    Attributes:
-        parameters_m: Millions.
-        flops_g: Multiply-adds, 10^9.
-        counted: How they were counted, a key of :data:`CONVENTIONS`.
-        source: Where they are from.
-    """
-
-    parameters_m: float
-    flops_g: float
-    counted: str
-    source: str
+    parameters_m: float  # millions
+    flops_g: float  # multiply-adds, 10^9
+    counted: str  # how they were counted, a key of CONVENTIONS
+    source: str  # where they are from
 
 
 #: Every published checkpoint of the registered families by its name.

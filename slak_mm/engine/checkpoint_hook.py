@@ -117,7 +117,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 level=logging.WARNING,
             )
 
-    # saving
+    # Saving
 
     def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Save where it is due, knowing the place in the epoch."""

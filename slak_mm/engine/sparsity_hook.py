@@ -130,7 +130,7 @@ class SparsityHook(Hook):
         """Name of each sparse parameter -> boolean tensor of its shape, True where it is not pruned."""
         return self.training.masks if self.training is not None else {}
 
-    # start and end
+    # Start and end
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Take the masks of the run to resume, or refuse it before a weight is overwritten."""
@@ -161,13 +161,11 @@ class SparsityHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Make the masks, or go on with the restored ones, and hook up the optimizer."""
         self._release()
-        if self._restored:
-            assert self.training is not None
-        else:
+        if not self._restored:
             self.training = self._build(runner)
-            if self.training is None:
-                return
             self._initialize(runner)
+        if self.training is None:
+            return
         self._restored = False
         self.training.check_agreement()
         self._runner = runner
@@ -221,7 +219,8 @@ class SparsityHook(Hook):
         return select_parameters(model, selection, include, self.exclude)
 
     def _initialize(self, runner: Any) -> None:
-        assert self.training is not None
+        if self.training is None:
+            return
         if self.options['distribution'] != 'snip':
             self.training.initialize()
             return
@@ -264,7 +263,7 @@ class SparsityHook(Hook):
             samples = [dataset[int(order[(first + i) % number])] for i in range(size)]
             return loader.collate_fn(samples)
 
-    # optimizer steps
+    # Optimizer steps
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Let the averaged models and the log follow a change of the masks."""
@@ -282,7 +281,7 @@ class SparsityHook(Hook):
         for module in (unwrap_model(runner.model), *_averages(runner)):
             self.training.enforce(dict(module.named_parameters()))
 
-    # checkpoints and log
+    # Checkpoints and log
 
     def before_val_epoch(self, runner: Any) -> None:
         """Mask what is going to be validated, also where a hook has put averages into it."""

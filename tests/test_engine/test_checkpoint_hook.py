@@ -43,7 +43,7 @@ def trained(folder, **options):
     return state_of(runner)
 
 
-# saving
+# Saving
 
 
 def kill_at(event):
@@ -182,7 +182,7 @@ def test_checkpoints_of_an_earlier_run_are_moved_aside(tmp_path, capfd):
     assert [steps_in(folder) for folder in (tmp_path / 'old').glob('earlier_*')] == [[6]]
 
 
-# going on exactly
+# Going on exactly
 
 
 class Few(Images):
@@ -227,7 +227,7 @@ def test_a_place_that_was_not_saved_is_refused(tmp_path, monkeypatch):
             trained(tmp_path / folder, resume=True, load_from=str(tmp_path / folder / 'iter_3.pth'), **options)
 
 
-# what does not fit
+# What does not fit
 
 
 @pytest.fixture(scope='module')

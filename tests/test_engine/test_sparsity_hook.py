@@ -79,7 +79,7 @@ def assert_sparse(runner, hook):
             assert same_bits(pruned, torch.zeros_like(pruned)), name
 
 
-# exactness
+# Exactness
 
 
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl'])
@@ -206,7 +206,7 @@ def test_rigl_grows_where_the_gradients_are_largest(tmp_path):
         assert int(new.sum()) > 0 and size[new].min() >= size[away].max() * (1 - 1e-5)
 
 
-# resuming
+# Resuming
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_starting_from_weights_takes_their_zeros(tmp_path):
     assert_sparse(runner, second)
 
 
-# averages
+# Averages
 
 
 AVERAGES = [
@@ -445,7 +445,7 @@ def test_snip_densities_against_plain_autograd(tmp_path):
         assert int(hook.masks[name].sum()) == round(kept * score.numel())
 
 
-# log, end, refusals
+# Log, end, refusals
 
 
 def test_log_and_tables(tmp_path):
@@ -561,7 +561,7 @@ def test_registered_with_its_defaults():
     assert hook.options == dict(published, update_interval=100, prune_rate=0.2)
 
 
-# distributed
+# Distributed
 
 
 def test_two_processes_go_on_inside_an_accumulation(tmp_path):
