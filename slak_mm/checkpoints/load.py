@@ -396,6 +396,7 @@ class _Planner:
         for pattern, reason in _HARMLESS:
             dropped.update((key, reason) for key in source if key not in self.expected and pattern.match(key))
         source = with_metadata({k: v for k, v in source.items() if k not in dropped}, source)
+        check_dense(source, self.label)
         roots = find_roots(source)
         if not roots:
             self._refuse(unexpected=source, causes=[f'it holds no {known_backbones()} backbone, but {_groups(source)}'])

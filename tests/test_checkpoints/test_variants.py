@@ -86,7 +86,6 @@ def test_every_difference_names_its_argument(toy, options, argument):
 @pytest.mark.parametrize(
     ('depths', 'dims', 'name', 'factor'),
     [
-        ((3, 3, 9, 3), (124, 249, 499, 998), 'tiny', 1.3),
         ((3, 3, 27, 3), (124, 249, 499, 998), 'small', 1.3),
         ((3, 3, 27, 3), (166, 332, 665, 1331), 'base', 1.3),
         ((3, 3, 27, 3), (128, 256, 512, 1024), 'base', 1.0),
