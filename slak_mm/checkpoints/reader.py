@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from filelock import FileLock
 from mmengine.dist import all_gather_object, get_local_rank, get_rank, is_distributed
 from mmengine.logging import print_log
 from mmengine.utils import digit_version
@@ -167,6 +166,8 @@ def _fetch_here(source: str) -> Path:
         _refuse_other_content(head, f'What {url} sent', f' Fetch it with a browser and put it at {path}.')
         if info is not None:
             _verify(part, info, url)
+
+    from filelock import FileLock  # a tenth of a second, and few calls come here
 
     print_log(f'Downloading {url} to {path}', logger='current')
     try:
