@@ -8,7 +8,6 @@ from .families import (
     Family,
     FamilyMember,
     describe,
-    detect_family,
     detect_format,
     find_roots,
     known_backbones,
@@ -24,8 +23,8 @@ from .load import (
     prepare_checkpoint,
     prepare_state_dict,
 )
-from .reader import cache_dir, cached_path, fetch, read_checkpoint
-from .unwrap import Unwrapped, unwrap, unwrap_model
+from .reader import cache_dir, cached_path, read_checkpoint
+from .unwrap import unwrap, unwrap_model
 from .variants import Cause, Sizes, Variant, differs, likely_causes
 from .writer import convert_checkpoint, write_checkpoint
 from .zoo import CONVENTIONS, PUBLISHED, ZOO, Convention, ModelInfo, Published, find_model, normalize_url, zoo_table
@@ -49,7 +48,6 @@ __all__ = [
     'Published',
     'Sizes',
     'UnsafeCheckpoint',
-    'Unwrapped',
     'Variant',
     'cache_dir',
     'cached_path',
@@ -57,10 +55,8 @@ __all__ = [
     'convert_on_load',
     'convert_state_dict',
     'describe',
-    'detect_family',
     'detect_format',
     'differs',
-    'fetch',
     'find_backbones',
     'find_model',
     'find_roots',

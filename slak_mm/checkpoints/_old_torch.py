@@ -15,9 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
-from ._safe_names import safe_names
-
-__all__ = ['load']
+from ._pickle_check import safe_names
 
 _Base: Any = pickle._Unpickler  # type: ignore[attr-defined]  # torch derives a class from it and gives it storages
 

@@ -1,33 +1,34 @@
 """Read the pickle of a checkpoint without building anything of it, and refuse what must not be built.
 
-Real checkpoints hold tensors, plain containers and a little more: some official files an
-``argparse.Namespace`` under ``args``, files written by mmengine log histories and numpy values under
-``message_hub``. :class:`PickleCheck` knows each function that these call and the arguments it may get.
-Whatever else a file asks for is refused by name. So is what would cost more than the file is large: a
-size without the data for it, or parts that are used over and over.
+Real checkpoints hold tensors, plain containers and a little more: some official files an ``argparse.Namespace`` under
+``args``, files written by mmengine log histories and numpy values under ``message_hub``. :class:`PickleCheck` knows
+each function that these call and the arguments it may get. Whatever else a file asks for is refused by name. So is
+what would cost more than the file is large: a size without the data for it, or parts that are used over and over.
 """
 
 from __future__ import annotations
 
 import _compat_pickle
+import functools
+import importlib
 import math
 import pickle
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
+import numpy as np
 import torch
+from mmengine.logging.history_buffer import HistoryBuffer
 
 from .errors import CheckpointUnreadable, UnsafeCheckpoint, shown
 
-__all__ = ['HISTORY', 'HISTORY_STATISTICS', 'NUMPY_CORES', 'PickleCheck', 'kind_of_tensor', 'unusable']
-
-HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
-HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
+_HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+_HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 # numpy 2 renamed the module; a file written under one version must be readable under the other.
-NUMPY_CORES = ('numpy.core.multiarray', 'numpy._core.multiarray')
+_NUMPY_CORES = ('numpy.core.multiarray', 'numpy._core.multiarray')
 
 # Bytes per element of the storages that torch.save names.
 _WIDTHS = dict(
@@ -164,11 +165,16 @@ class PickleCheck(_Base):
 
     def unsafe(self, wanted: str) -> UnsafeCheckpoint:
         return UnsafeCheckpoint(
-            f'{self.name} was refused: reading it would run code that it asks for ({shown(wanted)} is not on the '
-            'list of safe names). If you trust its origin, read it once in an isolated environment '
-            'with torch.load(..., weights_only=False) and save only its state dict with '
-            'torch.save({"state_dict": ...}, new_file).',
+            f'{self.name} was refused: reading it would run code that it asks for ({shown(wanted)} is not on the list '
+            'of safe names). If you trust its origin, read it once in an isolated environment with torch.load(..., '
+            'weights_only=False) and save only its state dict with torch.save({"state_dict": ...}, new_file).',
             wanted,
+        )
+
+    def refuse_format(self) -> NoReturn:
+        raise CheckpointUnreadable(
+            f'{self.name} is damaged or in a pickle format that torch does not write. Get it again, or save it anew '
+            'with torch.save.'
         )
 
     def repeats(self) -> CheckpointUnreadable:
@@ -195,7 +201,7 @@ class PickleCheck(_Base):
         if full in _TENSORS_REFUSED:
             raise unusable(f'{self.name} holds', _TENSORS_REFUSED[full])
         is_dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (full in _CALLS or full in _PASSIVE or full in (HISTORY, 'argparse.Namespace') or is_dtype):
+        if not (full in _CALLS or full in _PASSIVE or full in (_HISTORY, 'argparse.Namespace') or is_dtype):
             raise self.unsafe(full)
         return _Name(full)
 
@@ -212,7 +218,7 @@ class PickleCheck(_Base):
 
     def load_newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
-        if type(kind) is not _Name or kind not in (HISTORY, 'argparse.Namespace') or args != ():
+        if type(kind) is not _Name or kind not in (_HISTORY, 'argparse.Namespace') or args != ():
             raise self.unsafe(kind if isinstance(kind, str) else 'a value')
         self.append(_Made(kind))
 
@@ -221,7 +227,7 @@ class PickleCheck(_Base):
         item = self.stack[-1]
         self.spend(state)
         kind = 'dict' if type(item) is OrderedDict else getattr(item, 'kind', '')
-        if kind in ('dict', HISTORY, 'argparse.Namespace'):
+        if kind in ('dict', _HISTORY, 'argparse.Namespace'):
             self.require(type(state) is dict and all(type(key) is str for key in state), 'attributes without names')
         elif kind == 'array':
             self.require(type(state) is tuple and len(state) == 5, 'an array of numpy has another state')
@@ -308,7 +314,7 @@ class PickleCheck(_Base):
         return _Made('dtype')
 
     def statistic(self, owner: Any, name: Any) -> _Made:
-        if owner != HISTORY or name not in HISTORY_STATISTICS:
+        if owner != _HISTORY or name not in _HISTORY_STATISTICS:
             raise self.unsafe('builtins.getattr')
         return _Made('method')
 
@@ -326,8 +332,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     'builtins.bytearray': PickleCheck.byte_array,
     'builtins.getattr': PickleCheck.statistic,
     'numpy.dtype': PickleCheck.dtype,
-    **{f'{core}._reconstruct': PickleCheck.array for core in NUMPY_CORES},
-    **{f'{core}.scalar': PickleCheck.scalar for core in NUMPY_CORES},
+    **{f'{core}._reconstruct': PickleCheck.array for core in _NUMPY_CORES},
+    **{f'{core}.scalar': PickleCheck.scalar for core in _NUMPY_CORES},
     **{
         name: lambda check, *args, kind=kind: kind(*args)
         for name, kind in {
@@ -342,15 +348,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _refuse_opcode(check: PickleCheck) -> None:
-    raise CheckpointUnreadable(
-        f'{check.name} is damaged or in a pickle format that torch does not write. Get it again, or save it anew '
-        'with torch.save.'
-    )
-
-
 PickleCheck.dispatch.update(
-    {code: _Base.dispatch[code] if code in _OPCODES else _refuse_opcode for code in range(256)}
+    {code: _Base.dispatch[code] if code in _OPCODES else PickleCheck.refuse_format for code in range(256)}
     | {
         pickle.REDUCE[0]: PickleCheck.load_reduce,
         pickle.NEWOBJ[0]: PickleCheck.load_newobj,
@@ -383,3 +382,33 @@ def _unfolded(value: Any, known: dict[int, float]) -> float:
             known[id(value)] = own + sum(_unfolded(item, known) for item in inside)
         return known[id(value)]
     return 1
+
+
+def _statistic(owner: Any, name: Any) -> Any:
+    """Stand-in for ``getattr``, by which pickles name ``HistoryBuffer``'s own methods."""
+    if owner is not HistoryBuffer:
+        raise TypeError(f'getattr of {owner!r}')
+    return {key: getattr(HistoryBuffer, key) for key in _HISTORY_STATISTICS}[name]
+
+
+@functools.lru_cache(maxsize=1)
+def safe_names() -> dict[str, Any]:
+    """What a checkpoint that was checked may refer to by a dotted name, beyond torch's own list."""
+    import argparse
+
+    core: Any = importlib.import_module(_NUMPY_CORES[int(np.__version__.split('.')[0]) >= 2])
+    # Counter: the milestones of a MultiStepLR, which torch's own list has only later. The classes of dtypes are not
+    # named in files; torch sets the state of listed ones only.
+    dtypes = [type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDSU']
+    functions = {f'{name}.{f}': getattr(core, f) for name in _NUMPY_CORES for f in ('_reconstruct', 'scalar')}
+    return {
+        'argparse.Namespace': argparse.Namespace,
+        'collections.Counter': Counter,
+        _HISTORY: HistoryBuffer,
+        'builtins.slice': slice,
+        'builtins.getattr': _statistic,
+        'numpy.ndarray': np.ndarray,
+        'numpy.dtype': np.dtype,
+        **{f'numpy.dtypes.{kind.__name__}': kind for kind in dtypes},
+        **functions,
+    }

@@ -6,16 +6,7 @@ shown to the user as it is: it names the file, says what is wrong and what to do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-__all__ = [
-    'CheckpointError',
-    'CheckpointMismatch',
-    'CheckpointNotFound',
-    'CheckpointUnreadable',
-    'UnsafeCheckpoint',
-    'shown',
-]
+from collections.abc import Iterable
 
 
 def shown(value: object, limit: int = 100) -> str:
@@ -59,7 +50,7 @@ class UnsafeCheckpoint(CheckpointError):
 
 
 class CheckpointMismatch(CheckpointError):
-    """The checkpoint does not fit the model.
+    """The checkpoint does not fit the model. All arguments but the message are kept as attributes.
 
     Args:
         message: One sentence that says what was compared.
@@ -67,12 +58,6 @@ class CheckpointMismatch(CheckpointError):
         unexpected: Keys the checkpoint has and the model has not.
         shape_mismatches: ``(key, shape in the checkpoint, shape in the model)``.
         causes: Likely causes, the most telling first, each with its remedy.
-
-    Attributes:
-        missing: As the argument.
-        unexpected: As the argument.
-        shape_mismatches: As the argument.
-        causes: As the argument.
     """
 
     #: How many keys of each kind the message shows.
@@ -81,17 +66,16 @@ class CheckpointMismatch(CheckpointError):
     def __init__(
         self,
         message: str,
-        missing: Sequence[str] = (),
-        unexpected: Sequence[str] = (),
-        shape_mismatches: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
-        causes: Sequence[str] = (),
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        shape_mismatches: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+        causes: Iterable[str] = (),
     ) -> None:
         self.missing = list(missing)
         self.unexpected = list(unexpected)
         self.shape_mismatches = list(shape_mismatches)
         self.causes = list(causes)
-        lines = [message]
-        lines += [f'Likely cause: {cause}' for cause in self.causes]
+        lines = [message, *(f'Likely cause: {cause}' for cause in self.causes)]
         shapes = [f'{key} {list(theirs)}, the model has {list(ours)}' for key, theirs, ours in self.shape_mismatches]
         for title, entries in (
             ('missing in the checkpoint', self.missing),
@@ -99,9 +83,7 @@ class CheckpointMismatch(CheckpointError):
             ('of another shape', shapes),
         ):
             if entries:
-                first = '; '.join(map(shown, entries[: self.num_shown]))
                 more = len(entries) - self.num_shown
-                rest = f'; and {more} more' if more > 0 else ''
-                lines.append(f'{len(entries)} {title}: {first}{rest}')
-        lines.append('Nothing was loaded.')
-        super().__init__('\n'.join(lines))
+                names = [*map(shown, entries[: self.num_shown]), *([f'and {more} more'] if more > 0 else [])]
+                lines.append(f'{len(entries)} {title}: {"; ".join(names)}')
+        super().__init__('\n'.join([*lines, 'Nothing was loaded.']))

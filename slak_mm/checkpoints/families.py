@@ -26,19 +26,6 @@ from typing import Any, ClassVar
 from .variants import Variant
 from .zoo import CONVENTIONS, PUBLISHED, ZOO, Convention, ModelInfo, Published
 
-__all__ = [
-    'FAMILIES',
-    'Family',
-    'FamilyMember',
-    'Renamer',
-    'describe',
-    'detect_family',
-    'detect_format',
-    'find_roots',
-    'known_backbones',
-    'register_family',
-]
-
 _STEM = 'downsample_layers.0.0.weight'
 
 
@@ -102,19 +89,17 @@ class FamilyMember:
         """Fit a state dict by our names to this backbone, in place; a sentence for each change."""
         return []
 
+    def why_unused(self, name: str) -> str:
+        """Why this backbone has no use for a tensor of its family, by our name; '' if it has, or never had."""
+        return ''
+
 
 #: Every registered family by its name.
 FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> Family:
-    """Make a family known to everything that reads, loads, converts, lists or counts.
-
-    Args:
-        family: A family of a new name.
-
-    Returns:
-        The same.
+    """Make a family known to everything that reads, loads, converts, lists or counts; returns it.
 
     Raises:
         ValueError: Its name, or that of one of its models, is taken.
@@ -164,29 +149,17 @@ def _compile(template: str) -> re.Pattern[str]:
 
 
 def detect_format(state_dict: Mapping[str, Any], prefix: str = '') -> str:
-    """Name the code base whose spelling a backbone's state dict has.
+    """Name the format of a backbone's state dict, such as 'ours' or 'ours-deployed'; 'unknown' if no family has it.
 
     Args:
         state_dict: Tensors by name; only the names are looked at.
-        prefix: Look at the keys below this prefix only. Defaults to '', which looks at all
-            and finds the backbone at any depth.
-
-    Returns:
-        A format of some family, such as 'ours' or 'ours-deployed', or 'unknown'.
+        prefix: Look at the keys below this prefix only. Defaults to '', which finds a backbone at any depth.
     """
     return _detect(state_dict, prefix)[0]
 
 
 def detect_family(state_dict: Mapping[str, Any], prefix: str = '') -> str:
-    """Name the family of a backbone's state dict in any spelling.
-
-    Args:
-        state_dict: Tensors by name; only the names are looked at.
-        prefix: As for :func:`detect_format`. Defaults to ''.
-
-    Returns:
-        A key of :data:`FAMILIES`, or 'unknown'.
-    """
+    """Name the family of a backbone's state dict, a key of :data:`FAMILIES` or 'unknown'; as :func:`detect_format`."""
     return _detect(state_dict, prefix)[1]
 
 
@@ -201,14 +174,7 @@ def _detect(state_dict: Mapping[str, Any], prefix: str) -> tuple[str, str]:
 
 
 def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
-    """Prefixes below which a backbone of some family lies, in any spelling.
-
-    Args:
-        state_dict: Tensors by name.
-
-    Returns:
-        For instance ``['']`` for a bare backbone or ``['backbone.']``.
-    """
+    """Prefixes below which a backbone lies in any spelling; ``['']`` for a bare one."""
     stems = {stem for family in FAMILIES.values() for stem in family.stems}
     found = re.compile(rf'(|.*\.)(?:{"|".join(map(re.escape, stems))})$')
     roots = {match[1] for key in state_dict if (match := found.match(key))}
@@ -220,14 +186,7 @@ def find_roots(state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def describe(state_dict: Mapping[str, Any]) -> Variant:
-    """Read the constructor arguments of a backbone off its tensors.
-
-    Args:
-        state_dict: Tensors of one backbone by our names, without a prefix.
-
-    Returns:
-        What names and shapes tell.
-    """
+    """Read the constructor arguments of a backbone off its tensors, by our names without a prefix."""
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if hasattr(value, 'shape')}
     family = detect_family(shapes)
     variant = FAMILIES[family].variant if family in FAMILIES else Variant

@@ -1,7 +1,6 @@
 """Convert the names of one backbone's tensors, by the table of its family.
 
-Conversion renames; values are left as they are, but for what a family's ``finish`` and
-``official`` say.
+Conversion renames; values are left as they are, but for what a family's ``finish`` and ``official`` say.
 """
 
 from __future__ import annotations
@@ -14,25 +13,18 @@ from typing import Any
 from .errors import CheckpointError, CheckpointMismatch
 from .families import FAMILIES, Family, Renamer, describe, detect_family, detect_format, known_backbones
 
-__all__ = ['ConversionNotes', 'convert_state_dict', 'to_official']
-
-
 _UNKNOWN = Family('unknown', titles=(), spellings=(), table=(), formats=())
 
 
 @dataclass
 class ConversionNotes:
-    """What :func:`convert_state_dict` did.
+    """What a conversion did; the last two are filled where a backbone is loaded."""
 
-    Attributes:
-        format: As :func:`~slak_mm.checkpoints.families.detect_format` names it.
-        renamed: Name in the source -> our name, of tensors whose name changed.
-        unrecognized: Names that belong to no tensor of the family; left as they are.
-    """
-
-    format: str
-    renamed: dict[str, str] = field(default_factory=dict)
-    unrecognized: list[str] = field(default_factory=list)
+    format: str  # as detect_format names it
+    renamed: dict[str, str] = field(default_factory=dict)  # name in the source -> our name, where they differ
+    unrecognized: list[str] = field(default_factory=list)  # names of no tensor of the family; left as they are
+    dropped: dict[str, str] = field(default_factory=dict)  # our name -> why the backbone has no use for the tensor
+    remarks: list[str] = field(default_factory=list)  # sentences on what was fitted to the backbone
 
 
 def convert_state_dict(
@@ -46,12 +38,10 @@ def convert_state_dict(
     Args:
         state_dict: Tensors by name.
         prefix: Prefix of the backbone's names, such as 'backbone.'. Defaults to ''.
-        family: A key of :data:`FAMILIES`. Defaults to ``None``, for which the
-            names decide; where they do not tell, all are unrecognized.
+        family: A key of :data:`FAMILIES`. Defaults to ``None``, for which the names decide.
 
     Returns:
-        Tensors by our names, and what was done. The ``_metadata``
-        of a state dict is passed on.
+        Tensors by our names, with the ``_metadata`` of the source, and what was done.
 
     Raises:
         CheckpointMismatch: Two names of the source stand for one tensor.
@@ -94,12 +84,8 @@ def to_official(
         state_dict: Tensors by our names, or by any known ones.
         spelling: One of the family's :attr:`~slak_mm.checkpoints.families.Family.spellings`.
             Defaults to ``None``, the official code.
-        prefix: Prefix of the backbone's names. Defaults to ''.
-        family: A key of :data:`FAMILIES`. Defaults to ``None``, for which the
-            names decide.
-
-    Returns:
-        Tensors by the other names.
+        prefix: As for :func:`convert_state_dict`. Defaults to ''.
+        family: As for :func:`convert_state_dict`. Defaults to ``None``.
 
     Raises:
         CheckpointError: The other code has no place for some tensor, as the official code has
@@ -117,17 +103,14 @@ def to_official(
     rename = Renamer(tables.rows(spelling))
     official: dict[str, Any] = {}
     for key, value in ours.items():
-        new = key
-        if key.startswith(prefix):
-            name = rename(key[len(prefix) :])
-            if name is None:
-                folded = describe({k[len(prefix) :]: v for k, v in ours.items() if k.startswith(prefix)}).deploy
-                raise CheckpointError(
-                    f'The {spelling} spelling has no place for {key}'
-                    + (' once it is folded for deployment: convert the training form.' if folded else '.')
-                )
-            new = prefix + name
-        official[new] = value
+        name = rename(key[len(prefix) :]) if key.startswith(prefix) else ''
+        if name is None:
+            folded = describe({k[len(prefix) :]: v for k, v in ours.items() if k.startswith(prefix)}).deploy
+            raise CheckpointError(
+                f'The {spelling} spelling has no place for {key}'
+                + (' once it is folded for deployment: convert the training form.' if folded else '.')
+            )
+        official[prefix + name if name else key] = value
     return with_metadata(official, state_dict)
 
 

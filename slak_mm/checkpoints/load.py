@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,9 @@ from .unwrap import Unwrapped, unwrap, unwrap_model
 from .values import check_dense, check_values
 from .variants import Variant, likely_causes
 
-__all__ = [
-    'LoadReport',
-    'convert_for',
-    'convert_on_load',
-    'find_backbones',
-    'load_foreign',
-    'load_pretrained',
-    'prepare_checkpoint',
-    'prepare_state_dict',
-]
-
 _HEAD = 'classification head and final norm'
-_UNUSED_NORM = 'output norm of a stage that the model does not return'
-_COUNTER = 'counter of a batch norm that the model does not have'
-_NOT_BACKBONE = 'not part of the backbone'
-_OUTSIDE_PREFIX = 'not below the given prefix'
-
 _STEM = 'downsample_layers.0.0.weight'
-# In the metadata of a backbone's part of a state dict that :func:`convert_for` has made.
+# In the metadata of a backbone's part of a state dict that :func:`_convert_for` has made.
 _CONVERTED = 'slak_mm_converted'
 # Name, shape in the checkpoint, shape in the model.
 _Shapes = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -89,27 +73,22 @@ class LoadReport:
         wrapper: Entry of the checkpoint that was read, '' for a bare state dict.
         variant: The backbone in words.
         loaded: Tensors of the model that were taken from the checkpoint.
-        converted: Name in the checkpoint -> name in the model, where they
-            differ by more than a prefix.
+        converted: Name in the checkpoint -> name in the model, where they differ by more than a prefix.
         dropped: Name in the checkpoint -> why it was left out.
-        newly_initialized: Tensors of the model that the checkpoint cannot have and
-            that keep the values they had.
-        missing: Tensors of the model the checkpoint should have; not with
-            ``strict=True``.
+        newly_initialized: Tensors of the model that the checkpoint cannot have and that keep the values they had.
+        missing: Tensors of the model the checkpoint should have; not with ``strict=True``.
         mismatched: Tensors left out because of their shape; not with ``strict=True``.
-        zeros: Weights of the backbone with two or more dimensions ->
-            number of exact zeros, number of elements.
+        zeros: Weights of the backbone with two or more dimensions -> number of exact zeros, number of elements.
         is_ema: Whether the weights are a moving average.
-        remarks: Sentences on what was fitted to the model without a change of the
-            computed function, such as generated index tables.
+        remarks: Sentences on what was fitted to the model without a change of the computed function.
         other_copy: What is said of a second copy of the weights in the checkpoint that was
             not taken, '' if there is none.
     """
 
     source: str
-    format: str
-    wrapper: str
-    variant: str
+    format: str = ''
+    wrapper: str = ''
+    variant: str = ''
     loaded: list[str] = field(default_factory=list)
     converted: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -126,16 +105,9 @@ class LoadReport:
         """Fraction of exact zeros of each weight in :attr:`zeros`."""
         return {key: zeros / total for key, (zeros, total) in self.zeros.items()}
 
-    @property
-    def overall_sparsity(self) -> float:
-        """Fraction of exact zeros over all weights in :attr:`zeros`."""
-        total = sum(n for _, n in self.zeros.values())
-        return sum(z for z, _ in self.zeros.values()) / total if total else 0.0
-
     def __str__(self) -> str:
         copy_taken = f'under {self.wrapper}' if self.wrapper else 'bare state dict'
-        if self.is_ema:
-            copy_taken += ', moving average'
+        copy_taken += ', moving average' if self.is_ema else ''
         lines = [
             f'Loaded {len(self.loaded)} tensors from {self.source}',
             f'  format        {self.format} ({copy_taken})',
@@ -155,14 +127,13 @@ class LoadReport:
         ):
             if keys:
                 lines.append(f'  {title:<13} {len(keys)}: {_groups(keys)}')
-        total = sum(n for _, n in self.zeros.values())
-        if total:
+        if self.zeros:
+            zeros, total = map(sum, zip(*self.zeros.values()))
             # A single zero happens by chance; sparse training leaves far more than 1%.
             sparse = [f for f in self.sparsity.values() if f >= 0.01]
             detail = f', {len(sparse)} of {len(self.zeros)} layers sparse, at most {max(sparse):.1%}' if sparse else ''
-            lines.append(
-                f'  zeros         {self.overall_sparsity:.2%} of {total / 1e6:.1f}M weights of the backbone{detail}'
-            )
+            share = f'{zeros / total:.2%} of {total / 1e6:.1f}M weights of the backbone'
+            lines.append(f'  zeros         {share}{detail}')
         if self.other_copy:
             lines.append(f'  second copy   {self.other_copy}')
         return '\n'.join(lines)
@@ -178,26 +149,21 @@ def load_pretrained(
 ) -> LoadReport:
     """Load official, converted or own weights into a backbone, or a model that contains one.
 
-    What the checkpoint holds decides: a backbone alone (ImageNet weights) goes into the backbone
-    of the model, the rest of which keeps its values; a whole segmentor or detector goes into a
-    whole model and must match everywhere; a whole model's checkpoint gives a bare backbone its
-    part. The classification head and the norm before it are dropped, and the output norms of the
-    stages keep their values where the checkpoint has none, as ImageNet checkpoints. Everything
-    is checked before the first value is overwritten. Values are copied into the model's tensors,
-    which keep their dtype and device.
+    What the checkpoint holds decides: a backbone alone (ImageNet weights) goes into the backbone of the model, the
+    rest of which keeps its values; a whole segmentor or detector goes into a whole model and must match everywhere; a
+    whole model's checkpoint gives a bare backbone its part. The classification head and the norm before it are
+    dropped, and the output norms of the stages keep their values where the checkpoint has none, as ImageNet
+    checkpoints. Everything is checked before the first value is overwritten. Values are copied into the model's
+    tensors, which keep their dtype and device.
 
     Args:
-        model: A backbone of this project, or any model (wrapped for distributed
-            training or not) that contains exactly one.
-        source: A path, an address, a zoo name, or a checkpoint
-            already read; see :func:`read_checkpoint`.
-        strict: Whether every tensor must find its place. If ``False``, what matches is
-            loaded and the rest is listed in a logged warning. Defaults to ``True``.
-        prefix: Take only the tensors below this prefix, as the backbone.
-            Defaults to ``None``, which finds the backbone.
-        use_ema: Whether to take the moving average of the weights, which official
-            checkpoints may hold under ``model_ema`` and which the official downstream code never
-            uses. Defaults to ``False``.
+        model: A backbone of this project, or any model, wrapped or not, that contains exactly one.
+        source: A path, an address, a zoo name, or a checkpoint already read; see :func:`read_checkpoint`.
+        strict: Whether every tensor must find its place. If ``False``, what matches is loaded and the rest is listed
+            in a logged warning. Defaults to ``True``.
+        prefix: Take only the tensors below this prefix, as the backbone. Defaults to ``None``, which finds it.
+        use_ema: Whether to take the moving average of the weights, which official checkpoints may hold under
+            ``model_ema`` and which the official downstream code never uses. Defaults to ``False``.
 
     Returns:
         What was loaded, converted, dropped and left new; it is logged as well.
@@ -211,11 +177,11 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(source)
     label = 'a mapping' if isinstance(source, Mapping) else os.fspath(source)
-    plan = _Planner(model, label, strict).plan(unwrap(checkpoint, 'ema' if use_ema else 'model'), prefix)
+    planner = _Planner(model, label, strict)
+    weights = planner.plan(unwrap(checkpoint, 'ema' if use_ema else 'model'), prefix)
     with torch.no_grad():
-        plan.model.load_state_dict(plan.state_dict, strict=False)
-    _log(plan.report)
-    return plan.report
+        planner.model.load_state_dict(weights, strict=False)
+    return _logged(planner.report)
 
 
 def prepare_checkpoint(
@@ -228,54 +194,37 @@ def prepare_checkpoint(
 ) -> LoadReport:
     """Turn a checkpoint that a framework has read into one that it can load into ``model``.
 
-    For mmengine's ``after_load_checkpoint``: ``checkpoint['state_dict']`` is replaced by the
-    converted, checked weights and ``checkpoint['ema_state_dict']``, where mmengine's EMAHook
-    wrote one, by its converted form. The model is not touched. The rules are those of
-    :func:`load_pretrained`.
+    For mmengine's ``after_load_checkpoint``: ``checkpoint['state_dict']`` is replaced by the converted, checked
+    weights and ``checkpoint['ema_state_dict']``, where mmengine's EMAHook wrote one, by its converted form. The model
+    is not touched. Rules and errors are those of :func:`load_pretrained`.
 
     Args:
         model: The model it is meant for.
         checkpoint: The content of the file; changed in place, unless an error is raised.
         strict: As in :func:`load_pretrained`. Defaults to ``True``.
         source: Name of the file for messages. Defaults to 'the checkpoint'.
-        require_heads: Whether to refuse a checkpoint that holds only a backbone, as for
-            testing, where untrained heads are of no use. Defaults to ``False``.
+        require_heads: Whether to refuse a checkpoint that holds only a backbone, as for testing, where untrained
+            heads are of no use. Defaults to ``False``.
 
     Returns:
         What will be loaded; it is logged as well.
-
-    Raises:
-        CheckpointMismatch: The checkpoint does not fit.
-        CheckpointError: The model contains no backbone of this project.
     """
     taken = unwrap(checkpoint)
     planner = _Planner(model, source, strict)
-    plan = planner.plan(taken, None, require_heads)
+    weights = planner.plan(taken, None, require_heads)
     average = checkpoint.get('ema_state_dict')
     if isinstance(average, Mapping):
-        average = planner.convert_average(average, plan)
-    if taken.wrapper:
-        del checkpoint[taken.wrapper]
-    else:
-        for key in [k for k, value in checkpoint.items() if isinstance(value, Tensor)]:
-            del checkpoint[key]
-    checkpoint['state_dict'] = plan.state_dict
+        average = planner.convert_average(average, weights)
+    for key in [taken.wrapper] if taken.wrapper else [k for k, v in checkpoint.items() if isinstance(v, Tensor)]:
+        del checkpoint[key]
+    checkpoint['state_dict'] = weights
     if average is not None:
         checkpoint['ema_state_dict'] = average
-    _log(plan.report)
-    return plan.report
+    return _logged(planner.report)
 
 
 def prepare_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Mapping[str, Any]:
-    """Convert and check what a backbone's ``load_state_dict`` was given.
-
-    Args:
-        backbone: The backbone.
-        state_dict: Tensors by our or official names.
-        strict: Whether names must be those of the backbone. Defaults to ``True``.
-
-    Returns:
-        What it can load.
+    """Convert and check what a backbone's ``load_state_dict`` was given, by our or official names.
 
     Raises:
         CheckpointError: It does not fit, or holds values that mean nothing to the backbone.
@@ -306,7 +255,7 @@ def convert_on_load(
 def _fit_exactly(backbone: Any, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> dict[str, Any]:
     label = 'The state dict'
     check_dense(state_dict, label)
-    converted, _, _ = convert_for(backbone, state_dict, prefix)
+    converted, _ = _convert_for(backbone, state_dict, prefix)
     expected = backbone.state_dict(prefix=prefix)
     shapes = _other_shapes(converted, expected)
     missing = [key for key in expected if key not in converted and not key.endswith('.num_batches_tracked')]
@@ -320,30 +269,28 @@ def _fit_exactly(backbone: Any, state_dict: Mapping[str, Any], prefix: str, stri
     return converted
 
 
-def convert_for(
-    backbone: FamilyMember, state_dict: Mapping[str, Any], prefix: str = ''
-) -> tuple[dict[str, Any], ConversionNotes, list[str]]:
+def _convert_for(
+    backbone: FamilyMember, state_dict: Mapping[str, Any], prefix: str
+) -> tuple[dict[str, Any], ConversionNotes]:
     """The conversion that every way of loading goes through, once.
 
-    Args:
-        backbone: The backbone that the tensors are meant for.
-        state_dict: Tensors by any known names.
-        prefix: Prefix of the backbone's names. Defaults to ''.
-
     Returns:
-        Tensors by our names, marked so that the backbone does not convert them again; what was
-        renamed; and sentences on what was fitted.
+        Tensors by our names, marked so that the backbone does not convert them again, and what was done.
 
     Raises:
         CheckpointMismatch: A tensor cannot belong to the backbone.
     """
     converted, notes = convert_state_dict(state_dict, prefix, backbone.family.name)
-    remarks = backbone.complete_state_dict(converted, prefix)
+    for key in [key for key in converted if key.startswith(prefix)]:
+        if reason := backbone.why_unused(key[len(prefix) :]):
+            notes.dropped[key] = reason
+            del converted[key]
+    notes.remarks += backbone.complete_state_dict(converted, prefix)
     result = OrderedDict(converted)
     metadata = OrderedDict(getattr(state_dict, '_metadata', None) or {})
     metadata[prefix[:-1]] = {**metadata.get(prefix[:-1], {}), _CONVERTED: True}
     result._metadata = metadata  # type: ignore[attr-defined]
-    return result, notes, remarks
+    return result, notes
 
 
 def load_foreign(model: nn.Module, checkpoint: Mapping[str, Any], label: str, dry: bool = False) -> None:
@@ -376,22 +323,8 @@ def load_foreign(model: nn.Module, checkpoint: Mapping[str, Any], label: str, dr
 
 
 def find_backbones(model: nn.Module) -> list[tuple[str, Any]]:
-    """Find the backbones of this project in a model.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Dotted name ('' for the module itself) and backbone.
-    """
+    """Dotted name ('' for the module itself) and module of each backbone of this project in a model."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FamilyMember)]
-
-
-@dataclass
-class _Plan:
-    model: nn.Module
-    state_dict: dict[str, Tensor]
-    report: LoadReport
 
 
 class _Planner:
@@ -399,71 +332,58 @@ class _Planner:
 
     def __init__(self, model: nn.Module, label: str, strict: bool) -> None:
         self.model = unwrap_model(model)
-        self.label = label
-        self.strict = strict
-        self.backbones = find_backbones(self.model)
+        self.label, self.strict = label, strict
+        self.backbones = [(name + '.' if name else '', module) for name, module in find_backbones(self.model)]
+        self.kind = type(self.model).__name__
         if not self.backbones:
-            raise CheckpointError(f'{type(self.model).__name__} contains no backbone of slak_mm to load weights into.')
-        self.expected: dict[str, Tensor] = {
-            key: value for key, value in self.model.state_dict().items() if isinstance(value, Tensor)
-        }
+            raise CheckpointError(f'{self.kind} contains no backbone of slak_mm to load weights into.')
+        self.expected = {key: value for key, value in self.model.state_dict().items() if isinstance(value, Tensor)}
         if any(value.is_meta for value in self.expected.values()):
             raise CheckpointError(
-                f'{type(self.model).__name__} is on the meta device, where '
-                'nothing can be loaded: call to_empty(device=...) first.'
+                f'{self.kind} is on the meta device, where nothing can be loaded: call to_empty(device=...) first.'
             )
-        self.dropped: dict[str, str] = {}
-        self.renamed: dict[str, str] = {}
-        self.new: list[str] = []
+        self.report = LoadReport(label)
         self.causes: list[str] = []
-        self.remarks: list[str] = []
 
-    def plan(self, taken: Unwrapped, prefix: str | None, require_heads: bool = False) -> _Plan:
+    def plan(self, taken: Unwrapped, prefix: str | None, require_heads: bool = False) -> dict[str, Tensor]:
+        """What is to be loaded by the model's names; :attr:`report` describes it."""
+        report = self.report
+        report.wrapper, report.is_ema, report.other_copy = taken.wrapper, taken.is_ema, taken.other_copy
         source, roots = self._source(taken, prefix)
-        whole = prefix is None and self._is_whole(source, roots)
         # A whole model is to go on as it was, or to be tested: with the images that it had.
         adapt = not require_heads
-        if whole:
+        if prefix is None and self._is_whole(source, roots):
             candidate = source
             for name, backbone in self.backbones:
-                candidate, notes, theirs = self._fit(candidate, name, backbone, name + '.', whole, adapt)
+                candidate, _ = self._fit(candidate, name, backbone, name, True, adapt)
         else:
             root = self._root(source, roots)
             name, backbone = self.backbones[0]
-            part = {(name + '.' if name else '') + key: value for key, value in _below(source, root).items()}
-            candidate, notes, theirs = self._fit(part, name, backbone, root, whole, adapt)
-            self.new += [*(() if theirs.output_norms else self._output_norms()), *self._outside()]
-            if require_heads and self._outside():
+            part = {name + key: value for key, value in _below(source, root).items()}
+            candidate, theirs = self._fit(part, name, backbone, root, False, adapt)
+            outside = [key for key in self.expected if not self._is_backbone(key)]
+            norms = [key for key in self.expected if re.match(re.escape(name) + r'norm\d+\.', key)]
+            report.newly_initialized += [*([] if theirs.output_norms else norms), *outside]
+            if require_heads and outside:
                 raise CheckpointMismatch(
-                    f'{self.label} holds only a backbone, and {type(self.model).__name__} has '
-                    f'more to it ({_groups(self._outside())}): give the checkpoint of a trained '
-                    'model.',
-                    missing=self._outside(),
+                    f'{self.label} holds only a backbone, and {self.kind} has more to it ({_groups(outside)}): give '
+                    'the checkpoint of a trained model.',
+                    missing=outside,
                 )
-        missing, unexpected, shapes = self._compare(candidate)
-        report = LoadReport(
-            source=self.label,
-            format=notes.format,
-            wrapper=taken.wrapper,
-            variant=str(theirs),
-            converted=self.renamed,
-            dropped=self.dropped,
-            newly_initialized=self.new,
-            is_ema=taken.is_ema,
-            remarks=self.remarks,
-            other_copy=taken.other_copy,
-        )
-        if missing or unexpected or shapes:
-            self._settle(report, candidate, missing, unexpected, shapes)
+        self._settle(candidate, *self._compare(candidate))
         check_values(candidate, self.expected, self.label)
         report.loaded = [key for key in candidate if key in self.expected]
-        report.zeros = self._count_zeros(candidate)
-        return _Plan(self.model, candidate, report)
+        report.zeros = {
+            key: (value.numel() - int(torch.count_nonzero(value)), value.numel())
+            for key, value in candidate.items()
+            if key in self.expected and self._is_backbone(key) and value.dim() >= 2 and value.is_floating_point()
+        }
+        return candidate
 
     # The source
 
     def _source(self, taken: Unwrapped, prefix: str | None) -> tuple[dict[str, Tensor], list[str]]:
-        source = taken.state_dict
+        source, dropped = taken.state_dict, self.report.dropped
         if prefix is not None:
             prefix = prefix if prefix.endswith('.') or not prefix else prefix + '.'
             inside = _below(source, prefix)
@@ -471,147 +391,129 @@ class _Planner:
                 raise CheckpointMismatch(
                     f'{self.label} has no tensors below the prefix {prefix!r}; it has {_groups(source)}.'
                 )
-            self.dropped.update((k, _OUTSIDE_PREFIX) for k in source if not k.startswith(prefix))
+            dropped.update((key, 'not below the given prefix') for key in source if not key.startswith(prefix))
             source = inside
-        for key in list(source):
-            for pattern, reason in _HARMLESS:
-                if key not in self.expected and pattern.match(key):
-                    self.dropped[key] = reason
-        source = with_metadata({k: v for k, v in source.items() if k not in self.dropped}, source)
+        for pattern, reason in _HARMLESS:
+            dropped.update((key, reason) for key in source if key not in self.expected and pattern.match(key))
+        source = with_metadata({k: v for k, v in source.items() if k not in dropped}, source)
         check_dense(source, self.label)
         roots = find_roots(source)
         if not roots:
-            raise CheckpointMismatch(
-                f'{self.label} does not fit {type(self.model).__name__}.',
-                unexpected=list(source),
-                causes=[f'it holds no {known_backbones()} backbone, but {_groups(source)}'],
-            )
+            self._refuse(unexpected=source, causes=[f'it holds no {known_backbones()} backbone, but {_groups(source)}'])
         return source, roots
 
     def _is_whole(self, source: Mapping[str, Tensor], roots: list[str]) -> bool:
         """Whether the source has heads which the model should have too."""
-        if self.backbones[0][0] == '':
-            return False
         rest = [key for key in source if not key.startswith(tuple(roots))]
-        if not rest:
+        if self.backbones[0][0] == '' or not rest:
             return False
         # mmpretrain's classifiers keep their head outside the backbone.
         if all(key.startswith('head.') for key in rest) and not any(key.startswith('head.') for key in self.expected):
-            self.dropped.update((key, _HEAD) for key in rest)
+            self.report.dropped.update((key, _HEAD) for key in rest)
             return False
-        absent = [name for name, _ in self.backbones if name + '.' not in roots]
+        absent = [name.rstrip('.') for name, _ in self.backbones if name not in roots]
         if absent:
-            raise CheckpointMismatch(
-                f'{self.label} does not fit {type(self.model).__name__}.',
-                unexpected=rest,
-                causes=[
-                    f'the backbone is called {", ".join(absent)} in the model and '
-                    f'{", ".join(root.rstrip(".") for root in roots) or "nothing"} in the '
-                    'checkpoint; prefix= takes the backbone only'
-                ],
-            )
+            theirs = ', '.join(root.rstrip('.') for root in roots) or 'nothing'
+            cause = f'the backbone is called {", ".join(absent)} in the model and {theirs} in the checkpoint'
+            self._refuse(unexpected=rest, causes=[f'{cause}; prefix= takes the backbone only'])
         return True
 
     def _root(self, source: Mapping[str, Tensor], roots: list[str]) -> str:
         """Prefix of the one backbone of the source that goes into the one of the model."""
         if len(self.backbones) > 1:
-            names = ', '.join(name for name, _ in self.backbones)
+            names = ', '.join(name.rstrip('.') for name, _ in self.backbones)
             raise CheckpointMismatch(
-                f'{type(self.model).__name__} contains {len(self.backbones)} backbones ({names}) '
-                f'and {self.label} holds one: load it into each of them by itself.'
+                f'{self.kind} contains {len(self.backbones)} backbones ({names}) and {self.label} holds one: load it '
+                'into each of them by itself.'
             )
         root = next(r for r in ('', 'backbone.', *roots) if r in roots)
         if len(roots) > 1 and root not in ('', 'backbone.'):
             raise CheckpointMismatch(
                 f'{self.label} holds {len(roots)} backbones ({", ".join(roots)}): name one with prefix=.'
             )
-        self.dropped.update(
-            (key, _NOT_BACKBONE) for key in source if not key.startswith(root) and key not in self.dropped
-        )
+        for key in source:
+            if not key.startswith(root):
+                self.report.dropped.setdefault(key, 'not part of the backbone')
         return root
 
     def _fit(
-        self, source: Mapping[str, Tensor], name: str, backbone: Any, root: str, whole: bool, adapt: bool
-    ) -> tuple[dict[str, Tensor], ConversionNotes, Variant]:
+        self, source: Mapping[str, Tensor], prefix: str, backbone: Any, root: str, whole: bool, adapt: bool
+    ) -> tuple[dict[str, Tensor], Variant]:
         """Convert the part of one backbone, and drop what it has no use for.
 
         Args:
-            source: Tensors, those of the backbone below its name in the model.
-            name: That name.
+            source: Tensors, those of the backbone below ``prefix``.
+            prefix: Of the backbone's names in the model.
             backbone: The backbone.
             root: The prefix that it had in the checkpoint.
             whole: Whether a whole model is loaded.
             adapt: Whether the stem may be fitted to other images.
         """
-        prefix = name + '.' if name else ''
-        candidate, notes, remarks = convert_for(backbone, source, prefix)
+        candidate, notes = _convert_for(backbone, source, prefix)
         theirs = describe(_below(candidate, prefix))
+        self.report.format, self.report.variant = notes.format, str(theirs)
         old_names = {new: root + old[len(prefix) :] for old, new in notes.renamed.items()}
-        self.renamed.update((old, new) for new, old in old_names.items())
+        self.report.converted.update((old, new) for new, old in old_names.items())
         for key in [key for key in candidate if key.startswith(prefix) and key not in self.expected]:
-            reason = _why_dropped(key[len(prefix) :], whole)
-            if reason:
+            if reason := _why_dropped(key[len(prefix) :], whole):
                 del candidate[key]
-                self._drop(old_names.get(key, root + key[len(prefix) :]), reason)
-        self.remarks += remarks + (_adapt_stem(candidate, self.expected, prefix + _STEM) if adapt else [])
+                notes.dropped[key] = reason
+        for key, reason in notes.dropped.items():
+            self._drop(old_names.get(key, root + key[len(prefix) :]), reason)
+        self.report.remarks += notes.remarks
+        if adapt:
+            self.report.remarks += _adapt_stem(candidate, self.expected, prefix + _STEM)
         part, ours = describe(_below(candidate, prefix)), describe(backbone.state_dict())
         causes = likely_causes(part, ours)
         self.causes += causes
         # Loading the tensors that happen to fit would be of no use to anybody.
         if part.deploy != ours.deploy or part.family not in (ours.family, 'unknown'):
-            raise CheckpointMismatch(self._headline(name), causes=causes)
-        return candidate, notes, theirs
+            self._refuse(causes=causes, part=f' (its {prefix.rstrip(".")})' if prefix else '')
+        return candidate, theirs
 
     def _drop(self, key: str, reason: str) -> None:
-        self.dropped[key] = reason
-        self.renamed.pop(key, None)
+        self.report.dropped[key] = reason
+        self.report.converted.pop(key, None)
 
     # The comparison
 
     def _compare(self, candidate: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[_Shapes]]:
+        """Names that are missing and unexpected, and tensors of another shape."""
         shapes = _other_shapes(candidate, self.expected)
         missing = [key for key in self.expected if key not in candidate]
         unexpected = [key for key in candidate if key not in self.expected]
-        new = set(self.new)
+        new = set(self.report.newly_initialized)
         if not shapes and (unexpected or set(missing) - new):
             # Heads may rename tensors of older versions in their own loading hooks.
-            found = _dry_run(self.model, candidate)
-            if found is not None:
-                missing, unexpected = found
+            missing, unexpected = _dry_run(self.model, candidate) or (missing, unexpected)
         # Batch norms of very old checkpoints have no counter; the model's stays.
         missing = [key for key in missing if key not in new and not key.endswith('.num_batches_tracked')]
         return missing, unexpected, shapes
 
     def _settle(
-        self,
-        report: LoadReport,
-        candidate: dict[str, Tensor],
-        missing: list[str],
-        unexpected: list[str],
-        shapes: list[_Shapes],
+        self, candidate: dict[str, Tensor], missing: list[str], unexpected: list[str], shapes: list[_Shapes]
     ) -> None:
-        """Refuse, or without ``strict`` reduce the candidate to what fits."""
+        """Refuse what does not fit, or without ``strict`` reduce the candidate to what does."""
+        if not (missing or unexpected or shapes):
+            return
         others = [shape[0] for shape in shapes]
-        old_names = {new: old for old, new in self.renamed.items()}
+        old_names = {new: old for old, new in self.report.converted.items()}
         unexpected_old = [old_names.get(key, key) for key in unexpected]
-        causes = self.causes or self._other_causes(missing, unexpected, shapes)
-        backbone_keys = [key for key in candidate if self._is_backbone(key)]
-        fits = [key for key in backbone_keys if key in self.expected and key not in others]
-        if self.strict or not fits:
-            raise CheckpointMismatch(self._headline(), missing, unexpected_old, shapes, causes)
+        if self.strict or not any(k in self.expected and k not in others for k in candidate if self._is_backbone(k)):
+            causes = self.causes or self._other_causes(missing, unexpected, shapes)
+            self._refuse(missing, unexpected_old, shapes, causes)
         for key in [*unexpected, *others]:
             del candidate[key]
-        report.missing, report.mismatched = missing, others
+        self.report.missing, self.report.mismatched = missing, others
         for key in unexpected_old:
             self._drop(key, 'not in the model')
 
     def _other_causes(self, missing: list[str], unexpected: list[str], shapes: list[_Shapes]) -> list[str]:
         """Causes outside the backbone's constructor arguments."""
         affected = [*missing, *unexpected, *(shape[0] for shape in shapes)]
-        in_backbone = [key for key in affected if self._is_backbone(key)]
         classes = [(s[1][0], s[2][0]) for s in shapes if len(s[1]) == len(s[2]) > 0 and s[1][1:] == s[2][1:]]
         mismatch = SimpleNamespace(
-            is_in_heads=not in_backbone,
+            is_in_heads=not any(map(self._is_backbone, affected)),
             classes=classes[0] if classes and len(shapes) == len(affected) else None,
             groups=_groups(affected),
             is_in_norms=all(re.search(r'(^|\.)norm\d+\.\w+$', key) for key in affected),
@@ -619,37 +521,27 @@ class _Planner:
         )
         return [sentence.format(mismatch) for applies, sentence in _OTHER_CAUSES if applies(mismatch)][:1]
 
-    def _headline(self, backbone: str = '') -> str:
-        where = f' (its {backbone})' if backbone else ''
-        return f'{self.label} does not fit {type(self.model).__name__}{where}.'
-
-    # Parts of the model
+    def _refuse(
+        self,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        shapes: Iterable[_Shapes] = (),
+        causes: Iterable[str] = (),
+        part: str = '',
+    ) -> NoReturn:
+        raise CheckpointMismatch(f'{self.label} does not fit {self.kind}{part}.', missing, unexpected, shapes, causes)
 
     def _is_backbone(self, key: str) -> bool:
-        return any(key.startswith(name + '.' if name else '') for name, _ in self.backbones)
+        return key.startswith(tuple(prefix for prefix, _ in self.backbones))
 
-    def _outside(self) -> list[str]:
-        return [key for key in self.expected if not self._is_backbone(key)]
-
-    def _output_norms(self) -> list[str]:
-        names = [name + '.' if name else '' for name, _ in self.backbones]
-        return [key for key in self.expected for name in names if re.match(re.escape(name) + r'norm\d+\.', key)]
-
-    def _count_zeros(self, candidate: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-        return {
-            key: (value.numel() - int(torch.count_nonzero(value)), value.numel())
-            for key, value in candidate.items()
-            if key in self.expected and self._is_backbone(key) and value.dim() >= 2 and value.is_floating_point()
-        }
-
-    def convert_average(self, average: Mapping[str, Tensor], plan: _Plan) -> dict[str, Tensor]:
+    def convert_average(self, average: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert the copy of the weights that mmengine's EMAHook stores below ``module.``."""
         check_dense(average, self.label)
         converted: dict[str, Tensor] = dict(average)
-        for name, backbone in self.backbones:
-            converted, _, _ = convert_for(backbone, converted, f'module.{name}.' if name else 'module.')
+        for prefix, backbone in self.backbones:
+            converted, _ = _convert_for(backbone, converted, f'module.{prefix}')
         expected = {'module.' + key: value for key, value in self.expected.items()}
-        missing = sorted({'module.' + key for key in plan.state_dict} - converted.keys())
+        missing = sorted({'module.' + key for key in weights} - converted.keys())
         shapes = _other_shapes(converted, expected)
         if self.strict and (missing or shapes):
             raise CheckpointMismatch(
@@ -679,8 +571,9 @@ def _why_dropped(key: str, whole: bool) -> str:
     if key.startswith(('head.', 'norm.')):
         return _HEAD
     if key.endswith('.num_batches_tracked'):
-        return _COUNTER
-    return _UNUSED_NORM if re.match(r'norm\d+\.', key) and not whole else ''
+        return 'counter of a batch norm that the model does not have'
+    unused_norm = re.match(r'norm\d+\.', key) and not whole
+    return 'output norm of a stage that the model does not return' if unused_norm else ''
 
 
 def _adapt_stem(state_dict: dict[str, Tensor], expected: Mapping[str, Tensor], key: str) -> list[str]:
@@ -748,6 +641,7 @@ def _groups(keys: Iterable[str]) -> str:
     return ', '.join(texts[:6]) + (f' and {len(texts) - 6} more' if len(texts) > 6 else '')
 
 
-def _log(report: LoadReport) -> None:
+def _logged(report: LoadReport) -> LoadReport:
     complete = not (report.missing or report.mismatched)
     log_report(str(report), logging.INFO if complete else logging.WARNING)
+    return report

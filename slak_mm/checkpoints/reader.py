@@ -15,51 +15,33 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from filelock import FileLock
 from mmengine.dist import all_gather_object, get_local_rank, get_rank, is_distributed
 from mmengine.logging import print_log
 from mmengine.utils import digit_version
 
 from slak_mm._files import DownloadError, cache_folder, download
 
-from ._pickle_check import PickleCheck
+from ._pickle_check import PickleCheck, safe_names
 from .errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, shown
 from .zoo import ModelInfo, find_model, normalize_url, similar_names
 
-__all__ = ['cache_dir', 'cached_path', 'fetch', 'read_checkpoint']
-
 _SCHEMES = ('http://', 'https://', 'file://')
 _PROGRESS_EVERY = 5  # seconds
-_CHUNK = 1 << 20
 
 # Pairs of an object and its name in torch's list of safe names came with torch 2.6.
 _EXTENSIBLE = digit_version(torch.__version__) >= digit_version('2.6')
 
 
 def cache_dir() -> Path:
-    """Where downloads go: ``checkpoints`` in the project's cache.
-
-    The cache is ``$SLAK_MM_CACHE``, else ``$XDG_CACHE_HOME/slak_mm``, else ``~/.cache/slak_mm``.
-    The folder is not created by this function.
-
-    Returns:
-        The folder.
-    """
+    """Folder for downloads within :func:`~slak_mm._files.cache_folder`; it need not exist."""
     return cache_folder() / 'checkpoints'
 
 
 def cached_path(source: str) -> Path:
-    """Path in the cache that belongs to a zoo name or an address.
-
-    Args:
-        source: A zoo name or a URL.
-
-    Returns:
-        Where a download is kept, and where a file fetched by hand is looked for.
-    """
+    """Where the download of a zoo name or an address is kept, and a file fetched by hand is looked for."""
     info = find_model(source)
     if info is not None:
-        return cache_dir() / info.filename
+        return cache_dir() / f'{info.name}.pth'
     import urllib.parse
 
     # Many addresses end in the same word ('download'), so the name carries a hash of the address.
@@ -73,17 +55,15 @@ def cached_path(source: str) -> Path:
 def read_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
     """Read a checkpoint as it is, safely.
 
-    Nothing in the file is executed: only tensors, plain containers, ``argparse.Namespace`` and
-    the log histories that mmengine stores are read. Files in torch's zip and older format are
-    understood, and safetensors where that package is installed. Checksums (zip only) and the sizes of
-    all tensors are compared with the file before anything is built, so that a small file cannot ask
-    for much memory. Several threads may read at once.
+    Nothing in the file is executed: only tensors, plain containers, ``argparse.Namespace`` and the log histories that
+    mmengine stores are read. Files in torch's zip and older format are understood, and safetensors where that package
+    is installed. Checksums (zip only) and the sizes of all tensors are compared with the file before anything is
+    built, so that a small file cannot ask for much memory. Several threads may read at once.
 
     Args:
-        source: A path, an ``http(s)://`` or ``file://`` address, a
-            zoo name (:data:`slak_mm.checkpoints.ZOO`), or a checkpoint already read, which is
-            copied (the dict, not the tensors). An address or a zoo name is downloaded once, to
-            :func:`cached_path`; when the default process group exists, by one process per node,
+        source: A path, an ``http(s)://`` or ``file://`` address, a zoo name (:data:`slak_mm.checkpoints.ZOO`), or a
+            checkpoint already read, which is copied (the dict, not the tensors). An address or a zoo name is
+            downloaded once, to :func:`cached_path`; when the default process group exists, by one process per node,
             and then every process has to make this call.
 
     Returns:
@@ -101,13 +81,7 @@ def read_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
 
 
 def resolve(source: str | os.PathLike) -> Path:
-    """Turn a path, an address or a zoo name into the path of a local file.
-
-    Args:
-        source: As for :func:`read_checkpoint`.
-
-    Returns:
-        An existing file.
+    """Turn a path, an address or a zoo name into the path of an existing local file.
 
     Raises:
         CheckpointNotFound: No such file, or it could not be downloaded.
@@ -141,14 +115,8 @@ def resolve(source: str | os.PathLike) -> Path:
 def fetch(source: str) -> Path:
     """Get a zoo entry or an address into the cache, if it is not there yet.
 
-    In a distributed run one process per node downloads, the others wait; a failure is raised on
-    every process, so that none is left waiting.
-
-    Args:
-        source: A zoo name or a URL.
-
-    Returns:
-        The file in the cache.
+    In a distributed run one process per node downloads, the others wait; a failure is raised on every process, so
+    that none is left waiting.
 
     Raises:
         CheckpointNotFound: It could not be downloaded; says where to get it and where to put it.
@@ -187,7 +155,7 @@ def _fetch_here(source: str) -> Path:
             _verify(path, info, str(path))
         return path
     if url is None:
-        assert info is not None
+        assert info is not None  # for mypy
         raise CheckpointNotFound(
             f'No address was published for {info.name} ({info.source}). If you have the file, put it at {path}.'
         )
@@ -198,6 +166,8 @@ def _fetch_here(source: str) -> Path:
         _refuse_other_content(head, f'What {url} sent', f' Fetch it with a browser and put it at {path}.')
         if info is not None:
             _verify(part, info, url)
+
+    from filelock import FileLock  # a tenth of a second, and few calls come here
 
     print_log(f'Downloading {url} to {path}', logger='current')
     try:
@@ -232,41 +202,44 @@ class _Progress:
 
 def _verify(path: Path, info: ModelInfo, source: str) -> None:
     """Compare a file with the hash in the zoo table, where it has one."""
-    if info.sha256 is not None:
-        digest = hashlib.sha256()
-        with open(path, 'rb') as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != info.sha256:
-            raise CheckpointUnreadable(
-                f'{source} has sha256 {digest.hexdigest()}, {info.name} has {info.sha256}: the '
-                'file is damaged or another one. Delete it and get it again.'
-            )
+    if info.sha256 is None:
+        return
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != info.sha256:
+        raise CheckpointUnreadable(
+            f'{source} has sha256 {digest.hexdigest()}, {info.name} has {info.sha256}: the file is damaged or another '
+            'one. Delete it and get it again.'
+        )
 
 
 def _refuse_other_content(head: bytes, name: str, remedy: str = '') -> None:
     """Say what a file is if its first bytes show that it is no checkpoint."""
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
-    if not head:
-        raise CheckpointUnreadable(f'{name} is empty: get it again.{remedy}')
-    if text.startswith((b'<!doctype', b'<html', b'<head', b'<?xml', b'<script')):
-        drive = b'google' in text or b'drive' in text
-        kind = (
-            'Google Drive shows one for large files and over its quota'
-            if drive
-            else 'a log-in or error page of the server'
-        )
-        raise CheckpointUnreadable(
-            f'{name} is an HTML page, not a checkpoint ({kind}): download the file itself, not its page.{remedy}'
-        )
-    if head.startswith(b'version https://git-lfs.github.com'):
-        raise CheckpointUnreadable(
-            f'{name} is a git-lfs pointer, not the file it points to: run `git lfs pull` where it comes from.{remedy}'
-        )
-    if head.startswith((b'\x1f\x8b', b'7z\xbc\xaf', b'BZh', b'\xfd7zXZ')):
-        raise CheckpointUnreadable(f'{name} is a compressed archive: unpack it first.{remedy}')
-    if head[257:262] == b'ustar':
-        raise CheckpointUnreadable(f'{name} is a tar archive: unpack it first.{remedy}')
+    drive = b'google' in text or b'drive' in text
+    page = (
+        'Google Drive shows one for large files and over its quota' if drive else 'a log-in or error page of the server'
+    )
+    for found, what in (
+        (not head, 'is empty: get it again.'),
+        (
+            text.startswith((b'<!doctype', b'<html', b'<head', b'<?xml', b'<script')),
+            f'is an HTML page, not a checkpoint ({page}): download the file itself, not its page.',
+        ),
+        (
+            head.startswith(b'version https://git-lfs.github.com'),
+            'is a git-lfs pointer, not the file it points to: run `git lfs pull` where it comes from.',
+        ),
+        (
+            head.startswith((b'\x1f\x8b', b'7z\xbc\xaf', b'BZh', b'\xfd7zXZ')),
+            'is a compressed archive: unpack it first.',
+        ),
+        (head[257:262] == b'ustar', 'is a tar archive: unpack it first.'),
+    ):
+        if found:
+            raise CheckpointUnreadable(f'{name} {what}{remedy}')
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -282,11 +255,7 @@ def read_open_file(file: BinaryIO, name: str) -> dict[str, Any]:
 
     Args:
         file: At its beginning.
-        name: For messages.
-
-    Raises:
-        CheckpointUnreadable: As :func:`read_checkpoint`.
-        UnsafeCheckpoint: As :func:`read_checkpoint`.
+        name: For messages. Errors are those of :func:`read_checkpoint`.
     """
     head = file.read(4096)
     size = file.seek(0, os.SEEK_END)
@@ -303,16 +272,13 @@ def read_open_file(file: BinaryIO, name: str) -> dict[str, Any]:
             f'{name} is not a checkpoint: it is neither in the format of torch.save nor safetensors.'
         )
     if not isinstance(content, dict):
+        kind = getattr(content, 'kind', type(content).__name__)
+        article = 'an' if kind[0] in 'aeiou' else 'a'
         raise CheckpointUnreadable(
-            f'{name} holds {_article(content)}, not a dict with the weights by name: save model.state_dict().'
+            f'{name} holds {article} {kind}, not a dict with the weights by name: save model.state_dict().'
         )
     file.seek(0)
     return _load(file, name)
-
-
-def _article(content: Any) -> str:
-    kind = getattr(content, 'kind', type(content).__name__)
-    return f'{"an" if kind[0] in "aeiou" else "a"} {kind}'
 
 
 def _check_archive(file: BinaryIO, name: str, size: int) -> Any:
@@ -358,11 +324,9 @@ def _check_archive(file: BinaryIO, name: str, size: int) -> Any:
 def _check_legacy(file: BinaryIO, name: str, size: int) -> Any:
     """Follow a file in torch's older format: five pickles, then each storage behind its length."""
     for expected in (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION):
-        if PickleCheck(file, name, size).check() != expected:
-            raise CheckpointUnreadable(
-                f'{name} is damaged or in a pickle format that torch does not write. Get it again, or save it anew '
-                'with torch.save.'
-            )
+        header = PickleCheck(file, name, size)
+        if header.check() != expected:
+            header.refuse_format()
     PickleCheck(file, name, size).check()
     pickled = PickleCheck(file, name, size)
     content = pickled.check()
@@ -383,8 +347,6 @@ _READING = threading.Lock()
 
 
 def _load(file: BinaryIO, name: str) -> dict[str, Any]:
-    from ._safe_names import safe_names
-
     try:
         if _EXTENSIBLE:
             # As pairs: what others have listed as it is stays listed when these are taken off again.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ._pickle_check import kind_of_tensor, unusable
 from .errors import CheckpointMismatch, CheckpointUnreadable, shown
 
-__all__ = ['Unwrapped', 'unwrap', 'unwrap_model']
-
 # Where frameworks keep the weights, in the order in which the official loaders look.
 _WRAPPERS = ('state_dict', 'model', 'module')
 # Where they keep the moving average of the weights.
@@ -28,21 +26,12 @@ _LONGEST_NAME = 500
 
 @dataclass
 class Unwrapped:
-    """The weights found in a checkpoint.
+    """The weights found in a checkpoint."""
 
-    Attributes:
-        state_dict: Tensors by name, without the prefixes that wrappers of a
-            whole model put in front.
-        wrapper: The entry they came from, '' if the checkpoint is the state dict itself.
-        is_ema: Whether they are the moving average.
-        other_copy: What is said of a second copy in the checkpoint that was not taken, ''
-            if there is none.
-    """
-
-    state_dict: dict[str, Tensor]
-    wrapper: str
-    is_ema: bool = False
-    other_copy: str = ''
+    state_dict: dict[str, Tensor]  # without the prefixes that wrappers of a whole model put in front of names
+    wrapper: str  # the entry they came from, '' if the checkpoint is the state dict itself
+    is_ema: bool = False  # whether they are the moving average
+    other_copy: str = ''  # what is said of a second copy that was not taken, '' if there is none
 
 
 def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
@@ -54,11 +43,8 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str = 'model') -> Unwrapped:
 
     Args:
         checkpoint: The content of a checkpoint file.
-        weights: 'model' for the weights that the official loaders take, 'ema' for their
-            moving average, or the name of an entry of the checkpoint. Defaults to 'model'.
-
-    Returns:
-        The weights and where they came from.
+        weights: 'model' for the weights that the official loaders take, 'ema' for their moving average, or the name
+            of an entry of the checkpoint. Defaults to 'model'.
 
     Raises:
         CheckpointMismatch: There is no such copy of the weights.

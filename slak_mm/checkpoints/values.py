@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .errors import CheckpointError, CheckpointMismatch
 
-__all__ = ['check_dense', 'check_values']
-
 _DAMAGED = 'The training it comes from diverged or the file is damaged.'
 _NO_WEIGHTS = 'These are no weights that were trained for it: look for the file that they were made from.'
 
@@ -35,16 +33,12 @@ def check_dense(state_dict: Mapping[str, Any], label: str) -> None:
 
 
 def check_values(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:
-    """Raise CheckpointError for values that would not be the same in the model.
+    """Raise CheckpointError for numbers of another kind than the model's, infinite ones, and overflow in its dtypes.
 
     Args:
         state_dict: Dense tensors by the model's names.
         expected: The model's own, which have its dtypes.
         label: Name of the file for messages.
-
-    Raises:
-        CheckpointError: Numbers of another kind, values that are not finite or that overflow in
-            the model's dtype.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for key, value in state_dict.items():

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-__all__ = ['Cause', 'Sizes', 'Variant', 'differs', 'likely_causes']
-
 # Published widths first: a width can often be explained in two ways.
 _WIDTH_FACTORS = (1.0, 1.3, *(round(0.05 * n, 2) for n in range(10, 61)))
 
@@ -45,48 +43,28 @@ class Variant:
     """Which backbone of its family a set of tensors belongs to, as far as names and shapes tell.
 
     A family extends :meth:`read`, and :attr:`causes` by its own arguments.
-
-    Attributes:
-        family: Name of the family, 'unknown' for another project's backbone.
-        depths: Blocks per stage.
-        dims: Channels per stage, ``width_factor`` included.
-        arch: Name of the architecture, ``None`` for one that has none.
-        width_factor: The factor that explains ``dims``, if ``arch`` is known.
-        in_channels: Channels of the image.
-        kernel_sizes: Large kernel of each stage.
-        small_kernel: Size of the small kernel.
-        branch_norm: Whether there are batch norms within the large-kernel layer.
-        layer_scale: Whether blocks have ``gamma``.
-        deploy: Whether the branches are folded.
-        output_norms: Stages with an output norm.
-        num_classes: Size of a classification head.
     """
 
-    family: str = 'unknown'
-    depths: Sizes
-    dims: Sizes
-    arch: str | None
-    width_factor: float | None
-    in_channels: int | None
-    kernel_sizes: Sizes
+    family: str = 'unknown'  # its name; 'unknown' for another project's backbone
+    depths: Sizes  # blocks per stage
+    dims: Sizes  # channels per stage, width_factor included
+    arch: str | None  # name of the architecture; None for one that has none
+    width_factor: float | None  # the factor that explains dims, if arch is known
+    in_channels: int | None  # of the image
+    kernel_sizes: Sizes  # large kernel of each stage
     small_kernel: int | None = None
-    branch_norm: bool
-    layer_scale: bool
-    deploy: bool
-    output_norms: tuple[int, ...]
-    num_classes: int | None
+    branch_norm: bool  # batch norms within the large-kernel layer
+    layer_scale: bool  # blocks have gamma
+    deploy: bool  # the branches are folded
+    output_norms: tuple[int, ...]  # stages with an output norm
+    num_classes: int | None  # of a classification head
 
-    title: ClassVar[str] = 'unknown'
-    """The family in messages."""
-
-    kernel_unit: ClassVar[str] = ''
-    """What ``kernel_sizes`` count where it is not pixels."""
-
+    title: ClassVar[str] = 'unknown'  # the family in messages
+    kernel_unit: ClassVar[str] = ''  # what kernel_sizes count where it is not pixels
+    # depths and dims of the named architectures, widths before width_factor
     archs: ClassVar[Mapping[str, Mapping[str, Sequence[int]]]] = {}
-    """``depths`` and ``dims`` of the named architectures, widths before ``width_factor``."""
-
+    # In what the members of this family differ, beside the arguments that all families have.
     causes: ClassVar[tuple[Cause, ...]] = ()
-    """In what the members of this family differ, beside the arguments that all families have."""
 
     @classmethod
     def read(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -155,6 +133,10 @@ class Variant:
         return self.arch or 'no named architecture'
 
 
+_WIDTH = (
+    'another width: the checkpoint has {theirs.dims} channels ({theirs.named}, width_factor {theirs.width_factor}), '
+    'the model {ours.dims} ({ours.named}, width_factor {ours.width_factor});'
+)
 _FIRST = (
     Cause(
         lambda theirs, ours: theirs.deploy and not ours.deploy,
@@ -177,15 +159,11 @@ _COMMON = (
     ),
     Cause(
         lambda theirs, ours: theirs.dims != ours.dims and theirs.arch == ours.arch is not None,
-        'another width: the checkpoint has {theirs.dims} channels ({theirs.arch}, width_factor '
-        '{theirs.width_factor}), the model {ours.dims} ({ours.arch}, width_factor {ours.width_factor}); '
-        'set width_factor',
+        f'{_WIDTH} set width_factor',
     ),
     Cause(
         lambda theirs, ours: theirs.dims != ours.dims and (theirs.arch is None or theirs.arch != ours.arch),
-        'another width: the checkpoint has {theirs.dims} channels ({theirs.named}, width_factor '
-        '{theirs.width_factor}), the model {ours.dims} ({ours.named}, width_factor {ours.width_factor}); '
-        'set arch or width_factor',
+        f'{_WIDTH} set arch or width_factor',
     ),
     Cause(
         differs('kernel_sizes'),
@@ -222,15 +200,10 @@ _COMMON = (
 
 
 def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
-    """Say in which arguments a checkpoint's backbone and a model's differ.
-
-    Args:
-        theirs: The checkpoint's backbone.
-        ours: The model's backbone.
+    """Say in which arguments a checkpoint's backbone (theirs) and a model's (ours) differ.
 
     Returns:
-        One sentence per difference, with its remedy; the most telling first. Empty if
-        the two are built alike.
+        One sentence per difference, with its remedy; the most telling first. Empty if the two are built alike.
     """
     if theirs.family == 'unknown' != ours.family:
         return ['the checkpoint holds the backbone of another project']

@@ -17,8 +17,6 @@ from .families import find_roots, known_backbones
 from .formats import convert_state_dict, refuse_unrecognized, to_official
 from .unwrap import unwrap
 
-__all__ = ['convert_checkpoint', 'write_checkpoint']
-
 
 def convert_checkpoint(checkpoint: Mapping[str, Any], to: str = 'ours', use_ema: bool = False) -> dict[str, Any]:
     """Convert the weights of a checkpoint, of a backbone or of a whole model.
@@ -32,8 +30,8 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], to: str = 'ours', use_ema:
         use_ema: Whether to take the moving average. Defaults to ``False``.
 
     Returns:
-        ``model`` for a bare backbone in another spelling than ours, as the official files
-        have it, else ``state_dict``; and ``meta`` where there was one.
+        ``model`` for a bare backbone in another spelling than ours, as in official files, else ``state_dict``; and
+        ``meta`` where there was one.
 
     Raises:
         CheckpointMismatch: There is no backbone, or a tensor has no place in the other spelling.
@@ -60,12 +58,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike, ove
 
     Args:
         checkpoint: As :func:`convert_checkpoint` returns it.
-        path: The file. A name that ends in '.safetensors' gets the tensors
-            alone, in that format.
+        path: The file, which is returned. '.safetensors' gets the tensors alone, in that format.
         overwrite: Whether an existing file may be replaced. Defaults to ``False``.
-
-    Returns:
-        The file.
 
     Raises:
         CheckpointError: The file exists or cannot be written, or the format's package is not installed.

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ['CONVENTIONS', 'PUBLISHED', 'ZOO', 'Convention', 'ModelInfo', 'Published', 'find_model', 'normalize_url']
-
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -26,9 +24,8 @@ class ModelInfo:
         backbone: Arguments of our backbone class that fit the weights.
         source: Where address and figures are from.
         config: The config of this project it belongs to, '' for a bare backbone.
-        figures: Published figures, units in the names: ``top1_percent``,
-            ``miou_percent`` (single scale), ``box_ap_percent``, ``mask_ap_percent``,
-            ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
+        figures: Published figures, units in the names: ``top1_percent``, ``miou_percent`` (single scale),
+            ``box_ap_percent``, ``mask_ap_percent``, ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
     """
@@ -43,42 +40,24 @@ class ModelInfo:
     counted: str = 'all'
     sha256: str | None = None
 
-    @property
-    def filename(self) -> str:
-        """Name of the file in the cache."""
-        return f'{self.name}.pth'
-
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to count parameters and FLOPs.
+    """A way to count parameters and FLOPs."""
 
-    Attributes:
-        text: What is counted, for the table of costs.
-        count: Parameters and FLOPs of a :class:`slak_mm.cost.Cost` in this way.
-        needs_masks: Whether a dense network cannot be counted so.
-    """
-
-    text: str
-    count: Callable[[Any], tuple[int, int]]
-    needs_masks: bool = False
+    text: str  # what is counted, for the table of costs
+    count: Callable[[Any], tuple[int, int]]  # parameters and FLOPs of a slak_mm.cost.Cost in this way
+    needs_masks: bool = False  # whether a dense network cannot be counted so
 
 
 @dataclass(frozen=True)
 class Published:
-    """Published parameters and FLOPs of a network.
+    """Published parameters and FLOPs of a network."""
 
-    Attributes:
-        parameters_m: Millions.
-        flops_g: Multiply-adds, 10^9.
-        counted: How they were counted, a key of :data:`CONVENTIONS`.
-        source: Where they are from.
-    """
-
-    parameters_m: float
-    flops_g: float
-    counted: str
-    source: str
+    parameters_m: float  # millions
+    flops_g: float  # multiply-adds, 10^9
+    counted: str  # how they were counted, a key of CONVENTIONS
+    source: str  # where they are from
 
 
 #: Every published checkpoint of the registered families by its name.
@@ -95,44 +74,21 @@ _SURF_SHARE = re.compile(r'^(https?://surfdrive\.surf\.nl/files/index\.php/s/\w+
 def normalize_url(url: str) -> str:
     """Turn the address of a viewing page into the address of the file behind it.
 
-    Knows Google Drive's ``/file/d/<id>/view``, ``open?id=`` and ``uc?id=`` links and SURFdrive's
-    shares; every other address is returned as it is.
-
-    Args:
-        url: An address as people paste it.
-
-    Returns:
-        The address to download from.
+    Knows Google Drive's ``/file/d/<id>/view``, ``open?id=`` and ``uc?id=`` links and SURFdrive's shares; every other
+    address is returned as it is.
     """
-    match = _DRIVE_ID.match(url)
-    if match:
-        file_id = match.group(1) or match.group(2)
+    if match := _DRIVE_ID.match(url):
         # `confirm=t` answers the question that Drive asks about files too large to be scanned.
-        return f'https://drive.usercontent.google.com/download?id={file_id}&export=download&confirm=t'
-    match = _SURF_SHARE.match(url)
-    if match:
-        return match.group(1) + '/download'
-    return url
+        return f'https://drive.usercontent.google.com/download?id={match[1] or match[2]}&export=download&confirm=t'
+    return f'{match[1]}/download' if (match := _SURF_SHARE.match(url)) else url
 
 
 def find_model(source: str) -> ModelInfo | None:
-    """Look up a zoo entry by its name or by one of its addresses.
-
-    Args:
-        source: A name of :data:`ZOO`, or a URL.
-
-    Returns:
-        The entry, or ``None``.
-    """
-    if source in ZOO:
-        return ZOO[source]
-    if '://' not in source:
-        return None
+    """The zoo entry of a name or address, or ``None``."""
+    if source in ZOO or '://' not in source:
+        return ZOO.get(source)
     address = normalize_url(source)
-    for info in ZOO.values():
-        if info.url is not None and normalize_url(info.url) == address:
-            return info
-    return None
+    return next((info for info in ZOO.values() if info.url and normalize_url(info.url) == address), None)
 
 
 def similar_names(name: str) -> list[str]:
@@ -141,11 +97,7 @@ def similar_names(name: str) -> list[str]:
 
 
 def zoo_table() -> list[list[str]]:
-    """The zoo as rows of text: a header, then one row per model.
-
-    Returns:
-        Name, task, published figures, address, source.
-    """
+    """The zoo as rows of text, the first a header: name, task, published figures, address, source."""
     units = dict(
         top1_percent='{:g}% top-1',
         miou_percent='{:g}% mIoU ss',

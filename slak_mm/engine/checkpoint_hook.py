@@ -25,8 +25,6 @@ from slak_mm.checkpoints import unwrap_model
 from .epoch_loop import ResumableEpochLoop
 from .resume import GRADIENTS_KEY, RUN_KEY, describe_run, wrappers_of
 
-__all__ = ['AtomicCheckpointHook', 'checkpoint_pattern']
-
 _ATOMIC = 'slak_mm.atomic'
 
 
@@ -51,11 +49,10 @@ def checkpoint_pattern(template: str) -> re.Pattern[str]:
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, with nothing lost when a save is cut off.
 
-    A checkpoint is written to a temporary file, which takes the checkpoint's name once the disk
-    holds it. Then ``last_checkpoint`` moves in the same way, and only then checkpoints that are not
-    kept any more are deleted, so that for a moment there is one more than ``max_keep_ckpts``. The
-    same holds for the best checkpoints and the published ones. Storage other than local files
-    works as with mmengine's hook.
+    A checkpoint is written to a temporary file, which takes the checkpoint's name once the disk holds it. Then
+    ``last_checkpoint`` moves in the same way, and only then checkpoints that are not kept any more are deleted, so
+    that for a moment there is one more than ``max_keep_ckpts``. The same holds for the best checkpoints and the
+    published ones. Storage other than local files works as with mmengine's hook.
 
     Checkpoints that an earlier run left in the folder, and that this run would overwrite or that lie
     beyond the one it goes on from, are moved to a folder ``earlier_<time>`` beside them.
@@ -120,7 +117,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 level=logging.WARNING,
             )
 
-    # --------------------------------------------------------------------------- saving
+    # Saving
 
     def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Save where it is due, knowing the place in the epoch."""

@@ -3,8 +3,6 @@
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 
-__all__ = ['ResumableEpochLoop']
-
 
 @LOOPS.register_module()
 class ResumableEpochLoop(EpochBasedTrainLoop):

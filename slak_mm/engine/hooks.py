@@ -10,25 +10,20 @@ from slak_mm.checkpoints import LoadReport, find_backbones, load_foreign, prepar
 
 from .resume import check_resumed
 
-__all__ = ['StrictCheckpointHook', 'load_whole_model']
-
 
 def load_whole_model(model: nn.Module, checkpoint: dict, source: str) -> LoadReport | None:
     """Load every weight of a model, heads included, or none.
 
     Args:
         model: A segmentor or detector, wrapped or not.
-        checkpoint: Content of a checkpoint file; its weights may have official names. It
-            is changed.
+        checkpoint: Content of a checkpoint file; its weights may have official names. It is changed.
         source: Name of the file for messages.
 
     Returns:
-        What was loaded; None for a model without a backbone of this package,
-        for which nothing is converted.
+        What was loaded; None for a model without a backbone of this package, for which nothing is converted.
 
     Raises:
-        slak_mm.checkpoints.CheckpointMismatch: The checkpoint lacks something, has something
-            else, or is only a backbone.
+        CheckpointMismatch: The checkpoint lacks something, has something else, or is only a backbone.
     """
     model = unwrap_model(model)
     if not find_backbones(model):
@@ -52,11 +47,10 @@ class StrictCheckpointHook(Hook):
     Args:
         strict: Whether a checkpoint must have every weight of the model and nothing else.
             Defaults to True; False is for fine-tuning with another head, from ``load_from``.
-        require_heads: Whether to refuse a checkpoint of a backbone alone, as for resuming.
-            Defaults to False.
+        require_heads: Whether to refuse a checkpoint of a backbone alone, as for resuming. Defaults to False.
 
     Raises:
-        slak_mm.checkpoints.CheckpointMismatch: While loading, before a weight is overwritten.
+        CheckpointMismatch: While loading, before a weight is overwritten.
     """
 
     # Before hooks that take the weights from the checkpoint, such as EMAHook.

@@ -21,8 +21,6 @@ from mmengine.runner.checkpoint import (
 from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
 from slak_mm.checkpoints.reader import read_open_file
 
-__all__ = ['load_from_safe_reader', 'safe_reader']
-
 # torch.load refuses to run with both.
 _SWITCHES = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
 
@@ -60,15 +58,9 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
     """Read a checkpoint as :func:`slak_mm.checkpoints.read_checkpoint`, from mmengine's addresses as well.
 
     Args:
-        filename: A path, an address, a zoo name, a name of mmengine's tables such as
-            ``torchvision://resnet50``, or a file of a storage that ``mmengine.fileio`` knows.
+        filename: A path, an address, a zoo name, a name of mmengine's tables such as ``torchvision://resnet50``, or a
+            file of a storage that ``mmengine.fileio`` knows.
         map_location: Not used: the tensors are on the CPU, and what takes them copies them.
-
-    Returns:
-        The content of the file.
-
-    Raises:
-        CheckpointError: As :func:`slak_mm.checkpoints.read_checkpoint`.
     """
     scheme, _, name = os.fspath(filename).partition('://')
     if scheme in _TABLES:

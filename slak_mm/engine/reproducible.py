@@ -15,7 +15,7 @@ the same dropped paths as an uninterrupted one, with any number of data workers.
 
 import logging
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,23 +28,9 @@ from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 
 from slak_mm._config import add_hook, datasets_of, type_name
 
-__all__ = [
-    'IterationSeedHook',
-    'KeyedDefaultSampler',
-    'KeyedIndex',
-    'KeyedInfiniteSampler',
-    'SeedBySample',
-    'make_reproducible',
-    'seed_everything',
-]
-
 
 def seed_everything(*key: int) -> None:
-    """Seed torch, numpy and python from a tuple of non-negative integers.
-
-    Args:
-        key: What the seed depends on, for example seed, rank and iteration.
-    """
+    """Seed torch, numpy and python from non-negative integers, for example seed, rank and iteration."""
     words = np.random.SeedSequence(key).generate_state(3)
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -52,79 +38,53 @@ def seed_everything(*key: int) -> None:
 
 
 class KeyedIndex(int):
-    """Index of a sample that knows the seed of its run and its place in the run's order.
+    """Index of a sample whose ``key`` is the seed of its run and its place in the run's order.
 
-    Wrapping data sets compute the index within the data set that they wrap: mmengine's
-    ``ConcatDataset`` by a difference, its ``RepeatDataset`` by a remainder. Both keep the key.
-
-    Attributes:
-        key: Seed and place.
+    Wrapping data sets compute the index within the data set that they wrap: mmengine's ``ConcatDataset`` by a
+    difference, its ``RepeatDataset`` by a remainder. Both keep the key.
     """
 
     key: tuple[int, int] | None = None
 
     def __sub__(self, other: int) -> 'KeyedIndex':
-        return self._with_key(int(self) - other)
+        return type(self).of(int(self) - other, self.key)
 
     def __mod__(self, other: int) -> 'KeyedIndex':
-        return self._with_key(int(self) % other)
-
-    def _with_key(self, index: int) -> 'KeyedIndex':
-        keyed = type(self)(index)
-        keyed.key = self.key
-        return keyed
+        return type(self).of(int(self) % other, self.key)
 
     @classmethod
-    def of(cls, index: int, seed: int, place: int) -> 'KeyedIndex':
+    def of(cls, index: int, key: tuple[int, int] | None) -> 'KeyedIndex':
         """Make one."""
         keyed = cls(index)
-        keyed.key = (seed, place)
+        keyed.key = key
         return keyed
 
 
 @DATA_SAMPLERS.register_module()
 class KeyedInfiniteSampler(InfiniteSampler):
-    """mmengine's ``InfiniteSampler``, with :class:`KeyedIndex` as indices.
-
-    Args:
-        dataset: The data set.
-        shuffle: Whether to shuffle. Defaults to True.
-        seed: Seed of the order. Defaults to the one that mmengine gives.
-    """
+    """mmengine's ``InfiniteSampler``, with its arguments and :class:`KeyedIndex` as indices."""
 
     def _indices_of_rank(self) -> Iterator[int]:
         for count, index in enumerate(super()._indices_of_rank()):
-            yield KeyedIndex.of(index, self.seed, count * self.world_size + self.rank)
+            yield KeyedIndex.of(index, (self.seed, count * self.world_size + self.rank))
 
 
 @DATA_SAMPLERS.register_module()
 class KeyedDefaultSampler(DefaultSampler):
-    """mmengine's ``DefaultSampler``, with :class:`KeyedIndex` as indices.
-
-    Args:
-        dataset: The data set.
-        shuffle: Whether to shuffle. Defaults to True.
-        seed: Seed of the order. Defaults to the one that mmengine gives.
-        round_up: Whether to repeat samples so that all processes have as many.
-            Defaults to True.
-    """
-
-    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True) -> None:
-        super().__init__(dataset, shuffle=shuffle, seed=seed, round_up=round_up)
+    """mmengine's ``DefaultSampler``, with its arguments and :class:`KeyedIndex` as indices."""
 
     def __iter__(self) -> Iterator[int]:
         before = self.epoch * self.num_samples * self.world_size
         for count, index in enumerate(super().__iter__()):
-            yield KeyedIndex.of(index, self.seed, before + count * self.world_size + self.rank)
+            yield KeyedIndex.of(index, (self.seed, before + count * self.world_size + self.rank))
 
 
 @TRANSFORMS.register_module()
 class SeedBySample:
     """First transform of a pipeline: seeds the generators from the sample's place in the run.
 
-    It needs a data set that hands the sampler's index on as ``results['sample_idx']``, as
-    mmengine's ``BaseDataset`` does, alone or within ``ConcatDataset`` or ``RepeatDataset``; with
-    a plain index it does nothing.
+    It needs a data set that hands the sampler's index on as ``results['sample_idx']``, as mmengine's ``BaseDataset``
+    does, alone or within ``ConcatDataset`` or ``RepeatDataset``; with a plain index it does nothing.
     """
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +118,10 @@ def make_reproducible(cfg: Config) -> None:
     """Let a config train with the parts of this module.
 
     Args:
-        cfg: Changed in place: samplers of mmengine become their keyed versions, training
-            pipelines begin with :class:`SeedBySample`, and :class:`IterationSeedHook` is added.
-            Other samplers are left as they are, with a warning, and so are wrapping data sets that look the index
-            up in a table (``ClassBalancedDataset``): their augmentations then depend on the
-            workers as usual.
+        cfg: Changed in place: samplers of mmengine become their keyed versions, training pipelines begin with
+            :class:`SeedBySample`, and :class:`IterationSeedHook` is added. Other samplers are left as they are, with
+            a warning, and so are wrapping data sets that look the index up in a table (``ClassBalancedDataset``):
+            their augmentations then depend on the workers as usual.
     """
     loader = cfg.get('train_dataloader')
     if not loader:

@@ -18,8 +18,6 @@ from slak_mm.checkpoints import CheckpointMismatch, unwrap_model
 from .epoch_loop import ResumableEpochLoop
 from .sparsity_hook import SPARSITY_KEY, SparsityHook, SparsityMismatch
 
-__all__ = ['GRADIENTS_KEY', 'RUN_KEY', 'check_state', 'check_resumed', 'describe_run', 'wrappers_of']
-
 #: Entry of a checkpoint with the gradients of an unfinished accumulation, by process and parameter.
 GRADIENTS_KEY = 'gradients'
 #: Entry of a checkpoint's ``meta`` with :func:`describe_run`.
@@ -57,12 +55,8 @@ def _accumulation(runner: Any) -> int:
 def check_state(checkpoint: Mapping[str, Any], source: str) -> None:
     """Refuse a checkpoint that is not of a training run, or whose parts are of other types.
 
-    Args:
-        checkpoint: Content of the file.
-        source: Name of the file for messages.
-
     Raises:
-        CheckpointMismatch: Names the file and the part.
+        CheckpointMismatch: Names the file (``source``) and the part.
     """
     missing = [part for part in ('state_dict', 'optimizer', 'message_hub', 'meta') if part not in checkpoint]
     if missing:
@@ -98,9 +92,8 @@ def check_resumed(runner: Any, checkpoint: Mapping[str, Any]) -> None:
     with _part(source, 'message_hub'):
         for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
             checkpoint['message_hub'][key].items()
-        if not all(
-            isinstance(step, int) for step in checkpoint['message_hub']['runtime_info'].get('keep_ckpt_ids', [])
-        ):
+        kept = checkpoint['message_hub']['runtime_info'].get('keep_ckpt_ids', [])
+        if not all(isinstance(step, int) for step in kept):
             raise TypeError('keep_ckpt_ids are not all numbers')
     if SPARSITY_KEY in checkpoint and not any(isinstance(hook, SparsityHook) for hook in runner.hooks):
         raise SparsityMismatch(
@@ -108,14 +101,14 @@ def check_resumed(runner: Any, checkpoint: Mapping[str, Any]) -> None:
             f'train on densely from its weights, start a new run with {source} as load_from.'
         )
     changes = _changed_facts(runner, checkpoint['meta'].get(RUN_KEY, {}), source)
-    with _part(source, 'optimizer'):
-        changes += _check_optimizer(runner, checkpoint['optimizer'])
-    with _part(source, 'param_schedulers'):
-        changes += _check_schedulers(runner, checkpoint.get('param_schedulers'))
-    with _part(source, 'ema_state_dict'):
-        changes += _check_averages(runner, checkpoint)
-    with _part(source, GRADIENTS_KEY):
-        _check_place(runner, checkpoint)
+    for part, check in (
+        ('optimizer', _check_optimizer),
+        ('param_schedulers', _check_schedulers),
+        ('ema_state_dict', _check_averages),
+        (GRADIENTS_KEY, _check_place),
+    ):
+        with _part(source, part):
+            changes += check(runner, checkpoint)
     if changes:
         print_log(
             f'{source} is resumed with other settings than it was saved with, so this is not the same run any more: '
@@ -152,9 +145,9 @@ def _changed_facts(runner: Any, before: Mapping[str, Any], source: str) -> list[
     return [f'{key} was {before[key]!r}, is {value!r}' for key, value in changed.items()]
 
 
-def _check_optimizer(runner: Any, state: Mapping[str, Any]) -> list[str]:
+def _check_optimizer(runner: Any, checkpoint: Mapping[str, Any]) -> list[str]:
     """Load it as the runner will, which compares groups and sizes."""
-    wrappers = wrappers_of(runner.optim_wrapper)
+    state, wrappers = checkpoint['optimizer'], wrappers_of(runner.optim_wrapper)
     before = {name: [dict(group) for group in wrapper.param_groups] for name, wrapper in wrappers.items()}
     # Loading takes entries out.
     runner.optim_wrapper.load_state_dict({k: dict(v) if isinstance(v, Mapping) else v for k, v in state.items()})
@@ -172,28 +165,23 @@ def _check_optimizer(runner: Any, state: Mapping[str, Any]) -> list[str]:
                 if key in group and group[key] != old[key]:
                     changes.add(f'{key} stays {group[key]!r} in place of {old[key]!r}')
         saved = state[name] if name else state
-        if ('loss_scaler' in saved) != hasattr(wrapper, 'loss_scaler'):
-            changes.add(
-                'the loss scale is not restored, because this run has no mixed precision'
-                if 'loss_scaler' in saved
-                else 'the loss scale starts anew, because the run before had no mixed precision'
-            )
+        if 'loss_scaler' in saved and not hasattr(wrapper, 'loss_scaler'):
+            changes.add('the loss scale is not restored, because this run has no mixed precision')
+        if 'loss_scaler' not in saved and hasattr(wrapper, 'loss_scaler'):
+            changes.add('the loss scale starts anew, because the run before had no mixed precision')
     return sorted(changes)
 
 
 def _check_shapes(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group['params']:
-            for key in set(_MOMENTS) & set(optimizer.state.get(parameter, {})):
-                value = optimizer.state[parameter][key]
-                if value is not None and value.shape != parameter.shape:
-                    raise ValueError(
-                        f'{key} has the shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}'
-                    )
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
+        for key in set(_MOMENTS) & set(optimizer.state.get(parameter, {})):
+            value = optimizer.state[parameter][key]
+            if value is not None and value.shape != parameter.shape:
+                raise ValueError(f'{key} has the shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}')
 
 
-def _check_schedulers(runner: Any, state: Any) -> list[str]:
-    ours = _by_optimizer(runner.param_schedulers)
+def _check_schedulers(runner: Any, checkpoint: Mapping[str, Any]) -> list[str]:
+    state, ours = checkpoint.get('param_schedulers'), _by_optimizer(runner.param_schedulers)
     if not any(ours.values()):
         return ['the schedules of the run before are not restored, because this one has none'] if state else []
     theirs = _by_optimizer(state)
@@ -235,7 +223,7 @@ def _check_averages(runner: Any, checkpoint: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _check_place(runner: Any, checkpoint: Mapping[str, Any]) -> None:
+def _check_place(runner: Any, checkpoint: Mapping[str, Any]) -> list[str]:
     """Refuse a place in an accumulation or an epoch that the file does not have the state for."""
     iteration, epoch, loop = checkpoint['meta']['iter'], checkpoint['meta']['epoch'], runner.train_loop
     if RUN_KEY not in checkpoint['meta'] and iteration < runner.max_iters:
@@ -254,7 +242,7 @@ def _check_place(runner: Any, checkpoint: Mapping[str, Any]) -> None:
         )
     gradients = checkpoint.get(GRADIENTS_KEY)
     if gradients is None:
-        return
+        return []
     if len(gradients) != get_world_size():
         raise ValueError(
             f'it was saved inside an accumulation of {len(gradients)} processes, this run has {get_world_size()}'
@@ -264,3 +252,4 @@ def _check_place(runner: Any, checkpoint: Mapping[str, Any]) -> None:
         for name, gradient in own.items():
             if not isinstance(gradient, Tensor) or gradient.shape != parameters[name].shape:
                 raise ValueError(f'the gradient of {name} does not fit')
+    return []

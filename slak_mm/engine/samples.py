@@ -14,8 +14,6 @@ from torch import nn
 
 from slak_mm.checkpoints import unwrap_model
 
-__all__ = ['CheckedLoad', 'DataError', 'FiniteLossHook', 'check_loads', 'check_samples']
-
 
 class DataError(ValueError):
     """A file of the data cannot be used; the message has its name and the remedy."""
@@ -58,18 +56,18 @@ class CheckedLoad:
                 f'The {"image" if is_image else "annotation"} {path} cannot be read: damaged, empty, missing or '
                 f'without what is asked for ({": ".join(lines[:2])}).'
             ) from error
-        if loaded is not None and 'ori_shape' in loaded:
-            names = {base.__name__ for base in type(self.load).__mro__}
-            if 'LoadAnnotations' not in names:
-                if _ends_early(loaded.get('img_path')):
-                    raise DataError(f'The image {loaded["img_path"]} cannot be read: it ends in the middle.')
-                if loaded.get('height') and loaded.get('width'):
-                    self._check_size(loaded, (loaded['height'], loaded['width']), 'its annotation is for an image of')
-            else:
-                if 'gt_seg_map' in loaded:
-                    self._check_labels(loaded)
-                if self.training and 'gt_bboxes' in loaded:
-                    self._check_boxes(loaded)
+        if loaded is None or 'ori_shape' not in loaded:
+            return loaded
+        if not any(base.__name__ == 'LoadAnnotations' for base in type(self.load).__mro__):
+            if _ends_early(loaded.get('img_path')):
+                raise DataError(f'The image {loaded["img_path"]} cannot be read: it ends in the middle.')
+            if loaded.get('height') and loaded.get('width'):
+                self._check_size(loaded, (loaded['height'], loaded['width']), 'its annotation is for an image of')
+            return loaded
+        if 'gt_seg_map' in loaded:
+            self._check_labels(loaded)
+        if self.training and 'gt_bboxes' in loaded:
+            self._check_boxes(loaded)
         return loaded
 
     def __repr__(self) -> str:
@@ -101,15 +99,15 @@ class CheckedLoad:
         self._check_size(results, labels.shape, f'its label map "{path}" is')
         if self.num_classes is None:
             return
+        first = int(bool(results.get('reduce_zero_label')))
         unknown = labels[(labels >= self.num_classes) & ~np.isin(labels, self.ignored)]
-        value = int(unknown.max()) + bool(results.get('reduce_zero_label')) if unknown.size else _large_label(path)
+        value = int(unknown.max()) + first if unknown.size else _large_label(path)
         if value is not None:
             raise DataError(
-                f'"{path}" has the label {value}, but the model has {self.num_classes} classes (labels '
-                f'{"1" if results.get("reduce_zero_label") else "0"} to '
-                f'{self.num_classes - 1 + bool(results.get("reduce_zero_label"))}; {self.ignored[0]} is ignored): '
-                'correct it, or set num_classes of every head and the metainfo.classes of the data set; '
-                'reduce_zero_label=True of the data set is for labels that count from 1.'
+                f'"{path}" has the label {value}, but the model has {self.num_classes} classes (labels {first} to '
+                f'{self.num_classes - 1 + first}; {self.ignored[0]} is ignored): correct it, or set num_classes of '
+                'every head and the metainfo.classes of the data set; reduce_zero_label=True of the data set is for '
+                'labels that count from 1.'
             )
 
     def _check_boxes(self, results: dict[str, Any]) -> None:
@@ -177,21 +175,19 @@ def check_samples(runner: Any) -> None:
     if num_classes == 1 or getattr(head, 'out_channels', None) == 1:
         num_classes = 2  # one channel tells two classes apart
     ignore_index = getattr(head, 'ignore_index', None)
-    ignore_index = 255 if ignore_index is None else ignore_index
-    for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
-        for dataset in _innermost(getattr(getattr(loop, 'dataloader', None), 'dataset', None)):
+
+    def check(dataset: Any) -> None:
+        inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+        if inner[0] is None:  # it wraps no other
             training = not getattr(dataset, 'test_mode', False)
-            check_loads(getattr(dataset, 'pipeline', None), training, num_classes, ignore_index)
+            pipeline = getattr(dataset, 'pipeline', None)
+            check_loads(pipeline, training, num_classes, 255 if ignore_index is None else ignore_index)
+            return
+        for part in inner:
+            check(part)
 
-
-def _innermost(dataset: Any) -> Iterator[Any]:
-    """Data sets that wrap no other."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if inner[0] is None:
-        yield dataset
-        return
-    for part in inner:
-        yield from _innermost(part)
+    for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+        check(getattr(getattr(loop, 'dataloader', None), 'dataset', None))
 
 
 def check_loads(node: Any, *arguments: Any) -> None:

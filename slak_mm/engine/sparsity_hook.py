@@ -33,8 +33,6 @@ from slak_mm.sparsity import (
 
 from .reproducible import seed_everything
 
-__all__ = ['SPARSITY_KEY', 'SparsityHook', 'SparsityMismatch', 'finalize_checkpoint', 'saved_masks']
-
 #: Entry of a checkpoint with the state of :class:`SparsityHook`.
 SPARSITY_KEY = 'sparsity'
 
@@ -47,69 +45,42 @@ class SparsityMismatch(CheckpointMismatch):
 class SparsityHook(Hook):
     """Train with weights that are zero, and let other weights take their place from time to time.
 
-    The masks are applied by a hook of the optimizer itself, after each of its steps and at no
-    other time: neither gradient accumulation nor a step that mixed precision skips because of an
-    overflow counts, and weights, momenta and second moments of pruned entries are zero, bit for
-    bit, whenever anything looks at them. The averaged models of ``EMAHook`` and the like are masked
-    in the same moment in which the masks change, whatever the order of the hooks, and stay sparse
-    because an average of zeros is zero. The average of a grown weight begins at the first value
-    that it has, as in the official code.
+    The masks are applied by a hook of the optimizer itself, after each of its steps and at no other time: neither
+    gradient accumulation nor a step that mixed precision skips because of an overflow counts, and weights, momenta
+    and second moments of pruned entries are zero, bit for bit, whenever anything looks at them. The averaged models
+    of ``EMAHook`` and the like are masked in the same moment in which the masks change, whatever the order of the
+    hooks, and stay sparse because an average of zeros is zero. The average of a grown weight begins at the first
+    value that it has, as in the official code.
 
-    Gradients for growth (``mode='rigl'``) are those that the optimizer is given in the step that
-    changes the masks: dense, accumulated over micro-batches, averaged over the processes,
-    without the loss scale, and after clipping. Clipping by norm scales all of them alike and so
-    changes no choice.
+    Gradients for growth (``mode='rigl'``) are those that the optimizer is given in the step that changes the masks:
+    dense, accumulated over micro-batches, averaged over the processes, without the loss scale, and after clipping.
+    Clipping by norm scales all of them alike and so changes no choice.
 
-    State is kept in the checkpoint under ``sparsity``: a run that was killed and resumed goes on
-    with the same masks, in the same phase of the schedule. The saved weights have real zeros, so
-    any tool can use them; :func:`finalize_checkpoint` gives them without the rest.
+    State is kept in the checkpoint under ``sparsity``: a resumed run goes on with the same masks, in the same phase of
+    the schedule. The saved weights have real zeros; :func:`finalize_checkpoint` gives them without the rest.
 
-    In a distributed run the processes have the same masks: they draw alike, SNIP's gradients are
-    averaged, rank 0's masks are broadcast at each change, and their hashes are compared at the
-    start. Model wrappers other than ``DistributedDataParallel``, which cut up or move weights, are
-    refused.
+    In a distributed run the processes have the same masks: they draw alike, SNIP's gradients are averaged, rank 0's
+    masks are broadcast at each change, and their hashes are compared at the start. Model wrappers other than
+    ``DistributedDataParallel``, which cut up or move weights, are refused.
 
     Args:
-        mode: 'static' keeps the masks; 'set' replaces the smallest weights by
-            random ones (SET, Mocanu et al. 2018), 'rigl' by those with the
-            largest gradients (RigL, Evci et al. 2020), 'momentum' by those with the largest
-            momentum. Defaults to that of the preset, else 'static'.
-        distribution: Where the first masks come from: 'from_weights' takes the
-            zeros of the weights that training starts with, 'uniform', 'erk' and 'snip' draw
-            masks with ``sparsity`` zeros; SNIP needs one batch of the training data, which
-            training does not miss, and runs it without dropout and drop path. Defaults to that of
-            the preset, else 'from_weights'.
-        sparsity: Share of zeros among the selected weights. With
-            'from_weights', the share that the weights should have, of which half must be
-            found. Defaults to that of the preset, else 0.4 where masks are drawn.
-        update_interval: Optimizer steps between two changes of the masks.
-            Defaults to that of the preset, else 100.
-        prune_rate: Share of each layer's weights that the first change
-            replaces; it falls along half a cosine. Defaults to that of the preset, else 0.3.
-        stop_fraction: The masks do not change after this share of the training.
-            Defaults to that of the preset, else 0.75.
-        include: Regular expressions; a weight is selected if one
-            is found in its name or is the type of its module. Defaults to the weights of the
-            backbone.
+        preset: Published training, a key of :data:`slak_mm.sparsity.PRESETS`. Arguments given beside it have
+            precedence. Defaults to None.
+        include: Regular expressions; a weight is selected if one is found in its name or is the type of its module.
+            Defaults to the weights of the backbone.
         exclude: The same, to leave weights out.
-        selection: Selection of
-            :func:`~slak_mm.sparsity.select_parameters`: 'backbone', 'large_kernel',
-            'all' or that of a family of backbones. Defaults to that of the preset where it is narrower
-            than the backbone, else to the backbone.
-        preset: Published training, a key of :data:`slak_mm.sparsity.PRESETS`.
-            Arguments given beside it have precedence. Defaults to None.
-        seed: Seed of all that is drawn. Defaults to 0.
-        from_scratch: Arguments that take the place of those here in a run from random
-            weights, which have no zeros to take masks from. Whoever starts such a run puts
-            them in; the hook itself does not use them.
-        **options: Further arguments of :class:`~slak_mm.sparsity.SparseTraining`, such as
-            ``sampling`` or ``sparse_gap``.
+        selection: Selection of :func:`~slak_mm.sparsity.select_parameters`: 'backbone', 'large_kernel', 'all' or that
+            of a family of backbones. Defaults to that of the preset where it is narrower than the backbone, else to
+            the backbone.
+        from_scratch: Arguments that take the place of those here in a run from random weights, which have no zeros to
+            take masks from. Whoever starts such a run puts them in; the hook itself does not use them.
+        **options: Further arguments of :class:`~slak_mm.sparsity.SparseTraining`, with its defaults but for
+            ``sparsity``, which is 0.4 where masks are drawn. With ``distribution='from_weights'`` it is the share of
+            zeros that the weights should have, of which half must be found. ``distribution='snip'`` needs one batch
+            of the training data, which training does not miss, and runs it without dropout and drop path.
 
     Attributes:
-        masks: From the start of training on: name of each sparse parameter of
-            the model -> boolean tensor of its shape, True where it is not pruned.
-        training: What holds and changes the masks; None before training, and where all selected
-            weights are frozen.
+        training: What holds and changes the masks; None before training, and where all selected weights are frozen.
 
     Raises:
         SparsityError: An argument is unknown or out of its range.
@@ -119,16 +90,11 @@ class SparsityHook(Hook):
 
     def __init__(
         self,
-        mode: str | None = None,
-        distribution: str | None = None,
-        sparsity: float | None = None,
-        update_interval: int | None = None,
-        prune_rate: float | None = None,
-        stop_fraction: float | None = None,
+        *,
+        preset: str | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         selection: str | None = None,
-        preset: str | None = None,
         seed: int = 0,
         from_scratch: Mapping[str, Any] | None = None,
         **options: Any,
@@ -145,19 +111,10 @@ class SparsityHook(Hook):
                 )
         published = dict(PRESETS[preset]) if preset else {}
         chosen = published.pop('selection', None)
-        given = dict(
-            mode=mode,
-            distribution=distribution,
-            sparsity=sparsity,
-            update_interval=update_interval,
-            prune_rate=prune_rate,
-            stop_fraction=stop_fraction,
-            **options,
-        )
-        self.options = dict(dict(mode='static', distribution='from_weights'), **published)
-        self.options.update({key: value for key, value in given.items() if value is not None})
+        self.options = dict(mode='static', distribution='from_weights') | published
+        self.options.update({key: value for key, value in options.items() if value is not None})
         if self.options['distribution'] == 'from_weights':
-            self.options['sparsity'] = sparsity
+            self.options['sparsity'] = options.get('sparsity')
         elif 'sparsity' not in self.options:
             self.options['sparsity'] = 0.4
         self.selection = selection or (chosen if chosen != 'all' else None)
@@ -170,10 +127,10 @@ class SparsityHook(Hook):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Name of each sparse parameter -> boolean tensor of its shape."""
+        """Name of each sparse parameter -> boolean tensor of its shape, True where it is not pruned."""
         return self.training.masks if self.training is not None else {}
 
-    # ------------------------------------------------------------------------- start and end
+    # Start and end
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Take the masks of the run to resume, or refuse it before a weight is overwritten."""
@@ -204,13 +161,11 @@ class SparsityHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Make the masks, or go on with the restored ones, and hook up the optimizer."""
         self._release()
-        if self._restored:
-            assert self.training is not None
-        else:
+        if not self._restored:
             self.training = self._build(runner)
-            if self.training is None:
-                return
             self._initialize(runner)
+        if self.training is None:
+            return
         self._restored = False
         self.training.check_agreement()
         self._runner = runner
@@ -264,7 +219,8 @@ class SparsityHook(Hook):
         return select_parameters(model, selection, include, self.exclude)
 
     def _initialize(self, runner: Any) -> None:
-        assert self.training is not None
+        if self.training is None:
+            return
         if self.options['distribution'] != 'snip':
             self.training.initialize()
             return
@@ -307,7 +263,7 @@ class SparsityHook(Hook):
             samples = [dataset[int(order[(first + i) % number])] for i in range(size)]
             return loader.collate_fn(samples)
 
-    # ---------------------------------------------------------------------- optimizer steps
+    # Optimizer steps
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Let the averaged models and the log follow a change of the masks."""
@@ -325,7 +281,7 @@ class SparsityHook(Hook):
         for module in (unwrap_model(runner.model), *_averages(runner)):
             self.training.enforce(dict(module.named_parameters()))
 
-    # ------------------------------------------------------------------- checkpoints and log
+    # Checkpoints and log
 
     def before_val_epoch(self, runner: Any) -> None:
         """Mask what is going to be validated, also where a hook has put averages into it."""
@@ -439,12 +395,9 @@ def _detached(dataset: Any) -> Any:
 def saved_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks that a checkpoint has from a :class:`SparsityHook`.
 
-    Args:
-        checkpoint: Content of a checkpoint file.
-
     Returns:
-        Parameter name -> boolean tensor of the parameter's shape, or of
-        (filters, 1, 1, 1) where whole filters are pruned. Empty without a hook's state.
+        Parameter name -> boolean tensor of the parameter's shape, or of (filters, 1, 1, 1) where whole filters are
+        pruned. Empty without a hook's state.
     """
     state = checkpoint.get(SPARSITY_KEY)
     return masks_from_state(state) if state else {}
@@ -454,8 +407,7 @@ def finalize_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a training checkpoint alone, with the pruned ones verified to be zero.
 
     Args:
-        checkpoint: Content of a checkpoint file, with or without the state of a
-            :class:`SparsityHook`.
+        checkpoint: Content of a checkpoint file, with or without the state of a :class:`SparsityHook`.
 
     Returns:
         ``state_dict``, and ``meta`` where there was one.

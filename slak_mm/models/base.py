@@ -240,28 +240,12 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
         if self.pretrained_cfg is not None:
             load_pretrained(self, self.pretrained_cfg['checkpoint'], prefix=self.pretrained_cfg.get('prefix'))
 
-    def complete_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> list[str]:
-        """Fit a state dict by our names to this backbone where that leaves the function as it is.
-
-        The stages behind the last one of ``out_indices`` are left out.
-
-        Args:
-            state_dict: Tensors by our names; changed in place.
-            prefix: Prefix of this backbone's names.
-
-        Returns:
-            A sentence for each kind of change.
-
-        Raises:
-            CheckpointMismatch: A tensor cannot belong to this backbone.
-        """
+    def why_unused(self, name: str) -> str:
+        """Why a tensor of the whole network is left out: its stage lies behind the last one of ``out_indices``."""
         last = self.out_indices[-1]
-        stage = re.compile(re.escape(prefix) + r'(?:downsample_layers|stages)\.(\d+)\.')
-        unused = [key for key in state_dict if (found := stage.match(key)) and last < int(found[1]) < len(self.depths)]
-        for key in unused:
-            del state_dict[key]
-        remark = f'{len(unused)} tensors behind stage {last}, the last one that out_indices returns, were left out'
-        return [remark] if unused else []
+        stage = re.match(r'(?:downsample_layers|stages)\.(\d+)\.', name)
+        is_behind = stage is not None and last < int(stage[1]) < len(self.depths)
+        return f'behind stage {last}, the last one that out_indices returns' if is_behind else ''
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors by our or official names; all of them, or with an error none.

@@ -1,13 +1,7 @@
-"""A small model with data and a runner, for tests of sparse training.
-
-As a script it trains in one of several processes and saves what came out of it:
-``python sparse_toy.py OUT DISTRIBUTION:MODE...``, or ``two-parts``.
-"""
+"""A small model with data and a runner, for tests of sparse training."""
 
 from __future__ import annotations
 
-import os
-import sys
 import uuid
 
 import torch
@@ -187,10 +181,10 @@ def make_runner(
     )
 
 
-def main() -> None:
-    out, *variants = sys.argv[1:]
-    rank = int(os.environ['RANK'])
-    torch.distributed.init_process_group('gloo')
+def process(rank: int, out: str, *variants: str) -> None:
+    """Train in one of two processes, and save what came out; a variant is ``distribution:mode`` or ``two-parts``."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{out}/store', rank=rank, world_size=2)
     for variant in variants:
         (train_in_two_parts if variant == 'two-parts' else train_variant)(out, rank, *variant.split(':'))
     torch.distributed.barrier()
@@ -224,7 +218,3 @@ def train_in_two_parts(out: str, rank: int, _: str) -> None:
         runner.train()
         torch.save(model.module.state_dict(), f'{out}/{name}{rank}.pth')
         torch.distributed.barrier()
-
-
-if __name__ == '__main__':
-    main()

@@ -9,34 +9,25 @@ from slak_mm.models import SLaK
 
 TOY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 TOY_KERNELS = (13, 11, 9, 7)
+LORA = ('LoRA1', 'LoRA2')
+#: Arguments that make a SLaK a ConvNeXt.
+CONVNEXT = dict(kernel_sizes=(7,) * 4, small_kernel=None, decomposed=False, branch_norm=False, conv_bias=True)
+
+
+def affine(name, weight):
+    """A weight of this shape, and a bias."""
+    return [(f'{name}.weight', weight), (f'{name}.bias', weight[:1])]
 
 
 def official_layout(
-    depths,
-    dims,
-    kernels,
-    small=5,
-    width_factor=1.0,
-    decomposed=True,
-    bn=True,
-    classifier=True,
-    names=('LoRA1', 'LoRA2'),
+    depths, dims, kernels, small=5, width_factor=1.0, decomposed=True, bn=True, classifier=True, names=LORA
 ):
     """Keys and shapes of the official class, in its order."""
     c = [int(d * width_factor) for d in dims]
-    layout = [
-        ('downsample_layers.0.0.weight', (c[0], 3, 4, 4)),
-        ('downsample_layers.0.0.bias', (c[0],)),
-        ('downsample_layers.0.1.weight', (c[0],)),
-        ('downsample_layers.0.1.bias', (c[0],)),
-    ]
+    layout = affine('downsample_layers.0.0', (c[0], 3, 4, 4)) + affine('downsample_layers.0.1', (c[0],))
     for i in range(1, 4):
-        layout += [
-            (f'downsample_layers.{i}.0.weight', (c[i - 1],)),
-            (f'downsample_layers.{i}.0.bias', (c[i - 1],)),
-            (f'downsample_layers.{i}.1.weight', (c[i], c[i - 1], 2, 2)),
-            (f'downsample_layers.{i}.1.bias', (c[i],)),
-        ]
+        layout += affine(f'downsample_layers.{i}.0', (c[i - 1],))
+        layout += affine(f'downsample_layers.{i}.1', (c[i], c[i - 1], 2, 2))
     for i in range(4):
         big = kernels[i]
         branches = [(names[0], (big, small)), (names[1], (small, big))] if decomposed else [('lkb_origin', (big, big))]
@@ -49,42 +40,24 @@ def official_layout(
                 branch = f'{block}large_kernel.{name}.'
                 layout.append((branch + 'conv.weight', (c[i], 1, *size)))
                 if bn:
-                    layout += [
-                        (f'{branch}bn.{leaf}', (c[i],)) for leaf in ('weight', 'bias', 'running_mean', 'running_var')
-                    ]
+                    layout += affine(branch + 'bn', (c[i],))
+                    layout += [(f'{branch}bn.{leaf}', (c[i],)) for leaf in ('running_mean', 'running_var')]
                     layout.append((branch + 'bn.num_batches_tracked', ()))
-            layout += [
-                (block + 'norm.weight', (c[i],)),
-                (block + 'norm.bias', (c[i],)),
-                (block + 'pwconv1.weight', (4 * c[i], c[i])),
-                (block + 'pwconv1.bias', (4 * c[i],)),
-                (block + 'pwconv2.weight', (c[i], 4 * c[i])),
-                (block + 'pwconv2.bias', (c[i],)),
-            ]
+            layout += affine(block + 'norm', (c[i],))
+            layout += affine(block + 'pwconv1', (4 * c[i], c[i])) + affine(block + 'pwconv2', (c[i], 4 * c[i]))
     if classifier:
-        layout += [
-            ('norm.weight', (c[3],)),
-            ('norm.bias', (c[3],)),
-            ('head.weight', (1000, c[3])),
-            ('head.bias', (1000,)),
-        ]
-    else:
-        layout += [(f'norm{i}.{leaf}', (c[i],)) for i in range(4) for leaf in ('weight', 'bias')]
-    return layout
+        return layout + affine('norm', (c[3],)) + affine('head', (1000, c[3]))
+    return layout + [entry for i in range(4) for entry in affine(f'norm{i}', (c[i],))]
 
 
 def official_state_dict(seed=0, kernels=TOY_KERNELS, depths=TOY['depths'], dims=TOY['dims'], **kwargs):
     """Random tensors in the official layout."""
     generator = torch.Generator().manual_seed(seed)
-    return OrderedDict(
-        (
-            key,
-            torch.zeros((), dtype=torch.int64)
-            if key.endswith('num_batches_tracked')
-            else torch.rand(shape, generator=generator) + 0.5,
-        )
-        for key, shape in official_layout(depths, dims, kernels, **kwargs)
-    )
+    tensors = OrderedDict()
+    for key, shape in official_layout(depths, dims, kernels, **kwargs):
+        is_count = key.endswith('num_batches_tracked')
+        tensors[key] = torch.tensor(0) if is_count else torch.rand(shape, generator=generator) + 0.5
+    return tensors
 
 
 def toy_backbone(**kwargs):
@@ -108,7 +81,7 @@ def assert_untouched(model, before):
 class Toolbox:
     """What the tests of this folder share."""
 
-    TOY, TOY_KERNELS = TOY, TOY_KERNELS
+    TOY, CONVNEXT = TOY, CONVNEXT
     layout = staticmethod(official_layout)
     official = staticmethod(official_state_dict)
     backbone = staticmethod(toy_backbone)

@@ -51,12 +51,12 @@ def test_safetensors(toy, tmp_path):
 
 
 def test_nothing_is_replaced_unasked(toy, tmp_path):
-    (tmp_path / 'x.pth').write_text('precious')
+    path = tmp_path / 'x.pth'
+    path.write_text('precious')
     with pytest.raises(CheckpointError, match='exists already'):
-        write_checkpoint({'state_dict': {}}, tmp_path / 'x.pth')
-    assert (tmp_path / 'x.pth').read_text() == 'precious'
-    write_checkpoint({'state_dict': {}}, tmp_path / 'x.pth', overwrite=True)
-    assert read_checkpoint(tmp_path / 'x.pth') == {'state_dict': {}}
+        write_checkpoint({'state_dict': {}}, path)
+    assert path.read_text() == 'precious'
+    assert read_checkpoint(write_checkpoint({'state_dict': {}}, path, overwrite=True)) == {'state_dict': {}}
     with pytest.raises(CheckpointError, match='no folder'):
         write_checkpoint({}, tmp_path / 'nowhere' / 'x.pth')
 

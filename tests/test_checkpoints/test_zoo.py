@@ -6,6 +6,7 @@ from mmengine.registry import MODELS
 from slak_mm.checkpoints import ZOO, find_model, normalize_url, zoo_table
 
 DRIVE = 'https://drive.usercontent.google.com/download?id=a-B_1&export=download&confirm=t'
+SURF = 'https://surfdrive.surf.nl/files/index.php/s/abc'
 
 
 @pytest.mark.parametrize(
@@ -15,11 +16,8 @@ DRIVE = 'https://drive.usercontent.google.com/download?id=a-B_1&export=download&
         ('https://drive.google.com/file/d/a-B_1', DRIVE),
         ('https://drive.google.com/open?id=a-B_1', DRIVE),
         ('https://drive.google.com/uc?export=download&id=a-B_1', DRIVE),
-        ('https://surfdrive.surf.nl/files/index.php/s/abc', 'https://surfdrive.surf.nl/files/index.php/s/abc/download'),
-        (
-            'https://surfdrive.surf.nl/files/index.php/s/abc/download',
-            'https://surfdrive.surf.nl/files/index.php/s/abc/download',
-        ),
+        (SURF, f'{SURF}/download'),
+        (f'{SURF}/download', f'{SURF}/download'),
         ('https://example.org/x.pth', 'https://example.org/x.pth'),
         ('file:///tmp/x.pth', 'file:///tmp/x.pth'),
     ],

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import MODELS
 
 from slak_mm.checkpoints import CheckpointMismatch, to_official, unwrap_model
 from slak_mm.engine.hooks import StrictCheckpointHook, load_whole_model
@@ -75,10 +75,9 @@ def test_load_whole_model_inside_a_test_time_augmentation(build):
 
 
 def test_other_backbones_are_loaded_strictly_too(build):
+    mobile = dict(type='MobileNetV2', out_indices=(0, 1, 2, 4), widen_factor=0.1, norm_cfg=dict(type='BN'))
     changes = {
-        'model.backbone': dict(
-            _delete_=True, type='MobileNetV2', out_indices=(0, 1, 2, 4), widen_factor=0.1, norm_cfg=dict(type='BN')
-        ),
+        'model.backbone': dict(mobile, _delete_=True),
         'model.decode_head.in_channels': [8, 8, 8, 16],
         'model.auxiliary_head.in_channels': 8,
     }
@@ -91,7 +90,3 @@ def test_other_backbones_are_loaded_strictly_too(build):
     with pytest.raises(CheckpointMismatch, match='Missing key'):
         StrictCheckpointHook().after_load_checkpoint(runner, dict(state_dict=weights))
     StrictCheckpointHook(strict=False).after_load_checkpoint(runner, dict(state_dict=weights))
-
-
-def test_registered():
-    assert HOOKS.get('StrictCheckpointHook') is StrictCheckpointHook

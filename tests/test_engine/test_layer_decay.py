@@ -10,23 +10,17 @@ from slak_mm.models import SLaK
 
 
 class Segmentor(nn.Module):
-    def __init__(self, depth=9, backbone=None):
+    def __init__(self, depth=9, **options):
         super().__init__()
-        self.backbone = backbone or SLaK(
-            dict(depths=(1, 1, depth, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7), width_factor=1.0
-        )
+        arch = dict(depths=(1, 1, depth, 1), dims=(4, 4, 4, 4))
+        self.backbone = SLaK(arch, kernel_sizes=(7, 7, 7, 7), width_factor=1.0, **options)
         self.decode_head = nn.Conv2d(4, 2, 1)
 
 
 def build(model, lr=1e-4, weight_decay=0.05, **paramwise):
-    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
-        ConfigDict(
-            type='LargeKernelLayerDecayConstructor',
-            optim_wrapper_cfg=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=weight_decay)),
-            paramwise_cfg=paramwise,
-        )
-    )
-    return constructor(model).optimizer
+    wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=weight_decay))
+    cfg = dict(type='LargeKernelLayerDecayConstructor', optim_wrapper_cfg=wrapper, paramwise_cfg=paramwise)
+    return OPTIM_WRAPPER_CONSTRUCTORS.build(ConfigDict(cfg))(model).optimizer
 
 
 def scales(model, optimizer):
@@ -79,8 +73,7 @@ def test_layer_wise(depth, num_layers):
 
 @pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
 def test_stages_that_are_not_built_change_no_number(decay_type):
-    arguments = dict(arch=dict(depths=(1, 1, 9, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7), width_factor=1.0)
-    whole, part = (Segmentor(backbone=SLaK(**arguments, out_indices=i)) for i in ((0, 1, 2, 3), (0, 1)))
+    whole, part = Segmentor(), Segmentor(out_indices=(0, 1))
     want, got = (scales(model, build(model, decay_rate=0.9, decay_type=decay_type)) for model in (whole, part))
     assert got == {name: want[name] for name in got} and len(got) < len(want)
 
@@ -93,11 +86,7 @@ def test_weight_decay_spares_vectors_and_biases():
 
 
 def test_frozen_parameters_are_left_out():
-    model = Segmentor(
-        backbone=SLaK(
-            dict(depths=(1, 1, 3, 1), dims=(4, 4, 4, 4)), kernel_sizes=(7, 7, 7, 7), width_factor=1.0, frozen_stages=2
-        )
-    )
+    model = Segmentor(frozen_stages=2)
     names = scales(model, build(model, decay_rate=0.9))
     assert not any('.stages.0.' in n or '.stages.1.' in n for n in names)
     assert any('.stages.2.' in n for n in names)
@@ -137,11 +126,19 @@ def test_groups_are_logged(caplog):
         (dict(decay_rate=0.9, abc=0), "unknown key 'abc'; it takes decay_rate, "),
         (dict(decay_rate=0.9, custom_keys=dict(head=dict(lr_mul=2))), "custom_keys.head has .*'lr_mul'; .*'lr_mult'"),
         (dict(decay_rate=0.9, num_layers=4), 'num_layers is 4, .* 9 blocks needs at least 6'),
+        (dict(decay_rate=0.9, lr=None), 'optimizer.lr must be given'),
+        (
+            dict(decay_rate=0.9, weight_decay=None, custom_keys=dict(decode_head=dict(decay_mult=0))),
+            'weight_decay must be given: decay_mult multiplies it',
+        ),
     ],
 )
 def test_bad_options(paramwise, message):
     with pytest.raises(ValueError, match=message):
         build(Segmentor(), **paramwise)
+
+
+LONGEST = dict(custom_keys={'stages': dict(lr_mult=3), 'stages.0': dict(lr_mult=5, decay_mult=0)})
 
 
 @pytest.mark.parametrize(
@@ -151,12 +148,7 @@ def test_bad_options(paramwise, message):
         (dict(custom_keys=dict(decode_head=dict(lr_mult=10))), 'decode_head.bias', 10, 0),
         (dict(custom_keys=dict(decode_head=dict(decay_mult=2))), 'decode_head.bias', 1, 0.1),
         # The longest key counts, and multiplies what the layer has.
-        (
-            dict(custom_keys={'stages': dict(lr_mult=3), 'stages.0': dict(lr_mult=5, decay_mult=0)}),
-            'backbone.stages.0.0.pwconv1.weight',
-            5 * 0.5**6,
-            0,
-        ),
+        (LONGEST, 'backbone.stages.0.0.pwconv1.weight', 5 * 0.5**6, 0),
         (dict(custom_keys=dict(stages=dict(lr_mult=3))), 'backbone.stages.0.0.norm.weight', 3 * 0.5**6, 0),
         (dict(norm_decay_mult=1), 'backbone.stages.3.0.norm.weight', 0.5, 0.05),
         (dict(norm_decay_mult=1), 'decode_head.bias', 1, 0),
@@ -191,16 +183,6 @@ def test_groups_can_be_compiled():
     torch.compile(optimizer.step, backend='eager')()
     # AdamW's first step moves by the learning rate, and decays before.
     torch.testing.assert_close(model.decode_head.weight.detach(), before * (1 - 1e-4 * 0.05) - 1e-4)
-
-
-def test_factors_of_weight_decay_need_one():
-    with pytest.raises(ValueError, match='weight_decay must be given: decay_mult multiplies it'):
-        build(Segmentor(), weight_decay=None, decay_rate=0.9, custom_keys=dict(decode_head=dict(decay_mult=0)))
-
-
-def test_needs_a_learning_rate():
-    with pytest.raises(ValueError, match='optimizer.lr must be given'):
-        build(Segmentor(), lr=None, decay_rate=0.9)
 
 
 def test_needs_our_backbone():

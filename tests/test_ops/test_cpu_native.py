@@ -383,7 +383,7 @@ class TestCompilation:
 
     def test_a_cache_that_cannot_be_written_is_used(self, library, compiler, monkeypatch):
         error = OSError(errno.EROFS, 'read-only file system')
-        monkeypatch.setattr(csrc, 'FileLock', mock.Mock(side_effect=error))
+        monkeypatch.setattr('filelock.FileLock', mock.Mock(side_effect=error))
         monkeypatch.setattr(csrc, 'replacing', mock.Mock(side_effect=error))
         assert csrc.load_library('answer').answer() == 42
         assert compiler() == 1

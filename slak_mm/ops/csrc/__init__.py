@@ -28,8 +28,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from slak_mm._files import CACHE_VARIABLE, cache_folder, replacing
 
 COMPILER_VARIABLE = 'CXX'
@@ -154,6 +152,8 @@ def _digest_file(library: Path) -> Path:
 
 def _compile_once(compiler: list[str], source: Path, library: Path) -> ctypes.CDLL:
     """Compile and store the library; one process does while the others wait for it."""
+    from filelock import FileLock  # a tenth of a second, and few processes compile
+
     with FileLock(library.parent / f'{source.stem}.lock'):
         found = _load(library)
         if found is not None:
