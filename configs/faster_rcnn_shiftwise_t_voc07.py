@@ -1,5 +1,4 @@
-# Faster R-CNN + ShiftWise-T (version 2), VOC 2007 trainval: SLaK-T's recipe, as none for ShiftWise
-# was published.
+# Faster R-CNN + ShiftWise-T (version 2), VOC 2007 trainval: SLaK-T's recipe, as none for ShiftWise was published.
 _base_ = './_base_/faster_rcnn_voc07.py'
 
 model = dict(

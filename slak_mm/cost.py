@@ -208,14 +208,11 @@ def count(
     Args:
         name: Path of a config of mmsegmentation or mmdetection, or the zoo name of an
             ImageNet checkpoint, which stands for its network.
-        size: Height and width of the image. Default: that of
-            :data:`DEFAULT_SIZES`.
+        size: Height and width of the image. Default: that of :data:`DEFAULT_SIZES`.
         checkpoint: Take the masks from its zeros.
-        sparsity: Fraction of masked weights. Default: what the config's
-            ``SparsityHook`` says, else that of the published weights; 0 for networks that were
-            trained densely and foreign backbones.
-        distribution: 'uniform', the same in every layer, or 'erk' (Evci et al., ICML
-            2020). Default: 'uniform'.
+        sparsity: Fraction of masked weights. Default: what the config's ``SparsityHook`` says, else that of the
+            published weights; 0 for networks that were trained densely and foreign backbones.
+        distribution: 'uniform', the same in every layer, or 'erk' (Evci et al., ICML 2020). Default: 'uniform'.
 
     Returns:
         The count. ``published`` is set where there are figures for this size.

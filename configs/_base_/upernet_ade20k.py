@@ -1,6 +1,5 @@
-# UperNet on ADE20K, 512x512, 160k iterations: everything that the configs of this folder share.
-# The framework's own bases are found by import name, because `mmseg::...` does not resolve with
-# the onedl builds (see slak_mm/bases.py).
+# UperNet on ADE20K, 512x512, 160k iterations: everything that the configs of this folder share. The framework's own
+# bases are found by import name, because `mmseg::...` does not resolve with the onedl builds (see slak_mm/bases.py).
 _base_ = __import__('slak_mm.bases', fromlist=['_']).framework_configs(
     'mmseg', 'models/upernet_swin.py', 'datasets/ade20k.py', 'default_runtime.py', 'schedules/schedule_160k.py'
 )

@@ -55,8 +55,7 @@ class LargeKernelLayer(nn.Module):
         """Count the multiply-adds for each pixel.
 
         Args:
-            masked: By the names of the layer's weights how many are masked, or a tensor that is
-                zero where they are.
+            masked: By the names of the layer's weights how many are masked, or a tensor that is zero where they are.
         """
         weights = {name: weight for name, weight in self.named_parameters() if weight.dim() > 2}
         return KernelCost(
@@ -83,23 +82,17 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     The constructors of all subclasses take the following arguments.
 
     Args:
-        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per
-            stage. Default: 'tiny'.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the
-            first. Default: 0.
+        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per stage. Default: 'tiny'.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the first. Default: 0.
         layer_scale_init_value: Initial layer scale; 0 or less for none. Default: 1.0, as the
             official downstream configs (1e-6 on ImageNet).
-        out_indices: Stages to return; those behind the last one are not built. Default:
-            (0, 1, 2, 3).
-        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream
-            code. Default: True.
+        out_indices: Stages to return; those behind the last one are not built. Default: (0, 1, 2, 3).
+        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream code. Default: True.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with
             the downsampling before them. Output norms stay trainable. Default: -1.
-        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is
-            no CUDA device.
+        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is no CUDA device.
         with_cp: Recompute each block in the backward pass to save memory. Default: False.
-        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces.
-            Default: False.
+        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces. Default: False.
         in_channels: Channels of the image. Default: 3.
         init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
             :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.

@@ -28,9 +28,8 @@ from slak_mm.ops.pointwise import global_response_norm, scaled_sum
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether an operator may read a module's tensors instead of calling the module.
 
-    It may if the module is exactly of one of the classes, and nobody looks at its inputs, results
-    or gradients. An adapter, a quantized or parametrized layer, or one with hooks is called. This
-    is the only place that decides it.
+    It may if the module is exactly of one of the classes, and nobody looks at its inputs, results or gradients. An
+    adapter, a quantized or parametrized layer, or one with hooks is called. This is the only place that decides it.
     """
     every = nn.modules.module
     return (

@@ -69,9 +69,8 @@ class ShiftWiseConv(LargeKernelLayer):
     """A depthwise convolution with large kernels that are made up of small filters.
 
     The filters of all paths are summed and assembled to a tall, a wide and a small kernel (see
-    :func:`slak_mm.ops.shift_tables.assemble_kernels`). Each has its batch norm; their sum and
-    the input are added up. Ghost channels pass unchanged and come last: output channel j is
-    input channel ``rep[j]``, then the ghosts follow.
+    :func:`slak_mm.ops.shift_tables.assemble_kernels`). Each has its batch norm; their sum and the input are added up.
+    Ghost channels pass unchanged and come last: output channel j is input channel ``rep[j]``, then the ghosts follow.
 
     The tables ``shifts``, ``picks``, ``rep`` and ``ghost`` are buffers in the state dict; what
     they say is what is computed.
@@ -85,8 +84,7 @@ class ShiftWiseConv(LargeKernelLayer):
         kernel_size: K.
         small_kernel: s, odd, at most K.
         num_paths: Number of sets of filters.
-        num_reps: Number G of random orders of the filters, see
-            :func:`slak_mm.ops.shift_tables.shift_tables`.
+        num_reps: Number G of random orders of the filters, see :func:`slak_mm.ops.shift_tables.shift_tables`.
         branch_norm: A batch norm behind each kernel.
         norm_cfg: Config of the batch norms.
         deploy: Build the deployed form.
@@ -700,10 +698,9 @@ PRESETS['shiftwise'] = dict(
 class ShiftWise(LargeKernelBackbone):
     """ShiftWise backbones, version 1 and 2.
 
-    The published network is ``ShiftWise('tiny')``. Widths and depths of version 2 are those of
-    UniRepLKNet: (80, 160, 320, 640) with (3, 3, 18, 3) blocks for tiny, (96, ..., 768),
-    (128, ..., 1024) and (192, ..., 1536) with (3, 3, 27, 3) for small, base and large. Version 1
-    has SLaK's.
+    The published network is ``ShiftWise('tiny')``. Widths and depths of version 2 are those of UniRepLKNet: (80, 160,
+    320, 640) with (3, 3, 18, 3) blocks for tiny, (96, ..., 768), (128, ..., 1024) and (192, ..., 1536) with (3, 3, 27,
+    3) for small, base and large. Version 1 has SLaK's.
 
     The other arguments are those of :class:`~slak_mm.models.LargeKernelBackbone`.
 
@@ -711,17 +708,14 @@ class ShiftWise(LargeKernelBackbone):
         version: 1 for SLaK's plan (LayerNorm blocks, patch-wise downsampling, sizes rounded
             down), 2 for UniRepLKNet's (batch norm, squeeze-excite and GRN blocks, 3x3
             convolutions for downsampling, sizes rounded up). Default: 2.
-        kernel_sizes: K of each stage in pixels of its map, not smaller than ``small_kernel``.
-            The kernel has ceil(K / s) * s taps, from -(K // 2) on: 49 means -24 to 26 with
-            s = 3. Default: (51, 49, 47, 13).
+        kernel_sizes: K of each stage in pixels of its map, not smaller than ``small_kernel``. The kernel has ceil(K /
+            s) * s taps, from -(K // 2) on: 49 means -24 to 26 with s = 3. Default: (51, 49, 47, 13).
         small_kernel: Size s of the filters, odd. Default: 3.
-        ghost_ratio: Fraction of channels that pass an operator unchanged, in [0, 1). Version 1
-            rounds their number down; version 2 rounds the number of the others down to an even
-            one. Default: 0.23.
+        ghost_ratio: Fraction of channels that pass an operator unchanged, in [0, 1). Version 1 rounds their number
+            down; version 2 rounds the number of the others down to an even one. Default: 0.23.
         num_paths: Sets of filters which are summed. They differ in their initial values and
             masks only; deployment merges them. Default: 2.
-        num_reps: Random orders in which the filters make up a kernel; the resulting kernels are
-            summed. Default: 4.
+        num_reps: Random orders in which the filters make up a kernel; the resulting kernels are summed. Default: 4.
         width_factor: Multiplies ``dims``. Default: 1.0.
         branch_norm: A batch norm behind each kernel. Default: True.
 

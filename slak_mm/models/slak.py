@@ -471,9 +471,8 @@ PRESETS['slak_s'] = PRESETS['slak_b'] = dict(_RECIPE, update_interval=100, prune
 class SLaK(LargeKernelBackbone):
     """SLaK, and with other arguments RepLKNet-like and ConvNeXt backbones.
 
-    The paper's networks are the defaults with ``arch`` 'tiny', 'small' or 'base'. The width of
-    stage i is ``int(dims[i] * width_factor)``: 124, 249, 499, 998 for tiny and small, 166, 332,
-    665, 1331 for base.
+    The paper's networks are the defaults with ``arch`` 'tiny', 'small' or 'base'. The width of stage i is ``int(dims[i]
+    * width_factor)``: 124, 249, 499, 998 for tiny and small, 166, 332, 665, 1331 for base.
 
     ``kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0`` is the
     ConvNeXt mode of the official code; with ``branch_norm=False, conv_bias=True`` as well it is
@@ -483,9 +482,8 @@ class SLaK(LargeKernelBackbone):
 
     Args:
         kernel_sizes: M of each stage in pixels of its map, odd. Default: (51, 49, 47, 13).
-        small_kernel: N, the short side of the rectangular kernels and the size of the small
-            one, odd and smaller than every M; None for no small kernel, which needs
-            ``decomposed=False``. Default: 5.
+        small_kernel: N, the short side of the rectangular kernels and the size of the small one, odd and smaller than
+            every M; None for no small kernel, which needs ``decomposed=False``. Default: 5.
         width_factor: Multiplies ``dims``. Default: 1.3.
         decomposed: M x N and N x M kernels in place of an M x M one. Default: True.
         branch_norm: A batch norm behind each kernel. Default: True.

@@ -1,8 +1,7 @@
 """The cross-shaped depthwise convolution under every large-kernel block.
 
-Liu et al. ("More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity",
-ICLR 2023, section 4) replace an M x M kernel by two parallel rectangular ones, M x N and N x M,
-beside a small N x N one.
+Liu et al. ("More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity", ICLR 2023, section 4) replace
+an M x M kernel by two parallel rectangular ones, M x N and N x M, beside a small N x N one.
 """
 
 from __future__ import annotations
@@ -60,12 +59,11 @@ def cross_dwconv2d(
     As in all deep-learning frameworks the kernels are correlated with the input, not flipped.
     The results have the spatial size of the input; maps smaller than the kernel are allowed.
 
-    Each result is summed up in float32 at least and rounded once. Under autocast all operands are
-    brought to its dtype first, as by ``F.conv2d``. A NaN or an infinity in ``x`` reaches each result
-    that it enters with a weight other than zero. Whether it also reaches results around it, with
-    weights of zero, depends on the backend: as by ``F.conv2d`` with ``reference``, not from a rim of
-    the kernel that is zero in all channels with ``cpu_native``, and along a whole line of the map
-    with ``gemm`` and ``triton``, whose matrices are filled up with zeros.
+    Each result is summed up in float32 at least and rounded once. Under autocast all operands are brought to its dtype
+    first, as by ``F.conv2d``. A NaN or an infinity in ``x`` reaches each result that it enters with a weight other than
+    zero. Whether it also reaches results around it, with weights of zero, depends on the backend: as by ``F.conv2d``
+    with ``reference``, not from a rim of the kernel that is zero in all channels with ``cpu_native``, and along a whole
+    line of the map with ``gemm`` and ``triton``, whose matrices are filled up with zeros.
 
     Gradients of any order are supported. Forward-mode AD and the transforms of ``torch.func`` other
     than ``grad``, such as ``vmap`` and ``jvp``, run on ``reference`` whatever was chosen.
@@ -77,9 +75,8 @@ def cross_dwconv2d(
         k_s: Small kernel of shape (C, s, s), s odd.
         bias: Shape (C,), added to the sum. Only with ``reduce=True``.
         reduce: Return the sum of the branches instead of each of them.
-        center: Tap of the long axis (rows of ``k_v``, columns of ``k_h``) that meets the output
-            pixel, 0 to M - 1. Default: ``M // 2``, for which M must be odd. The short axis is
-            always centered and odd.
+        center: Tap of the long axis (rows of ``k_v``, columns of ``k_h``) that meets the output pixel, 0 to M - 1.
+            Default: ``M // 2``, for which M must be odd. The short axis is always centered and odd.
 
     Returns:
         The sum, shape (N, C, H, W), if ``reduce``; else the tuple (y_v, y_h, y_s) of such

@@ -56,9 +56,8 @@ def uniform_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) ->
 def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Erdős-Rényi-Kernel densities: small layers are denser (Evci et al., ICML 2020).
 
-    The density of a layer is proportional to ``sum(shape) / prod(shape)``. The densest layers
-    become entirely dense where that would exceed 1, and the others make up for them, so that the
-    total is that of a uniform distribution.
+    The density of a layer is proportional to ``sum(shape) / prod(shape)``. The densest layers become entirely dense
+    where that would exceed 1, and the others make up for them, so that the total is that of a uniform distribution.
 
     Args:
         shapes: Shapes of the layers' weights by name.
@@ -95,9 +94,8 @@ def snip_scores(
     Args:
         weights: By name.
         gradients: Of the loss, by the same names.
-        filters: Names of the paths that one layer consists of, by layer. Such a layer has a score
-            for each filter and path, the mean over the filter's taps, of shape (filters, paths).
-            Default: none.
+        filters: Names of the paths that one layer consists of, by layer. Such a layer has a score for each filter and
+            path, the mean over the filter's taps, of shape (filters, paths). Default: none.
 
     Returns:
         Scores by name, and by layer for those of ``filters``.
@@ -157,8 +155,7 @@ def snip_gradients(
         compute_loss: Runs the copy that it is given on a batch and returns the loss, a scalar.
 
     Returns:
-        Gradients by name. They are those of this process; see
-        :func:`slak_mm.sparsity.average_`.
+        Gradients by name. They are those of this process; see :func:`slak_mm.sparsity.average_`.
 
     Raises:
         SparsityError: A name is not one of the model, or the loss is not finite.

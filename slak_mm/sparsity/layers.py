@@ -21,8 +21,7 @@ class Layer:
     Attributes:
         name: That of the parameter, or the common part of the paths' names.
         parameters: By name: one, or the parallel paths of an operator.
-        per_filter: Whether a mask has one entry for each filter, (filters, 1, 1, 1), in place of
-            one for each weight.
+        per_filter: Whether a mask has one entry for each filter, (filters, 1, 1, 1), in place of one for each weight.
         masks: One for each parameter, in their order; none while the layer is dense.
         explored: Entries that were ever active, like ``masks``. Kept if masks change.
         replaced: Entries that the latest update made active, for each parameter.

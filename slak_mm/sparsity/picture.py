@@ -60,8 +60,7 @@ def layer_sparsity(state_dict: Mapping[str, Tensor]) -> list[LayerSparsity]:
         state_dict: Tensors by name.
 
     Returns:
-        One for each floating-point tensor with entries and two or more dimensions, in
-        the order of the state dict.
+        One for each floating-point tensor with entries and two or more dimensions, in the order of the state dict.
     """
     return [
         LayerSparsity(name, tuple(value.shape), value.numel() - int(_countable(value).count_nonzero()), value.numel())
@@ -78,8 +77,7 @@ def _countable(value: Tensor) -> Tensor:
 def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Share of non-zero weights at each tap of the large depthwise kernels, by stage.
 
-    Kernels of one stage are laid over each other at their centers, so that a tall and a wide
-    one give a cross.
+    Kernels of one stage are laid over each other at their centers, so that a tall and a wide one give a cross.
 
     Args:
         state_dict: Tensors by name; depthwise kernels (C, 1, kh, kw) whose longer side

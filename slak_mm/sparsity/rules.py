@@ -33,9 +33,8 @@ def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = 
         magnitude: Absolute weights, or sums of them; any floating-point type, (…).
         mask: Active entries, of the same shape.
         rate: Share of the active entries to remove, in [0, 1]; the number is rounded up.
-        exact: Rank the active entries alone, so that exactly so many go. If False, rank all
-            entries with the masked ones as zeros: an active weight of exactly zero may be taken
-            for a masked one.
+        exact: Rank the active entries alone, so that exactly so many go. If False, rank all entries with the masked
+            ones as zeros: an active weight of exactly zero may be taken for a masked one.
 
     Returns:
         The mask without the removed entries.

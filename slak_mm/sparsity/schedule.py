@@ -47,8 +47,7 @@ class UpdateSchedule:
         total_steps: Optimizer steps of the whole training.
         update_interval: Optimizer steps between two updates. Default: 100.
         prune_rate: Share of a layer's weights to replace at step 0, in (0, 1). Default: 0.3.
-        stop_fraction: No update happens after this share of the training, in [0, 1].
-            Default: 0.75.
+        stop_fraction: No update happens after this share of the training, in [0, 1]. Default: 0.75.
         final_prune_rate: Rate that the last step would have. Default: 0.005.
 
     Raises:

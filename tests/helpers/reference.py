@@ -1,10 +1,9 @@
 """Results of the official code, and the weights and inputs by formula that led to them.
 
-The formula of the weights: for a state-dict key of the official code draw a standard normal array
-``z`` from ``RandomState(crc32(salt + key))``; norm weights are ``1 + 0.1 z``, running variances
-``1 + 0.1 |z|``, biases, running means and GRN's parameters ``0.1 z``, layer scales
-``0.5 + 0.1 z``, convolution and linear weights ``z / sqrt(fan_in)``, a tenth of it for the filters
-of ShiftWise, of which many are summed.
+The formula of the weights: for a state-dict key of the official code draw a standard normal array ``z`` from
+``RandomState(crc32(salt + key))``; norm weights are ``1 + 0.1 z``, running variances ``1 + 0.1 |z|``, biases, running
+means and GRN's parameters ``0.1 z``, layer scales ``0.5 + 0.1 z``, convolution and linear weights ``z / sqrt(fan_in)``,
+a tenth of it for the filters of ShiftWise, of which many are summed.
 """
 
 from __future__ import annotations

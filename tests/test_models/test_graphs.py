@@ -40,8 +40,7 @@ def build(name, form='training'):
 def test_compiled_in_one_graph(name):
     """A training step and inference in deployed form: features, gradients, statistics.
 
-    The backend 'aot_eager' runs what TorchDynamo and AOTAutograd record, without the minutes that
-    a C++ compiler takes.
+    The backend 'aot_eager' runs what TorchDynamo and AOTAutograd record, without the minutes that a C++ compiler takes.
     """
     torch._dynamo.reset()
     model = build(name).train()
