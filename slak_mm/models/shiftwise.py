@@ -737,74 +737,43 @@ class ShiftWise(LargeKernelBackbone):
         num_reps: int = 4,
         width_factor: float = 1.0,
         branch_norm: bool = True,
-        drop_path_rate: float = 0.0,
-        layer_scale_init_value: float = 1.0,
-        out_indices: Sequence[int] | int = (0, 1, 2, 3),
-        out_norm: bool = True,
-        frozen_stages: int = -1,
-        norm_cfg: dict | None = None,
-        with_cp: bool = False,
-        deploy: bool = False,
-        in_channels: int = 3,
-        init_cfg: dict | list[dict] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(init_cfg)
         if version not in (1, 2):
             raise ValueError(f'version must be 1 or 2, got {version!r}')
+        plan = _TINY_OF_VERSION_1 if arch == 'tiny' and version == 1 else arch
+        super().__init__(plan, kernel_sizes, width_factor, **common)
         self.arch = arch
-        self.version = version
-        self.depths, dims = self._parse_arch(_TINY_OF_VERSION_1 if arch == 'tiny' and version == 1 else arch)
         # Version 2 divides the width by four in its squeeze-excite layers.
-        self.dims = self._widths(dims, width_factor, least=1 if version == 1 else 4)
-        self.kernel_sizes = self._for_each_stage(kernel_sizes)
+        self._require_channels(1 if version == 1 else 4)
         _check_kernels(self.kernel_sizes, small_kernel)
         if not 0 <= ghost_ratio < 1:
             raise ValueError(f'ghost_ratio must lie in [0, 1), got {ghost_ratio}')
         for name, number in (('num_paths', num_paths), ('num_reps', num_reps)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f'{name} must be a positive integer, got {number!r}')
+        self.version = version
         self.small_kernel = small_kernel
         self.ghost_ratio = ghost_ratio
         self.num_paths = num_paths
         self.num_reps = num_reps
         self.branch_norm = branch_norm
-        self.deploy = deploy
-        norm_cfg = norm_cfg or dict(type='SyncBN', requires_grad=True)
-
-        drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
-        for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
-            self.downsample_layers.append(
-                _downsampling(version, in_channels if i == 0 else self.dims[i - 1], channels, is_stem=i == 0)
-            )
-            num_ghosts = _num_ghosts(version, channels, ghost_ratio)
-            if num_ghosts == channels:
+        for i, channels in enumerate(self.dims):
+            if _num_ghosts(version, channels, ghost_ratio) == channels:
                 raise ValueError(
                     f'ghost_ratio {ghost_ratio} leaves none of the {channels} channels of stage {i} to be convolved'
                 )
-            blocks: list[nn.Module] = []
-            for _ in range(depth):
-                operator = ShiftWiseConv(
-                    channels,
-                    num_ghosts,
-                    self.kernel_sizes[i],
-                    small_kernel,
-                    num_paths,
-                    num_reps,
-                    branch_norm,
-                    norm_cfg,
-                    deploy,
-                    folds_norm=version == 2,
-                )
-                drop_path = next(drop_paths)
-                blocks.append(
-                    SLaKBlock(channels, operator, drop_path, layer_scale_init_value, with_cp)
-                    if version == 1
-                    else ShiftWiseBlock(
-                        channels, operator, norm_cfg, drop_path, layer_scale_init_value, with_cp, deploy
-                    )
-                )
-            self.stages.append(nn.Sequential(*blocks))
-        self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+        self._build(self._block, patch_downsampling if version == 1 else _downsampling)
+
+    def _block(self, stage: int, drop_path: float) -> nn.Module:
+        channels, size, norm_cfg = self.dims[stage], self.kernel_sizes[stage], self.norm_cfg
+        num_ghosts = _num_ghosts(self.version, channels, self.ghost_ratio)
+        form = self.small_kernel, self.num_paths, self.num_reps, self.branch_norm
+        layer = ShiftWiseConv(channels, num_ghosts, size, *form, norm_cfg, self.deploy, folds_norm=self.version == 2)
+        rest = drop_path, self.layer_scale_init_value, self.with_cp
+        if self.version == 1:
+            return SLaKBlock(channels, layer, *rest)
+        return ShiftWiseBlock(channels, layer, norm_cfg, *rest, self.deploy)
 
     @property
     def recipe(self) -> Mapping[str, Any] | None:
@@ -877,19 +846,15 @@ def _check_tables(state_dict: dict[str, Any], key: str, operator: ShiftWiseConv)
         )
 
 
-def _downsampling(version: int, before: int, channels: int, is_stem: bool) -> nn.Sequential:
-    """The layers between two stages, or between the image and the first stage."""
-    if version == 1:
-        return patch_downsampling(before, channels, is_stem)
-    half = (
-        [nn.Conv2d(before, channels // 2, kernel_size=3, stride=2, padding=1), LayerNorm2d(channels // 2), nn.GELU()]
-        if is_stem
-        else []
-    )
+def _downsampling(before: int, channels: int, is_stem: bool) -> nn.Sequential:
+    """The layers between two stages of version 2, or between the image and the first stage: 3x3 convolutions."""
+    layers: list[nn.Module] = []
+    if is_stem:
+        half = channels // 2
+        layers += [nn.Conv2d(before, half, kernel_size=3, stride=2, padding=1), LayerNorm2d(half), nn.GELU()]
+        before = half
     return nn.Sequential(
-        *half,
-        nn.Conv2d(channels // 2 if is_stem else before, channels, kernel_size=3, stride=2, padding=1),
-        LayerNorm2d(channels),
+        *layers, nn.Conv2d(before, channels, kernel_size=3, stride=2, padding=1), LayerNorm2d(channels)
     )
 
 

@@ -32,7 +32,7 @@ from slak_mm.ops import cross_dwconv2d
 from slak_mm.sparsity import PRESETS
 
 from .base import LargeKernelBackbone, LargeKernelLayer
-from .layers import DepthwiseBranch, RecomputableBlock, passes, patch_downsampling, perceptron, sum_maps
+from .layers import DepthwiseBranch, RecomputableBlock, passes, perceptron, sum_maps
 
 
 class LargeKernelConv(LargeKernelLayer):
@@ -505,54 +505,21 @@ class SLaK(LargeKernelBackbone):
         decomposed: bool = True,
         branch_norm: bool = True,
         conv_bias: bool = False,
-        drop_path_rate: float = 0.0,
-        layer_scale_init_value: float = 1.0,
-        out_indices: Sequence[int] | int = (0, 1, 2, 3),
-        out_norm: bool = True,
-        frozen_stages: int = -1,
-        norm_cfg: dict | None = None,
-        with_cp: bool = False,
-        deploy: bool = False,
-        in_channels: int = 3,
-        init_cfg: dict | list[dict] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(init_cfg)
-        self.arch = arch
-        self.depths, dims = self._parse_arch(arch)
-        self.dims = self._widths(dims, width_factor)
-        self.kernel_sizes = self._for_each_stage(kernel_sizes)
+        super().__init__(arch, kernel_sizes, width_factor, **common)
         _check_kernels(self.kernel_sizes, small_kernel, decomposed)
         self.small_kernel = small_kernel
         self.decomposed = decomposed
         self.branch_norm = branch_norm
         self.conv_bias = conv_bias
-        self.deploy = deploy
+        self._build(self._block)
 
-        drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
-        for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
-            before = in_channels if i == 0 else self.dims[i - 1]
-            self.downsample_layers.append(patch_downsampling(before, channels, is_stem=i == 0))
-            blocks = [
-                SLaKBlock(
-                    channels,
-                    LargeKernelConv(
-                        channels,
-                        self.kernel_sizes[i],
-                        small_kernel,
-                        decomposed,
-                        branch_norm,
-                        conv_bias,
-                        norm_cfg or dict(type='SyncBN', requires_grad=True),
-                        deploy,
-                    ),
-                    next(drop_paths),
-                    layer_scale_init_value,
-                    with_cp,
-                )
-                for _ in range(depth)
-            ]
-            self.stages.append(nn.Sequential(*blocks))
-        self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+    def _block(self, stage: int, drop_path: float) -> SLaKBlock:
+        channels, size = self.dims[stage], self.kernel_sizes[stage]
+        form = self.small_kernel, self.decomposed, self.branch_norm, self.conv_bias
+        large_kernel = LargeKernelConv(channels, size, *form, self.norm_cfg, self.deploy)
+        return SLaKBlock(channels, large_kernel, drop_path, self.layer_scale_init_value, self.with_cp)
 
     @property
     def recipe(self) -> Mapping[str, Any] | None:
