@@ -643,16 +643,7 @@ FAMILY = register_family(
                 'shiftwise_t_in1k_300e',
                 'https://drive.google.com/file/d/1U4DOZv5V9_7wJdqdicjp0tCmNIdRNJOc/view',
                 'classification',
-                dict(
-                    type='ShiftWise',
-                    arch='tiny',
-                    version=2,
-                    kernel_sizes=(51, 49, 47, 13),
-                    small_kernel=3,
-                    ghost_ratio=0.23,
-                    num_paths=2,
-                    num_reps=4,
-                ),
+                dict(type='ShiftWise', arch='tiny', version=2, ghost_ratio=0.23, num_paths=2, num_reps=4),
                 'https://github.com/lidc54/shift-wiseConv (README)',
                 figures=dict(top1_percent=83.39),
             ),
@@ -681,16 +672,7 @@ FAMILY = register_family(
 )
 SELECTIONS['shiftwise_filters'] = r'large_kernel\.filters\.\d+\.weight$'
 PRESETS['shiftwise'] = dict(
-    mode='set',
-    distribution='snip',
-    sparsity=0.3,
-    stop_fraction=1.0,
-    dense_above=0.99,
-    selection='shiftwise_filters',
-    update_interval=100,
-    prune_rate=0.3,
-    per_filter=True,
-    sparse_gap=131,
+    PRESETS['slak_s'], sparsity=0.3, selection='shiftwise_filters', per_filter=True, sparse_gap=131
 )
 
 

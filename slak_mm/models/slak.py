@@ -297,81 +297,68 @@ _TIMM = 'stages.{i}.blocks.{j}.'
 _README = 'https://github.com/VITA-Group/SLaK (README)'
 _CONVNEXT_README = 'https://github.com/facebookresearch/ConvNeXt (README)'
 _CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
-_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/'
+_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/convnext_{}_1k_224_ema.pth'
 _DRIVE = 'https://drive.google.com/file/d/{}/view'
 _SURF = 'https://surfdrive.surf.nl/files/index.php/s/{}/download'
 
 
-def _network(arch: str, *kernel_sizes: int) -> dict[str, Any]:
+def _slak(arch: str, *kernel_sizes: int) -> dict[str, Any]:
     return dict(type='SLaK', arch=arch, kernel_sizes=kernel_sizes or (51, 49, 47, 13), small_kernel=5, width_factor=1.3)
 
 
 def _convnext(arch: str) -> dict[str, Any]:
-    return dict(
-        type='SLaK',
-        arch=arch,
-        kernel_sizes=(7, 7, 7, 7),
-        small_kernel=None,
-        decomposed=False,
-        width_factor=1.0,
-        branch_norm=False,
-        conv_bias=True,
-    )
+    sizes = dict(kernel_sizes=(7, 7, 7, 7), small_kernel=None, width_factor=1.0)
+    return dict(type='SLaK', arch=arch, **sizes, decomposed=False, branch_norm=False, conv_bias=True)
 
 
 def _imagenet(
-    name: str,
-    url: str,
-    backbone: dict[str, Any],
-    top1: float,
-    params: float,
-    flops: float,
-    source: str = _README,
-    counted: str = 'all',
+    name: str, url: str, backbone: dict[str, Any], top1: float, params: float, flops: float, source: str = _README
 ) -> ModelInfo:
+    # The published weights of SLaK have about 40 % zeros, and the figures count the others.
+    counted = 'nonzero' if name.startswith('slak') else 'all'
     figures = dict(top1_percent=top1, params_m=params, flops_g=flops)
     return ModelInfo(name, url, 'classification', backbone, source, figures=figures, counted=counted)
 
 
-# fmt: off
+def _upernet(size: str, url: str, backbone: dict[str, Any], miou: float, params: float, flops: float) -> ModelInfo:
+    config = f'upernet_slak_{size}_ade20k'
+    figures = dict(miou_percent=miou, params_m=params, flops_g=flops)
+    name, counted = f'{config}_160k', 'no_large_kernels'
+    return ModelInfo(name, url, 'segmentation', backbone, _README, f'{config}.py', figures, counted)
+
+
+def _cascade(schedule: str, url: str | None, config: str, box: float, mask: float) -> ModelInfo:
+    name, figures = f'cascade_mask_rcnn_slak_t_coco_{schedule}', dict(box_ap_percent=box, mask_ap_percent=mask)
+    return ModelInfo(name, url, 'detection', _slak('tiny'), _README, config, figures)
+
+
 _MODELS = (
-    # The published weights have about 40 % zeros, and the figures count the others.
-    _imagenet('slak_t_in1k_300e', _DRIVE.format('1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4'), _network('tiny'),
-              82.5, 30, 5.0, counted='nonzero'),
-    _imagenet('slak_s_in1k_300e', _DRIVE.format('1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe'), _network('small'),
-              83.8, 55, 9.8, counted='nonzero'),
-    _imagenet('slak_b_in1k_300e', _DRIVE.format('1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j'), _network('base'),
-              84.0, 95, 17.1, counted='nonzero'),
+    _imagenet('slak_t_in1k_300e', _DRIVE.format('1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4'), _slak('tiny'), 82.5, 30, 5.0),
+    _imagenet('slak_s_in1k_300e', _DRIVE.format('1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe'), _slak('small'), 83.8, 55, 9.8),
+    _imagenet('slak_b_in1k_300e', _DRIVE.format('1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j'), _slak('base'), 84.0, 95, 17.1),
     # Of 31 and 61 the source gives the largest kernel only; the others are the usual reading.
-    _imagenet('slak_t_k31_in1k_120e', _SURF.format('VXzBxFXQdlAQ7h8'), _network('tiny', 31, 29, 27, 13),
-              81.5, 30, 4.8, counted='nonzero'),
-    _imagenet('slak_t_k51_in1k_120e', _SURF.format('WiQYWNclJ9bW5XV'), _network('tiny'),
-              81.6, 30, 5.0, counted='nonzero'),
-    _imagenet('slak_t_k61_in1k_120e', _SURF.format('VpR1te71NmVImJb'), _network('tiny', 61, 59, 57, 13),
-              81.5, 31, 5.2, counted='nonzero'),
-    # Distilled from SLaK. The source does not say whether a norm follows the 7x7 convolution; if it
-    # does, the weights are refused and the error says so.
+    _imagenet('slak_t_k31_in1k_120e', _SURF.format('VXzBxFXQdlAQ7h8'), _slak('tiny', 31, 29, 27, 13), 81.5, 30, 4.8),
+    _imagenet('slak_t_k51_in1k_120e', _SURF.format('WiQYWNclJ9bW5XV'), _slak('tiny'), 81.6, 30, 5.0),
+    _imagenet('slak_t_k61_in1k_120e', _SURF.format('VpR1te71NmVImJb'), _slak('tiny', 61, 59, 57, 13), 81.5, 31, 5.2),
+    # Distilled from SLaK. The source does not say whether a norm follows the 7x7 convolution; if it does, the weights
+    # are refused and the error says so.
     _imagenet('convnext_l2s_t_in1k_300e', _SURF.format('cR6KLvxjlUshUQA'), _convnext('tiny'), 83.1, 29, 4.5),
     _imagenet('convnext_l2s_s_in1k_300e', _SURF.format('PYqL3rVff3Nu2sP'), _convnext('small'), 84.3, 50, 8.7),
-    ModelInfo('upernet_slak_t_ade20k_160k', _SURF.format('cc6Pqb7IZaecWMv'), 'segmentation', _network('tiny'), _README,
-              'upernet_slak_t_ade20k.py', dict(miou_percent=47.6, params_m=65, flops_g=936), 'no_large_kernels'),
-    ModelInfo('upernet_slak_s_ade20k_160k', _SURF.format('HMLBXtKUDY6wyFF'), 'segmentation', _network('small'), _README,
-              'upernet_slak_s_ade20k.py', dict(miou_percent=49.4, params_m=91, flops_g=1028), 'no_large_kernels'),
-    ModelInfo('upernet_slak_b_ade20k_160k', _SURF.format('JDZ6dMBMZDxUHQG'), 'segmentation', _network('base'), _README,
-              'upernet_slak_b_ade20k.py', dict(miou_percent=50.0, params_m=135, flops_g=1172), 'no_large_kernels'),
+    _upernet('t', _SURF.format('cc6Pqb7IZaecWMv'), _slak('tiny'), 47.6, 65, 936),
+    _upernet('s', _SURF.format('HMLBXtKUDY6wyFF'), _slak('small'), 49.4, 91, 1028),
+    _upernet('b', _SURF.format('JDZ6dMBMZDxUHQG'), _slak('base'), 50.0, 135, 1172),
     # From the weights of 120 epochs, and from those of 300.
-    ModelInfo('cascade_mask_rcnn_slak_t_coco_1x', _SURF.format('2IvPyGgSTT2RvPu'), 'detection', _network('tiny'),
-              _README, 'cascade_mask_rcnn_slak_t_coco_1x.py', dict(box_ap_percent=48.4, mask_ap_percent=41.8)),
-    ModelInfo('cascade_mask_rcnn_slak_t_coco_3x', None, 'detection', _network('tiny'), _README,
-              'cascade_mask_rcnn_slak_t_coco.py', dict(box_ap_percent=51.3, mask_ap_percent=44.3)),
-    _imagenet('convnext_t_in1k_300e', _CONVNEXT_FILES + 'convnext_tiny_1k_224_ema.pth', _convnext('tiny'),
-              82.1, 28, 4.5, _CONVNEXT_README),
-    _imagenet('convnext_s_in1k_300e', _CONVNEXT_FILES + 'convnext_small_1k_224_ema.pth', _convnext('small'),
-              83.1, 50, 8.7, _CONVNEXT_README),
-    _imagenet('convnext_b_in1k_300e', _CONVNEXT_FILES + 'convnext_base_1k_224_ema.pth', _convnext('base'),
-              83.8, 89, 15.4, _CONVNEXT_README),
+    _cascade('1x', _SURF.format('2IvPyGgSTT2RvPu'), 'cascade_mask_rcnn_slak_t_coco_1x.py', 48.4, 41.8),
+    _cascade('3x', None, 'cascade_mask_rcnn_slak_t_coco.py', 51.3, 44.3),
+    *(
+        _imagenet(name, _CONVNEXT_FILES.format(arch), _convnext(arch), *figures, _CONVNEXT_README)
+        for name, arch, *figures in (
+            ('convnext_t_in1k_300e', 'tiny', 82.1, 28, 4.5),
+            ('convnext_s_in1k_300e', 'small', 83.1, 50, 8.7),
+            ('convnext_b_in1k_300e', 'base', 83.8, 89, 15.4),
+        )
+    ),
 )
-# fmt: on
 
 # `merged` is the official code's form of a square kernel after re-parameterization. ConvNeXt
 # code bases have a bare biased convolution where SLaK has `lkb_origin`.
@@ -392,8 +379,7 @@ FAMILY = register_family(
             (_LARGE + 'small.', _LARGE + 'small_conv.', _LARGE + 'small_conv.', '-', '-', '-', '-'),
             (
                 _LARGE + 'square.conv.weight',
-                _LARGE + 'lkb_origin.conv.weight',
-                _LARGE + 'lkb_origin.conv.weight',
+                *[_LARGE + 'lkb_origin.conv.weight'] * 2,
                 _LARGE + 'lkb_reparam.weight',
                 _BLOCK + 'dwconv.weight',
                 _TIMM + 'conv_dw.weight',
@@ -401,8 +387,7 @@ FAMILY = register_family(
             ),
             (
                 _LARGE + 'square.conv.bias',
-                _LARGE + 'lkb_origin.conv.bias',
-                _LARGE + 'lkb_origin.conv.bias',
+                *[_LARGE + 'lkb_origin.conv.bias'] * 2,
                 '-',
                 _BLOCK + 'dwconv.bias',
                 _TIMM + 'conv_dw.bias',
@@ -415,10 +400,8 @@ FAMILY = register_family(
             (_BLOCK + 'pwconv2.', '=', '=', '=', '=', _TIMM + 'mlp.fc2.', _BLOCK + 'pointwise_conv2.'),
             (_BLOCK + 'gamma', '=', '=', '=', '=', _TIMM + 'gamma', '='),
             ('norm{i}.', '=', '=', '=', '=', '=', '='),
-            ('norm.weight', '=', '=', '=', '=', 'head.norm.weight', '='),
-            ('norm.bias', '=', '=', '=', '=', 'head.norm.bias', '='),
-            ('head.weight', '=', '=', '=', '=', 'head.fc.weight', 'head.fc.weight'),
-            ('head.bias', '=', '=', '=', '=', 'head.fc.bias', 'head.fc.bias'),
+            *((f'norm.{kind}', '=', '=', '=', '=', f'head.norm.{kind}', '=') for kind in ('weight', 'bias')),
+            *((f'head.{kind}', '=', '=', '=', '=', *[f'head.fc.{kind}'] * 2) for kind in ('weight', 'bias')),
         ),
         # fmt: on
         formats=(
