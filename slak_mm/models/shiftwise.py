@@ -605,7 +605,6 @@ FAMILY = register_family(
         name='shiftwise',
         titles=('ShiftWise',),
         spellings=('LoRAs', 'LoRA'),
-        # fmt: off
         table=(
             # ours, LoRAs, LoRA
             ('downsample_layers.{i}.{j}.', '=', '='),
@@ -630,7 +629,6 @@ FAMILY = register_family(
             ('norm.', '=', '='),
             ('head.', '=', '='),
         ),
-        # fmt: on
         formats=(
             ('shiftwise', r'stages\.\d+\.\d+\.large_kernel\.(LoRAs\.\d+|LoRA)\.weight$', ('LoRAs', 'LoRA')),
             ('ours-deployed', r'stages\.\d+\.\d+\.large_kernel\.tall$', ()),

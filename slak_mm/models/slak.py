@@ -292,6 +292,8 @@ def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[d
 
 _BLOCK = 'stages.{i}.{j}.'
 _LARGE = 'stages.{i}.{j}.large_kernel.'
+_LKB = _LARGE + 'lkb_origin.'
+_MERGED = _LARGE + 'lkb_reparam.'
 _TIMM = 'stages.{i}.blocks.{j}.'
 
 _README = 'https://github.com/VITA-Group/SLaK (README)'
@@ -351,14 +353,20 @@ _MODELS = (
     _cascade('1x', _SURF.format('2IvPyGgSTT2RvPu'), 'cascade_mask_rcnn_slak_t_coco_1x.py', 48.4, 41.8),
     _cascade('3x', None, 'cascade_mask_rcnn_slak_t_coco.py', 51.3, 44.3),
     *(
-        _imagenet(name, _CONVNEXT_FILES.format(arch), _convnext(arch), *figures, _CONVNEXT_README)
-        for name, arch, *figures in (
+        _imagenet(name, _CONVNEXT_FILES.format(arch), _convnext(arch), top1, params, flops, _CONVNEXT_README)
+        for name, arch, top1, params, flops in (
             ('convnext_t_in1k_300e', 'tiny', 82.1, 28, 4.5),
             ('convnext_s_in1k_300e', 'small', 83.1, 50, 8.7),
             ('convnext_b_in1k_300e', 'base', 83.8, 89, 15.4),
         )
     ),
 )
+
+
+def _depthwise(kind: str) -> list[str]:
+    """A tensor of ConvNeXt's depthwise convolution in its code bases."""
+    return [f'{name}.{kind}' for name in (_BLOCK + 'dwconv', _TIMM + 'conv_dw', _BLOCK + 'depthwise_conv')]
+
 
 # `merged` is the official code's form of a square kernel after re-parameterization. ConvNeXt
 # code bases have a bare biased convolution where SLaK has `lkb_origin`.
@@ -367,7 +375,6 @@ FAMILY = register_family(
         name='slak',
         titles=('SLaK', 'ConvNeXt'),
         spellings=('LoRA', 'Decom', 'merged', 'facebook', 'timm', 'mmpretrain'),
-        # fmt: off
         table=(
             # ours, LoRA, Decom, merged, facebook, timm, mmpretrain
             ('downsample_layers.0.0.', '=', '=', '=', '=', 'stem.0.', '='),
@@ -377,24 +384,10 @@ FAMILY = register_family(
             (_LARGE + 'tall.', _LARGE + 'LoRA1.', _LARGE + 'Decom1.', '-', '-', '-', '-'),
             (_LARGE + 'wide.', _LARGE + 'LoRA2.', _LARGE + 'Decom2.', '-', '-', '-', '-'),
             (_LARGE + 'small.', _LARGE + 'small_conv.', _LARGE + 'small_conv.', '-', '-', '-', '-'),
-            (
-                _LARGE + 'square.conv.weight',
-                *[_LARGE + 'lkb_origin.conv.weight'] * 2,
-                _LARGE + 'lkb_reparam.weight',
-                _BLOCK + 'dwconv.weight',
-                _TIMM + 'conv_dw.weight',
-                _BLOCK + 'depthwise_conv.weight',
-            ),
-            (
-                _LARGE + 'square.conv.bias',
-                *[_LARGE + 'lkb_origin.conv.bias'] * 2,
-                '-',
-                _BLOCK + 'dwconv.bias',
-                _TIMM + 'conv_dw.bias',
-                _BLOCK + 'depthwise_conv.bias',
-            ),
-            (_LARGE + 'square.bn.', _LARGE + 'lkb_origin.bn.', _LARGE + 'lkb_origin.bn.', '-', '-', '-', '-'),
-            (_LARGE + 'bias', '-', '-', _LARGE + 'lkb_reparam.bias', '-', '-', '-'),
+            (_LARGE + 'square.conv.weight', *[_LKB + 'conv.weight'] * 2, _MERGED + 'weight', *_depthwise('weight')),
+            (_LARGE + 'square.conv.bias', *[_LKB + 'conv.bias'] * 2, '-', *_depthwise('bias')),
+            (_LARGE + 'square.bn.', _LKB + 'bn.', _LKB + 'bn.', '-', '-', '-', '-'),
+            (_LARGE + 'bias', '-', '-', _MERGED + 'bias', '-', '-', '-'),
             (_BLOCK + 'norm.', '=', '=', '=', '=', _TIMM + 'norm.', '='),
             (_BLOCK + 'pwconv1.', '=', '=', '=', '=', _TIMM + 'mlp.fc1.', _BLOCK + 'pointwise_conv1.'),
             (_BLOCK + 'pwconv2.', '=', '=', '=', '=', _TIMM + 'mlp.fc2.', _BLOCK + 'pointwise_conv2.'),
@@ -403,7 +396,6 @@ FAMILY = register_family(
             *((f'norm.{kind}', '=', '=', '=', '=', f'head.norm.{kind}', '=') for kind in ('weight', 'bias')),
             *((f'head.{kind}', '=', '=', '=', '=', *[f'head.fc.{kind}'] * 2) for kind in ('weight', 'bias')),
         ),
-        # fmt: on
         formats=(
             ('official-LoRA', r'stages\.\d+\.\d+\.large_kernel\.LoRA[12]\.', ('LoRA',)),
             ('official-Decom', r'stages\.\d+\.\d+\.large_kernel\.Decom[12]\.', ('Decom',)),
