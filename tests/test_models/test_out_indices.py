@@ -10,7 +10,7 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from slak_mm import load_pretrained, switch_to_deploy
-from slak_mm.checkpoints import CheckpointMismatch, to_official
+from slak_mm.checkpoints import CheckpointMismatch, describe, likely_causes, to_official
 from slak_mm.models import ShiftWise, SLaK
 
 SMALL = dict(
@@ -73,6 +73,24 @@ def test_an_official_checkpoint_fits_every_choice(family):
             for model in (loaded, framework, switch_to_deploy(loaded)):
                 for got, i in zip(model(x), subset, strict=True):
                     torch.testing.assert_close(got, want[i], rtol=0, atol=1e-3 * float(want[i].abs().max()))
+
+
+@every_family
+def test_stages_that_are_not_built_explain_nothing(family):
+    """Only what else differs is named; a checkpoint that ends too early is told from another architecture."""
+    whole, part = FAMILIES[family](), FAMILIES[family](out_indices=(0, 1))
+    assert not likely_causes(describe(whole.state_dict()), describe(part.state_dict()))
+    (cause,) = likely_causes(describe(part.state_dict()), describe(whole.state_dict()))
+    assert 'the checkpoint ends with stage 1, the model with stage 3: set out_indices' in cause
+    for load in (load_pretrained, type(whole).load_state_dict):
+        with pytest.raises(CheckpointMismatch, match='ends with stage 1') as error:
+            load(whole, to_official(part.state_dict()))
+        assert len(error.value.causes) == 1
+        part = FAMILIES[family](out_indices=1, branch_norm=False)
+        with pytest.raises(CheckpointMismatch, match='set branch_norm=True') as error:
+            load(part, to_official(whole.state_dict()))
+        assert len(error.value.causes) == 1
+        part = FAMILIES[family](out_indices=1)
 
 
 @pytest.mark.parametrize('key', ['stages.4.0.norm.weight', 'stages.0.3.norm.weight', 'downsample_layers.7.0.weight'])

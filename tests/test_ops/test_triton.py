@@ -38,6 +38,10 @@ g = torch.Generator().manual_seed(0)
 def randn(*shape):
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
+def turned(t):
+    """The memory of the transposed tensor."""
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
 def evaluate(function, tensors, grads, reduce):
     tensors = [t if t is None else t.detach().requires_grad_() for t in tensors]
     ys = function(*tensors, reduce)
@@ -78,11 +82,18 @@ for (shape, sizes), reduce in itertools.product(CASES, (False, True)):
     assert max(errors) <= TOLERANCE[dtype], (shape, sizes, dtype, reduce, errors)
     if dtype is torch.float16:  # rounded once; the interpreter cuts bfloat16 off
         assert all(float((a != b.to(dtype)).float().mean()) < 0.02 for a, b in zip(got, want))
-    # The same values behind a lazy negation give the same bits.
-    views = [t if t is None else torch._neg_view(-t) for t in tensors]
-    again = evaluate(ours, views, [torch._neg_view(-g) for g in grads], reduce)
-    assert all(torch.equal(a, b) for a, b in zip(got, again))
+    # The same values behind a lazy negation, or in memory of other strides, give the same bits.
+    for view in lambda t: torch._neg_view(-t), lambda t: torch.stack([t, t + 1], -1)[..., 0], turned:
+        views = [t if t is None else view(t) for t in tensors]
+        views[0] = views[0] if view(tensors[0]).is_neg() else tensors[0]  # the layout of the input is the results'
+        again = evaluate(ours, views, [view(g) for g in grads], reduce)
+        assert all(torch.equal(a, b) for a, b in zip(got, again))
     count += 1
+for shape in ((0, 2, 9, 8), (2, 2, 0, 8), (2, 0, 9, 8)):
+    c = shape[1]
+    tensors = [torch.ones(s) for s in (shape, (c, 7, 3), (c, 3, 7), (c, 3, 3), (c,))]
+    y, *found = evaluate(ours, tensors, [torch.ones(shape)], True)
+    assert y.shape == shape and all(g.shape == t.shape and not g.any() for g, t in zip(found, tensors))
 
 print('checked', count)
 """
