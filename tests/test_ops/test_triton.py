@@ -38,8 +38,7 @@ g = torch.Generator().manual_seed(0)
 def randn(*shape):
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-def turned(t):
-    """The memory of the transposed tensor."""
+def turned(t):  # in memory as the transposed tensor
     return t.mT.contiguous().mT if t.dim() > 1 else t
 
 def evaluate(function, tensors, grads, reduce):
@@ -83,7 +82,7 @@ for (shape, sizes), reduce in itertools.product(CASES, (False, True)):
     if dtype is torch.float16:  # rounded once; the interpreter cuts bfloat16 off
         assert all(float((a != b.to(dtype)).float().mean()) < 0.02 for a, b in zip(got, want))
     # The same values behind a lazy negation, or in memory of other strides, give the same bits.
-    for view in lambda t: torch._neg_view(-t), lambda t: torch.stack([t, t + 1], -1)[..., 0], turned:
+    for view in (lambda t: torch._neg_view(-t), lambda t: torch.stack([t, t + 1], -1)[..., 0], turned):
         views = [t if t is None else view(t) for t in tensors]
         views[0] = views[0] if view(tensors[0]).is_neg() else tensors[0]  # the layout of the input is the results'
         again = evaluate(ours, views, [view(g) for g in grads], reduce)
@@ -99,15 +98,19 @@ print('checked', count)
 """
 
 
+def run_program(folder, program, *arguments, **environment):
+    """Run it in a process of its own, from a file, as Triton reads the source of its functions."""
+    file = folder / 'program.py'
+    file.write_text(program)
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **environment}
+    command = [sys.executable, '-W', 'ignore', str(file), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @needs_triton
-def test_results_and_gradients_in_the_interpreter():
-    root = Path(__file__).resolve().parents[2]
-    env = dict(
-        os.environ,
-        TRITON_INTERPRET='1',
-        PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])]),
-    )
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', INTERPRETED], env=env, capture_output=True, text=True)
+def test_results_and_gradients_in_the_interpreter(tmp_path):
+    done = run_program(tmp_path, INTERPRETED, TRITON_INTERPRET='1')
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'checked 12' in done.stdout
 
@@ -152,16 +155,7 @@ print('compiled')
 @pytest.mark.parametrize('capability', [80, 90])
 def test_kernels_compile_for_gpus_with_tensor_cores(tmp_path, capability):
     """Without a GPU: tensor cores, loads of 16 bytes, and shared memory that is there."""
-    env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    env.update(
-        TRITON_CACHE_DIR=str(tmp_path),
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [env.get('PYTHONPATH')])]),
-    )
-    program = tmp_path / 'compile.py'
-    program.write_text(COMPILED)
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', str(program), str(capability)], env=env, capture_output=True, text=True
-    )
+    done = run_program(tmp_path, COMPILED, str(capability), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
         pytest.skip('this Triton has another compiler interface')
     assert done.returncode == 0, done.stderr[-3000:]
