@@ -148,13 +148,10 @@ def _uses(backbone: nn.Module, image: Tensor) -> dict[str, int]:
 
 
 def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost:
-    """Fill in a cost.
+    """Fill in the cost of a model on the meta device, in eval mode.
 
-    Args:
-        cost: With name and size; changed in place.
-        model: On the meta device, in eval mode, with a ``backbone``.
-        masked: Number of zeros of weights of the backbone; for filters that large kernels are
-            made up of, tensors that are zero where they are masked.
+    ``masked`` has the number of zeros of weights of the backbone; for filters that large kernels are made up of,
+    tensors that are zero where they are masked.
     """
     channels = next((layer.in_channels for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
     image = torch.empty(1, channels, *cost.size, device='meta')

@@ -75,20 +75,9 @@ class ShiftWiseConv(LargeKernelLayer):
     The tables ``shifts``, ``picks``, ``rep`` and ``ghost`` are buffers in the state dict; what
     they say is what is computed.
 
-    In deployed form there are ``tall``, ``wide`` and ``bias``, and ``ghost_scale`` and
-    ``ghost_bias`` if a norm behind the layer was folded in.
-
-    Args:
-        channels: C.
-        num_ghosts: Number of ghost channels, less than C.
-        kernel_size: K.
-        small_kernel: s, odd, at most K.
-        num_paths: Number of sets of filters.
-        num_reps: Number G of random orders of the filters, see :func:`slak_mm.ops.shift_tables.shift_tables`.
-        branch_norm: A batch norm behind each kernel.
-        norm_cfg: Config of the batch norms.
-        deploy: Build the deployed form.
-        folds_norm: Build the deployed form with a folded norm.
+    In deployed form there are ``tall``, ``wide`` and ``bias``, and ``ghost_scale`` and ``ghost_bias`` if a norm behind
+    the layer was folded in (``folds_norm``). K is ``kernel_size``, s the odd ``small_kernel`` of at most K, G the
+    ``num_reps`` random orders of the filters, and there are fewer ghosts than the C ``channels``.
     """
 
     shifts: Tensor
@@ -256,10 +245,7 @@ def _select_channels(x: Tensor, index: Tensor) -> Tensor:
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate that is computed from the means of all channels.
 
-    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; the inner width is C // 4.
-
-    Args:
-        channels: C, at least 4.
+    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; the inner width is C // 4, C at least 4.
     """
 
     def __init__(self, channels: int) -> None:
@@ -282,11 +268,6 @@ class FeedForward(nn.Module):
 
     In deployed form the second layer has a bias and stands for everything behind the
     multiplication with GRN's ``gamma``.
-
-    Args:
-        channels: C.
-        norm_cfg: Config of the batch norm.
-        deploy: Build the deployed form.
     """
 
     def __init__(self, channels: int, norm_cfg: dict, deploy: bool = False) -> None:
@@ -300,13 +281,7 @@ class FeedForward(nn.Module):
         self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
 
     def forward(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Map (N, C, H, W) to the same shape.
-
-        Args:
-            x: The map.
-            gate: ``x`` is multiplied with it, (N, C, 1, 1). Default: None.
-            residual: Added to the result in deployed form. Default: None.
-        """
+        """Map (N, C, H, W), times ``gate`` (N, C, 1, 1), to the same shape; add ``residual`` in deployed form."""
         y = perceptron(x, self.fc1, self.act, self.fc2, grn=self.grn, gate=gate, residual=residual)
         return y if self.norm is None else self.norm(y)
 
@@ -340,16 +315,8 @@ class FeedForward(nn.Module):
 class ShiftWiseBlock(RecomputableBlock):
     """Large-kernel convolution, batch norm, squeeze-excite and feed-forward layer, residual.
 
-    ``y = x + DropPath(gamma * FFN(SE(BN(L(x)))))``, the block of version 2.
-
-    Args:
-        channels: C.
-        large_kernel: The operator L.
-        norm_cfg: Config of the batch norms.
-        drop_path: Probability of dropping the residual branch of a sample.
-        layer_scale_init_value: Initial value of ``gamma``; there is none if it is 0 or less.
-        with_cp: Recompute the block in the backward pass to save memory.
-        deploy: Build the deployed form, without ``norm`` and ``gamma``.
+    ``y = x + DropPath(gamma * FFN(SE(BN(L(x)))))``, the block of version 2. There is no ``gamma`` if its
+    initial value is 0 or less; in deployed form there are neither ``norm`` nor ``gamma``.
     """
 
     def __init__(

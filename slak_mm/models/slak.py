@@ -39,7 +39,8 @@ class LargeKernelConv(LargeKernelLayer):
     """Parallel depthwise convolutions, each with its batch norm, and their sum.
 
     In training form there are up to three of the following branches, in deployed form one
-    ``bias`` and the branches ``tall`` and ``wide``, or ``square``, without norms.
+    ``bias`` and the branches ``tall`` and ``wide``, or ``square``, without norms. M is ``kernel_size``, N the smaller
+    ``small_kernel``, both odd.
 
     ========= ===== ===========================================================
     branch    size  exists
@@ -49,16 +50,6 @@ class LargeKernelConv(LargeKernelLayer):
     square    M x M if not decomposed (``lkb_origin``)
     small     N x N if ``small_kernel`` is given (``small_conv``)
     ========= ===== ===========================================================
-
-    Args:
-        channels: C.
-        kernel_size: M, odd.
-        small_kernel: N, odd and smaller than M, or None.
-        decomposed: Two rectangular kernels in place of a square one.
-        branch_norm: A batch norm behind each branch.
-        conv_bias: A bias in each convolution.
-        norm_cfg: Config of the batch norms.
-        deploy: Build the deployed form.
     """
 
     def __init__(
@@ -136,14 +127,8 @@ class LargeKernelConv(LargeKernelLayer):
 class SLaKBlock(RecomputableBlock):
     """Large-kernel convolution, LayerNorm and a pointwise two-layer perceptron, residual.
 
-    ``y = x + DropPath(gamma * W2 GELU(W1 LayerNorm(L(x))))`` with the expansion ratio 4.
-
-    Args:
-        channels: C.
-        large_kernel: The operator L.
-        drop_path: Probability of dropping the residual branch of a sample.
-        layer_scale_init_value: Initial value of ``gamma``; there is none if it is 0 or less.
-        with_cp: Recompute the block in the backward pass to save memory.
+    ``y = x + DropPath(gamma * W2 GELU(W1 LayerNorm(L(x))))`` with the expansion ratio 4. There is no
+    ``gamma`` if its initial value is 0 or less.
     """
 
     def __init__(

@@ -38,15 +38,8 @@ _BETA = 0.9
 
 # Those that matter after the first masks were made.
 _ONGOING_SETTINGS = (
-    'mode',
-    'sampling',
-    'sparse_gap',
-    'momentum_window',
-    'total_steps',
-    'update_interval',
-    'prune_rate',
-    'stop_fraction',
-    'final_prune_rate',
+    *('mode', 'sampling', 'sparse_gap', 'momentum_window', 'total_steps'),
+    *('update_interval', 'prune_rate', 'stop_fraction', 'final_prune_rate'),
 )
 
 _ONE_OPTIMIZER = (

@@ -257,18 +257,11 @@ class TestLoading:
     def test_whole_segmentor(self):
         pytest.importorskip('mmseg')
         init_default_scope('mmseg')
+        head = dict(type='FCNHead', num_convs=1, norm_cfg=dict(type='BN'))
         cfg = dict(
             type='EncoderDecoder',
             backbone=dict(type='ShiftWise', **SMALL),
-            decode_head=dict(
-                type='FCNHead',
-                in_channels=20,
-                in_index=3,
-                channels=4,
-                num_convs=1,
-                num_classes=3,
-                norm_cfg=dict(type='BN'),
-            ),
+            decode_head=dict(head, in_channels=20, in_index=3, channels=4, num_classes=3),
         )
         source, model, third = (MODELS.build(cfg) for _ in range(3))
         random_(source)

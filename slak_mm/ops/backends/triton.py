@@ -147,18 +147,8 @@ def _convolve(
         tiles = -(-length // blocks['T'])
         steps, splits = _split(rows, blocks['R'], c * tiles)
         _triton_kernels.convolve_rows[(c, tiles, splits)](
-            source,
-            kernel,
-            kernel if bias is None else bias.contiguous(),
-            into if sums is None else sums,
-            into,
-            n,
-            c,
-            source.shape[2],
-            length,
-            source.shape[3] // 8,
-            results.shape[-1] // 8,
-            steps,
+            *(source, kernel, kernel if bias is None else bias.contiguous(), into if sums is None else sums, into),
+            *(n, c, source.shape[2], length, source.shape[3] // 8, results.shape[-1] // 8, steps),
             KEEP=_keeps(blocks, kernel),
             TRANSPOSED=source is not planes.rows,
             HAS_BIAS=bias is not None and is_last,
