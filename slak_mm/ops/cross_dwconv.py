@@ -91,33 +91,27 @@ def cross_dwconv2d(
     given = {'x': x, 'k_v': k_v, 'k_h': k_h, 'k_s': k_s, 'bias': bias}
     operands = {name: t for name, t in given.items() if t is not None}
     _check_tensors(operands)
-    _check_shapes(x, k_v, k_h, k_s, bias, reduce, center)
+    _check_shapes(operands, reduce, center)
     device = x.device.type
     if is_autocast_enabled(device) and x.dtype is not torch.float64:
         # As F.conv2d would: all operands in the dtype of autocast.
         dtype = autocast_dtype(device)
         operands = {name: t.to(dtype) for name, t in operands.items()}
         with torch.autocast(device, enabled=False):
-            return _convolve(**operands, reduce=reduce, center=center)
-    return _convolve(**operands, reduce=reduce, center=center)
+            return _convolve(operands, reduce, center)
+    return _convolve(operands, reduce, center)
 
 
 def _convolve(
-    x: Tensor,
-    k_v: Tensor,
-    k_h: Tensor | None = None,
-    k_s: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    reduce: bool,
-    center: int | None,
+    operands: dict[str, Tensor], reduce: bool, center: int | None
 ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
-    k_v = _centered(k_v, 1, center)
+    k_v, k_h, k_s = _centered(operands['k_v'], 1, center), operands.get('k_h'), operands.get('k_s')
     if k_h is not None:
         k_h = _centered(k_h, 2, center)
     if reduce:
         k_v, k_h, k_s = _merge_small(k_v, k_h, k_s)
-    results = iter(_operator.apply(x, [k for k in (k_v, k_h, k_s) if k is not None], bias, reduce))
+    kernels = [k for k in (k_v, k_h, k_s) if k is not None]
+    results = iter(_operator.apply(operands['x'], kernels, operands.get('bias'), reduce))
     if reduce:
         return next(results)
     return (next(results), None if k_h is None else next(results), None if k_s is None else next(results))
@@ -138,15 +132,9 @@ def _check_tensors(operands: dict[str, Tensor]) -> None:
             raise ValueError(f'{name} has dtype {t.dtype}, but x has {x.dtype}')
 
 
-def _check_shapes(
-    x: Tensor,
-    k_v: Tensor,
-    k_h: Tensor | None,
-    k_s: Tensor | None,
-    bias: Tensor | None,
-    reduce: bool,
-    center: int | None,
-) -> None:
+def _check_shapes(operands: dict[str, Tensor], reduce: bool, center: int | None) -> None:
+    x, k_v, k_h, k_s = operands['x'], operands['k_v'], operands.get('k_h'), operands.get('k_s')
+    bias = operands.get('bias')
     if x.dim() != 4:
         raise ValueError(f'x must have shape (N, C, H, W), got {tuple(x.shape)}')
     channels = x.shape[1]

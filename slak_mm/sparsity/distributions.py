@@ -17,18 +17,6 @@ from torch import Tensor, nn
 from .errors import DenseWeights, SparsityError
 from .rules import random_positions, smallest
 
-__all__ = [
-    'SAMPLINGS',
-    'active_count',
-    'draw_mask',
-    'erk_densities',
-    'require_zeros',
-    'snip_densities',
-    'snip_gradients',
-    'snip_scores',
-    'uniform_densities',
-]
-
 #: Ways to choose the active entries of a layer once their number is known.
 SAMPLINGS = ('exact', 'bernoulli', 'magnitude', 'saliency')
 
@@ -179,11 +167,6 @@ def snip_gradients(
     }
 
 
-def active_count(density: float, entries: int) -> int:
-    """Entries that a layer of this density keeps: ``round(density * entries)``."""
-    return min(entries, max(0, round(density * entries)))
-
-
 def draw_mask(
     shape: tuple[int, ...],
     density: float,
@@ -207,7 +190,7 @@ def draw_mask(
     """
     if sampling == 'bernoulli':
         return torch.rand(shape, generator=generator) < density
-    count = active_count(density, math.prod(shape))
+    count = round(density * math.prod(shape))
     if score is not None and sampling != 'exact':
         return smallest(-score, count)
     return random_positions(torch.ones(shape, dtype=torch.bool), count, generator)

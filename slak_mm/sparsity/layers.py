@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .rules import gradient_grow, magnitude_prune, random_grow
 from .statistics import LayerStatistics
 
-__all__ = ['Layer']
-
 
 @dataclass
 class Layer:
@@ -49,11 +47,9 @@ class Layer:
 
     def set_masks(self, masks: Sequence[Tensor], explored: Sequence[Tensor] | None) -> None:
         """Take over masks; ``explored`` is None for masks that will not change."""
-        self.masks = [self._placed(mask, parameter) for mask, parameter in zip(masks, self.parameters.values())]
-        self.explored = (
-            []
-            if explored is None
-            else [self._placed(mask, parameter) for mask, parameter in zip(explored, self.parameters.values())]
+        self.masks, self.explored = (
+            [self._placed(mask, parameter) for mask, parameter in zip(given or (), self.parameters.values())]
+            for given in (masks, explored)
         )
         self.replaced = [0] * len(self.masks)
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = ['masks_from_state', 'masks_hash', 'pack_mask', 'unpack_mask', 'zero_pruned_']
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Entries at a time on the CPU, so that the widened mask stays in the cache.
 _CHUNK = 1 << 18

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-__all__ = ['LayerSparsity', 'draw_sparsity', 'layer_sparsity', 'tap_densities']
-
 # A kernel from this extent on has a heat map of its taps.
 _LARGE = 7
 _STAGE = re.compile(r'^(?:.*\.)?stages?\.?(\d+)\.')

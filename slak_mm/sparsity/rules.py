@@ -18,13 +18,6 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = ['gradient_grow', 'magnitude_prune', 'prune_count', 'random_grow', 'random_positions', 'smallest']
-
-
-def prune_count(active: int, rate: float) -> int:
-    """Entries to remove: ``ceil(rate * active)``, as in the official code."""
-    return min(active, math.ceil(rate * active))
-
 
 def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = True) -> Tensor:
     """Remove the active entries of smallest magnitude.
@@ -44,7 +37,7 @@ def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = 
     """
     _same_shape(magnitude, mask, 'magnitude')
     active = int(mask.count_nonzero())
-    count = prune_count(active, rate)
+    count = min(active, math.ceil(rate * active))  # as in the official code
     if count == 0:
         return mask.clone()
     if exact:

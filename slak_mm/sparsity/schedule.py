@@ -9,8 +9,6 @@ from typing import Any
 
 from .errors import SparsityError
 
-__all__ = ['FINAL_PRUNE_RATE', 'PRESETS', 'UpdateSchedule', 'cosine_prune_rate']
-
 #: What the rate falls to, in the published trainings.
 FINAL_PRUNE_RATE = 0.005
 

@@ -10,9 +10,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from .errors import FrozenWeights, SparsityError
 
-__all__ = ['SELECTIONS', 'path_groups', 'select_parameters']
-
-
 #: Names that each selection keeps, among the weights of convolutions and linear layers. Families of
 #: backbones add their own.
 SELECTIONS: dict[str, str] = {

@@ -28,8 +28,6 @@ from .schedule import FINAL_PRUNE_RATE, UpdateSchedule
 from .select import path_groups
 from .statistics import Statistics
 
-__all__ = ['DISTRIBUTIONS', 'MODES', 'SparseTraining']
-
 MODES = ('static', 'set', 'rigl', 'momentum')
 DISTRIBUTIONS = ('from_weights', 'uniform', 'erk', 'snip')
 _VERSION = 1
