@@ -9,7 +9,7 @@ Universal Perception Large-Kernel ConvNet", CVPR 2024).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -104,10 +104,9 @@ class ShiftWiseConv(LargeKernelLayer):
         self.small_kernel = small_kernel
         n = channels - num_ghosts
         nk = num_filters(kernel_size, small_kernel)
-        rep, ghost = ghost_channels(channels, num_ghosts)
         device = torch.empty(0).device  # of the parameters, where a default device is set
-        self.register_buffer('rep', rep.to(device))
-        self.register_buffer('ghost', ghost.to(device))
+        for name, table in zip(('rep', 'ghost'), ghost_channels(channels, num_ghosts)):
+            self.register_buffer(name, table.to(device))
         self.ghost_scale: nn.Parameter | None = None
         self.ghost_bias: nn.Parameter | None = None
         if deploy:
@@ -119,9 +118,8 @@ class ShiftWiseConv(LargeKernelLayer):
                 self.ghost_scale = nn.Parameter(torch.ones(num_ghosts))
                 self.ghost_bias = nn.Parameter(torch.zeros(num_ghosts))
             return
-        shifts, picks = shift_tables(n, kernel_size, small_kernel, num_reps)
-        self.register_buffer('shifts', shifts.to(device))
-        self.register_buffer('picks', picks.to(device))
+        for name, table in zip(('shifts', 'picks'), shift_tables(n, kernel_size, small_kernel, num_reps)):
+            self.register_buffer(name, table.to(device))
         self.filters = nn.ModuleList(
             nn.Conv2d(n, n * nk, small_kernel, padding=small_kernel - 1, groups=n, bias=False) for _ in range(num_paths)
         )
@@ -453,16 +451,9 @@ class ShiftWiseVariant(Variant):
                     taps.append(filters[0][0] // channels * small)
         version = 2 if any(re.match(r'stages\.\d+\.\d+\.se\.', key) for key in shapes) else 1
         archs = _ARCHS if version == 2 else {**_ARCHS, 'tiny': _TINY_OF_VERSION_1}
-        return {
-            **facts,
-            **cls.name_architecture(facts, archs),
-            'version': version,
-            'kernel_sizes': Sizes(taps),
-            'small_kernel': small,
-            'num_paths': num_paths,
-            'num_reps': num_reps,
-            'convolved': Sizes(convolved),
-        }
+        sizes = dict(kernel_sizes=Sizes(taps), small_kernel=small, convolved=Sizes(convolved))
+        numbers = dict(version=version, num_paths=num_paths, num_reps=num_reps)
+        return {**facts, **cls.name_architecture(facts, archs), **sizes, **numbers}
 
     def words(self) -> list[str]:
         """What the variant is, in parts of a sentence."""
@@ -526,10 +517,7 @@ def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[d
         if any(operator + name not in state_dict for name in names):
             continue
         picks, rep, ghost, filters = (state_dict[operator + name] for name in names)
-        if not any(
-            _equal((shifts, picks, rep, ghost), tables)
-            for tables in _official_tables(shifts, picks, rep, ghost, filters)
-        ):
+        if not _are_official((shifts, picks, rep, ghost), filters):
             raise CheckpointError(
                 f'The index tables {operator}* are not those which the official code generates, '
                 'and its checkpoints cannot hold others.'
@@ -538,23 +526,25 @@ def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[d
     return (fit_paths(rest, 1, prefix)[0] if spelling == 'LoRA' else rest), spelling
 
 
-def _official_tables(
-    shifts: Tensor, picks: Tensor, rep: Tensor, ghost: Tensor, filters: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """The tables for every kernel size that the greatest shift allows."""
+def _are_official(tables: Sequence[Tensor], filters: Tensor) -> bool:
+    """Whether these are the tables for a kernel size that the greatest shift allows."""
+    shifts, picks, rep, ghost = tables
     small = filters.shape[-1]
     channels, num_reps = picks.shape
     half = int(shifts.max()) + small - 1
-    for kernel_size in (2 * half, 2 * half + 1):
-        if kernel_size >= small and (num_filters(kernel_size, small) * channels == filters.shape[0]):
-            yield (
-                *shift_tables(channels, kernel_size, small, num_reps),
-                *ghost_channels(len(rep) + len(ghost), len(ghost)),
-            )
+    return any(
+        all(
+            ours.shape == theirs.shape and bool((ours.cpu() == theirs).all())
+            for ours, theirs in zip(tables, _tables(len(rep), len(ghost), kernel_size, small, num_reps))
+        )
+        for kernel_size in (2 * half, 2 * half + 1)
+        if kernel_size >= small and num_filters(kernel_size, small) * channels == len(filters)
+    )
 
 
-def _equal(tables: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(a.shape == b.shape and bool((a.cpu() == b).all()) for a, b in zip(tables, others))
+def _tables(channels: int, num_ghosts: int, kernel_size: int, small: int, num_reps: int) -> tuple[Tensor, ...]:
+    """The official tables, in the order of their names, of a layer that convolves so many channels."""
+    return (*shift_tables(channels, kernel_size, small, num_reps), *ghost_channels(channels + num_ghosts, num_ghosts))
 
 
 def _with_filters(cost: Any) -> tuple[int, int]:
@@ -574,27 +564,20 @@ FAMILY = register_family(
         spellings=('LoRAs', 'LoRA'),
         table=(
             # ours, LoRAs, LoRA
-            ('downsample_layers.{i}.{j}.', '=', '='),
             (_LARGE + 'filters.0.weight', _LARGE + 'LoRAs.0.weight', _LARGE + 'LoRA.weight'),
             (_LARGE + 'filters.{p}.weight', _LARGE + 'LoRAs.{p}.weight', '-'),
             (_LARGE + 'bn_wide.', _LARGE + 'bn_lora1.', _LARGE + 'bn_lora1.'),
             (_LARGE + 'bn_tall.', _LARGE + 'bn_lora2.', _LARGE + 'bn_lora2.'),
-            (_LARGE + 'bn_small.', '=', '='),
             *((_LARGE + table, '-', '-') for table in _TABLES),
             *((_LARGE + folded, '-', '-') for folded in ('tall', 'wide', 'bias', 'ghost_scale', 'ghost_bias')),
-            (_BLOCK + 'norm.', '=', '='),
-            (_BLOCK + 'se.', '=', '='),
             (_BLOCK + 'ffn.fc1.', _BLOCK + 'pwconv1.1.', _BLOCK + 'pwconv1.1.'),
             (_BLOCK + 'ffn.grn.', _BLOCK + 'act.1.', _BLOCK + 'act.1.'),
             (_BLOCK + 'ffn.fc2.bias', '-', '-'),
             (_BLOCK + 'ffn.fc2.weight', _BLOCK + 'pwconv2.0.weight', _BLOCK + 'pwconv2.0.weight'),
             (_BLOCK + 'ffn.norm.', _BLOCK + 'pwconv2.2.', _BLOCK + 'pwconv2.2.'),
-            (_BLOCK + 'pwconv1.', '=', '='),
-            (_BLOCK + 'pwconv2.', '=', '='),
-            (_BLOCK + 'gamma', '=', '='),
-            ('norm{i}.', '=', '='),
-            ('norm.', '=', '='),
-            ('head.', '=', '='),
+            *((_BLOCK + same, '=', '=') for same in ('norm.', 'se.', 'pwconv1.', 'pwconv2.', 'gamma')),
+            *((same, '=', '=') for same in ('downsample_layers.{i}.{j}.', _LARGE + 'bn_small.')),
+            *((same, '=', '=') for same in ('norm{i}.', 'norm.', 'head.')),
         ),
         formats=(
             ('shiftwise', r'stages\.\d+\.\d+\.large_kernel\.(LoRAs\.\d+|LoRA)\.weight$', ('LoRAs', 'LoRA')),
@@ -766,11 +749,8 @@ class ShiftWise(LargeKernelBackbone):
 
     def _add_tables(self, state_dict: dict[str, Any], operators: dict[str, ShiftWiseConv]) -> str:
         for key, operator in operators.items():
-            n, num_ghosts = len(operator.rep), len(operator.ghost)
-            tables = (
-                *shift_tables(n, operator.kernel_size, self.small_kernel, self.num_reps),
-                *ghost_channels(n + num_ghosts, num_ghosts),
-            )
+            sizes = operator.kernel_size, self.small_kernel, self.num_reps
+            tables = _tables(len(operator.rep), len(operator.ghost), *sizes)
             state_dict.update((key + name, table) for name, table in zip(_TABLES, tables))
         return f'the index tables of {len(operators)} blocks were generated: official checkpoints have none'
 

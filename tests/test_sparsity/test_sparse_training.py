@@ -19,6 +19,7 @@ from slak_mm.sparsity import (
     DenseWeights,
     SparseTraining,
     SparsityError,
+    erk_densities,
     format_table,
     masks_from_state,
     masks_hash,
@@ -90,6 +91,14 @@ def sparsify(model, **options):
     return sparse
 
 
+def training(optimizer, **options):
+    model = Net()
+    optimizer = make_optimizer(optimizer, model.parameters())
+    sparse = sparsify(model, **options)
+    sparse.attach(optimizer)
+    return model, optimizer, sparse
+
+
 def counts(sparse):
     return {name: int(mask.sum()) for name, mask in sparse.masks.items()}
 
@@ -118,13 +127,10 @@ def assert_dead_entries_are_zero(sparse, optimizer):
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl', 'momentum'])
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_counts_and_zeros_are_exact(kind, mode, accumulation):
-    model = Net()
-    optimizer = make_optimizer(kind, model.parameters())
-    sparse = sparsify(model, mode=mode)
+    model, optimizer, sparse = training(kind, mode=mode)
     want = counts(sparse)
-    dense = erk_counts(sparse)
-    assert want == {name: n for name, n in dense.items() if name in want}
-    sparse.attach(optimizer)
+    densities = erk_densities({name: tuple(p.shape) for name, p in sparse.parameters.items()}, 0.5)
+    assert want == {name: round(densities[name] * sparse.parameters[name].numel()) for name in want}
     for step in range(1, 25):
         before = copy.deepcopy(sparse.masks)
         optimizer.zero_grad()
@@ -143,13 +149,6 @@ def test_counts_and_zeros_are_exact(kind, mode, accumulation):
     assert sparse.updates == (0 if mode == 'static' else 6)
 
 
-def erk_counts(sparse):
-    from slak_mm.sparsity import erk_densities
-
-    shapes = {name: tuple(p.shape) for name, p in sparse.parameters.items()}
-    return {name: round(d * math.prod(shapes[name])) for name, d in erk_densities(shapes, sparse.sparsity).items()}
-
-
 @pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='GradScaler is for CUDA only')
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl', 'momentum'])
 @pytest.mark.parametrize('kind', ['sgd', 'adamw', 'adamw-fused'])
@@ -157,11 +156,8 @@ def test_skipped_steps_do_not_count(kind, mode):
     """Steps 2 and 3 overflow. What is left is the training without these two batches."""
     results = []
     for skipped in ((), (2, 3)):
-        model = Net()
-        optimizer = make_optimizer(kind, model.parameters())
-        sparse = sparsify(model, mode=mode)
+        model, optimizer, sparse = training(kind, mode=mode)
         want = counts(sparse)
-        sparse.attach(optimizer)
         # All scales are powers of two, which round nothing.
         scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
         batches = [b for b in range(12) if b not in (2, 3)] if not skipped else range(12)
@@ -295,10 +291,7 @@ def test_static_masks_train_the_masked_subnetwork(kind, accumulation):
 @pytest.mark.parametrize('kind', ['adamw', 'sgd-nesterov-foreach'])
 def test_rigl_grows_the_largest_accumulated_gradients(kind):
     """Also with an optimizer that writes into the gradients it is given."""
-    model = Net()
-    optimizer = make_optimizer(kind, model.parameters())
-    sparse = sparsify(model, mode='rigl')
-    sparse.attach(optimizer)
+    model, optimizer, sparse = training(kind, mode='rigl')
     for step in range(1, 7):
         before = copy.deepcopy(sparse.masks)
         optimizer.zero_grad()
@@ -315,10 +308,7 @@ def test_rigl_grows_the_largest_accumulated_gradients(kind):
 
 
 def test_momentum_grows_by_the_mean_of_the_window():
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    sparse = sparsify(model, mode='momentum', update_interval=5, momentum_window=3)
-    sparse.attach(optimizer)
+    model, optimizer, sparse = training('sgd', mode='momentum', update_interval=5, momentum_window=3)
     before = copy.deepcopy(sparse.masks)
     mean = {}
     for step in range(1, 6):
@@ -715,10 +705,7 @@ def test_average_is_put_right_by_force():
 
 
 def test_statistics():
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparse = sparsify(model, mode='set')
-    sparse.attach(optimizer)
+    model, optimizer, sparse = training('sgd', mode='set')
     ever = copy.deepcopy(sparse.masks)
     first = sparse.statistics()
     total = sum(p.numel() for p in sparse.parameters.values())
@@ -744,10 +731,7 @@ def test_statistics():
 
 
 def test_finalize():
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparse = sparsify(model)
-    sparse.attach(optimizer)
+    model, optimizer, sparse = training('sgd')
     with torch.no_grad():
         model.fc.weight.fill_(1.0)
     final = sparse.finalize()
