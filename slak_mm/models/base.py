@@ -32,20 +32,14 @@ _PRETRAINED_KEYS = ('type', 'checkpoint', 'prefix', 'map_location')
 
 @dataclass(frozen=True)
 class KernelCost:
-    """What a large-kernel layer costs.
-
-    Attributes:
-        elements: Multiply-adds for each pixel of its map.
-        masked_elements: Those of them with masked weights.
-        path_parameters: Parameters of parallel paths beyond the first, which can be merged into it.
-        filter_elements: Multiply-adds for each pixel if the small filters that kernels are made up
-            of were applied instead; 0 if there are none.
-    """
+    """What a large-kernel layer costs; ``elements`` are multiply-adds for each pixel of its map."""
 
     elements: int
     masked_elements: int = 0
     path_parameters: int = 0
+    """Those of parallel paths beyond the first, which can be merged into it."""
     filter_elements: int = 0
+    """If the small filters that kernels are made up of were applied instead; 0 if there are none."""
 
 
 class LargeKernelLayer(nn.Module):

@@ -25,20 +25,12 @@ _LEAST_SPARSITY = 0.01
 
 
 def uniform_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """The same density for every layer.
-
-    Args:
-        shapes: Shapes of the layers' weights by name.
-        sparsity: Share of zeros, in [0, 1).
-
-    Returns:
-        Density by name.
+    """The same density by the name of every layer, for a share of zeros in [0, 1).
 
     Raises:
         SparsityError: The sparsity is out of its range.
     """
-    density = _density(sparsity)
-    return dict.fromkeys(shapes, density)
+    return dict.fromkeys(shapes, _density(sparsity))
 
 
 def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:

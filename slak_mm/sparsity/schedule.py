@@ -23,16 +23,8 @@ def cosine_prune_rate(step: int, total_steps: int, initial: float, final: float 
     """Share of a layer's weights to replace, falling along half a cosine.
 
     ``final + (initial - final) (1 + cos(pi step / total_steps)) / 2``, which rises again after
-    ``total_steps`` as the official scheduler does.
-
-    Args:
-        step: Optimizer steps taken so far, the one before this update included.
-        total_steps: Optimizer steps of the whole training.
-        initial: Rate at step 0.
-        final: Rate at the last step. Default: 0.005.
-
-    Returns:
-        The rate, between ``initial`` and ``final``.
+    ``total_steps`` as the official scheduler does. ``step`` counts the optimizer steps taken so far,
+    the one before this update included.
     """
     return final + (initial - final) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
