@@ -40,22 +40,11 @@ _PROPOSALS = dict(bbox=1000, mask=100)
 class Cost:
     """What one network costs.
 
-    Attributes:
-        name: Config or zoo name.
-        size: Height and width of the image.
-        parameters: All parameters.
-        flops: Multiply-adds of one image.
-        masked_parameters: Parameters that are masked.
-        masked_large_parameters: Those of them in large kernels.
-        masked_flops: Multiply-adds with masked weights.
-        large_flops: Multiply-adds of the large depthwise kernels.
-        masked_large_flops: Those of them with masked weights.
-        path_parameters: Parameters of parallel paths beyond the first of each large-kernel layer.
-        filter_flops: Multiply-adds of the large kernels if the small filters that they are made
-            up of were applied to the map instead; 0 for networks without them.
-        parts: Multiply-adds of backbone, neck and heads.
-        masks: Where the masks are from.
-        published: Published figures, if there are any for this size.
+    ``flops`` are multiply-adds of one image, ``large_…`` those of the large depthwise kernels, ``masked_…`` those with
+    masked weights. ``path_parameters`` belong to parallel paths beyond the first of each large-kernel layer;
+    ``filter_flops`` are those of the large kernels if the small filters that they are made up of were applied to the
+    map instead, 0 for networks without them. ``parts`` are backbone, neck and heads; ``masks`` says where the masks
+    are from; ``published`` is there if there are figures for this ``size`` (height, width).
     """
 
     name: str

@@ -62,7 +62,7 @@ def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Share of non-zero weights at each tap of the large depthwise kernels, by stage.
 
     Kernels of one stage are laid over each other at their centers, so that a tall and a wide one give a cross.
-    Depthwise kernels (C, 1, kh, kw) whose longer side is at least 7 count, with the smaller depthwise ones of their stage.
+    Depthwise kernels (C, 1, kh, kw) whose longer side is at least 7 count, with the smaller ones of their stage.
 
     Returns:
         'stage 0', ... -> shares (H, W), 0..1; NaN where no kernel reaches.
