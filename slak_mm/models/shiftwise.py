@@ -554,6 +554,7 @@ def _with_filters(cost: Any) -> tuple[int, int]:
 _BLOCK = 'stages.{i}.{j}.'
 _LARGE = 'stages.{i}.{j}.large_kernel.'
 _PAPER = 'ShiftWise, tables of ADE20K and COCO'
+_SIZES = dict(kernel_sizes=(51, 49, 47, 13), small_kernel=3)
 
 # `LoRA` is the official code's form after it has merged the filter paths. Names below `ffn` exist
 # in version 2 only, `pwconv1` and `pwconv2` of ours in version 1 only.
@@ -591,7 +592,7 @@ FAMILY = register_family(
                 'shiftwise_t_in1k_300e',
                 'https://drive.google.com/file/d/1U4DOZv5V9_7wJdqdicjp0tCmNIdRNJOc/view',
                 'classification',
-                dict(type='ShiftWise', arch='tiny', version=2, ghost_ratio=0.23, num_paths=2, num_reps=4),
+                dict(type='ShiftWise', arch='tiny', version=2, **_SIZES, ghost_ratio=0.23, num_paths=2, num_reps=4),
                 'https://github.com/lidc54/shift-wiseConv (README)',
                 figures=dict(top1_percent=83.39),
             ),
