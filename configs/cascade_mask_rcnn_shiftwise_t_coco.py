@@ -10,11 +10,6 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=1e-4), paramwise_cfg=dict(decay_rate=0.8, num_layers=12))
 
 # As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
-custom_hooks = [
-    dict(
-        type='SparsityHook',
-        mode='static',
-        distribution='from_weights',
-        from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3),
-    )
-]
+sparse = dict(type='SparsityHook', mode='static', distribution='from_weights')
+custom_hooks = [dict(sparse, from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]
+del sparse

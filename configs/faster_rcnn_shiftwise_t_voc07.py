@@ -1,5 +1,4 @@
-# Faster R-CNN + ShiftWise-T (version 2), VOC 2007 trainval: SLaK-T's recipe, as none for ShiftWise
-# was published.
+# Faster R-CNN + ShiftWise-T (version 2), VOC 2007 trainval: SLaK-T's recipe, as none for ShiftWise was published.
 _base_ = './_base_/faster_rcnn_voc07.py'
 
 model = dict(
@@ -8,11 +7,6 @@ model = dict(
 )
 
 # As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
-custom_hooks = [
-    dict(
-        type='SparsityHook',
-        mode='static',
-        distribution='from_weights',
-        from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3),
-    )
-]
+sparse = dict(type='SparsityHook', mode='static', distribution='from_weights')
+custom_hooks = [dict(sparse, from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]
+del sparse

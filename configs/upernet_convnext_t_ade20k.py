@@ -4,15 +4,12 @@ _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(
     backbone=dict(
-        arch='tiny',
         kernel_sizes=(7, 7, 7, 7),
         small_kernel=None,
         width_factor=1.0,
         decomposed=False,
         branch_norm=False,
         conv_bias=True,
-        drop_path_rate=0.4,
-        layer_scale_init_value=1.0,
         init_cfg=dict(type='Pretrained', checkpoint='convnext_t_in1k_300e'),
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),

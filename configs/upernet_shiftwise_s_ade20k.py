@@ -4,7 +4,7 @@
 _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(
-    backbone=dict(type='ShiftWise', arch='small', version=2, drop_path_rate=0.4, layer_scale_init_value=1.0),
+    backbone=dict(type='ShiftWise', arch='small', version=2),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )
@@ -13,11 +13,6 @@ model = dict(
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=1.0, decay_type='layer_wise', num_layers=12))
 
 # As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
-custom_hooks = [
-    dict(
-        type='SparsityHook',
-        mode='static',
-        distribution='from_weights',
-        from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3),
-    )
-]
+sparse = dict(type='SparsityHook', mode='static', distribution='from_weights')
+custom_hooks = [dict(sparse, from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]
+del sparse

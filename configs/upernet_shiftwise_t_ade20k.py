@@ -2,14 +2,7 @@
 _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(
-    backbone=dict(
-        type='ShiftWise',
-        arch='tiny',
-        version=2,
-        drop_path_rate=0.4,
-        layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='shiftwise_t_in1k_300e'),
-    ),
+    backbone=dict(type='ShiftWise', version=2, init_cfg=dict(type='Pretrained', checkpoint='shiftwise_t_in1k_300e')),
     decode_head=dict(in_channels=[80, 160, 320, 640]),
     auxiliary_head=dict(in_channels=320),
 )
@@ -18,11 +11,6 @@ model = dict(
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=1.0, decay_type='layer_wise', num_layers=9))
 
 # As in the base; from scratch, whole filters are masked, as in the official ImageNet training.
-custom_hooks = [
-    dict(
-        type='SparsityHook',
-        mode='static',
-        distribution='from_weights',
-        from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3),
-    )
-]
+sparse = dict(type='SparsityHook', mode='static', distribution='from_weights')
+custom_hooks = [dict(sparse, from_scratch=dict(preset='shiftwise', distribution='snip', sparsity=0.3))]
+del sparse

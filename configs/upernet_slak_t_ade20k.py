@@ -2,12 +2,7 @@
 _base_ = './_base_/upernet_ade20k.py'
 
 model = dict(
-    backbone=dict(
-        arch='tiny',
-        drop_path_rate=0.4,
-        layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='slak_t_in1k_300e'),
-    ),
+    backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='slak_t_in1k_300e')),
     decode_head=dict(in_channels=[124, 249, 499, 998]),
     auxiliary_head=dict(in_channels=499),
 )

@@ -40,22 +40,11 @@ _PROPOSALS = dict(bbox=1000, mask=100)
 class Cost:
     """What one network costs.
 
-    Attributes:
-        name: Config or zoo name.
-        size: Height and width of the image.
-        parameters: All parameters.
-        flops: Multiply-adds of one image.
-        masked_parameters: Parameters that are masked.
-        masked_large_parameters: Those of them in large kernels.
-        masked_flops: Multiply-adds with masked weights.
-        large_flops: Multiply-adds of the large depthwise kernels.
-        masked_large_flops: Those of them with masked weights.
-        path_parameters: Parameters of parallel paths beyond the first of each large-kernel layer.
-        filter_flops: Multiply-adds of the large kernels if the small filters that they are made
-            up of were applied to the map instead; 0 for networks without them.
-        parts: Multiply-adds of backbone, neck and heads.
-        masks: Where the masks are from.
-        published: Published figures, if there are any for this size.
+    ``flops`` are multiply-adds of one image, ``large_…`` those of the large depthwise kernels, ``masked_…`` those with
+    masked weights. ``path_parameters`` belong to parallel paths beyond the first of each large-kernel layer;
+    ``filter_flops`` are those of the large kernels if the small filters that they are made up of were applied to the
+    map instead, 0 for networks without them. ``parts`` are backbone, neck and heads; ``masks`` says where the masks
+    are from; ``published`` is there if there are figures for this ``size`` (height, width).
     """
 
     name: str
@@ -148,13 +137,10 @@ def _uses(backbone: nn.Module, image: Tensor) -> dict[str, int]:
 
 
 def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost:
-    """Fill in a cost.
+    """Fill in the cost of a model on the meta device, in eval mode.
 
-    Args:
-        cost: With name and size; changed in place.
-        model: On the meta device, in eval mode, with a ``backbone``.
-        masked: Number of zeros of weights of the backbone; for filters that large kernels are
-            made up of, tensors that are zero where they are masked.
+    ``masked`` has the number of zeros of weights of the backbone; for filters that large kernels are made up of,
+    tensors that are zero where they are masked.
     """
     channels = next((layer.in_channels for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
     image = torch.empty(1, channels, *cost.size, device='meta')
@@ -208,14 +194,11 @@ def count(
     Args:
         name: Path of a config of mmsegmentation or mmdetection, or the zoo name of an
             ImageNet checkpoint, which stands for its network.
-        size: Height and width of the image. Default: that of
-            :data:`DEFAULT_SIZES`.
+        size: Height and width of the image. Default: that of :data:`DEFAULT_SIZES`.
         checkpoint: Take the masks from its zeros.
-        sparsity: Fraction of masked weights. Default: what the config's
-            ``SparsityHook`` says, else that of the published weights; 0 for networks that were
-            trained densely and foreign backbones.
-        distribution: 'uniform', the same in every layer, or 'erk' (Evci et al., ICML
-            2020). Default: 'uniform'.
+        sparsity: Fraction of masked weights. Default: what the config's ``SparsityHook`` says, else that of the
+            published weights; 0 for networks that were trained densely and foreign backbones.
+        distribution: 'uniform', the same in every layer, or 'erk' (Evci et al., ICML 2020). Default: 'uniform'.
 
     Returns:
         The count. ``published`` is set where there are figures for this size.

@@ -22,13 +22,8 @@ TINY = dict(
     slak=dict(type='SLaK', arch=ARCH, width_factor=1.0, norm_cfg=dict(type='BN')),
     shiftwise=dict(type='ShiftWise', arch=ARCH, norm_cfg=dict(type='BN')),
     convnext=dict(
-        type='SLaK',
-        arch=ARCH,
-        width_factor=1.0,
-        kernel_sizes=(7,) * 4,
-        small_kernel=None,
-        decomposed=False,
-        norm_cfg=dict(type='BN'),
+        **dict(type='SLaK', arch=ARCH, width_factor=1.0, norm_cfg=dict(type='BN')),
+        **dict(kernel_sizes=(7,) * 4, small_kernel=None, decomposed=False),
     ),
 )
 
@@ -54,21 +49,16 @@ TOLERANCES = {  # of parameters and FLOPs; above 1 % is what the table explains
 }
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'slak_t_in1k_300e',
-        'slak_s_in1k_300e',
-        'slak_b_in1k_300e',
-        'convnext_t_in1k_300e',
-        'upernet_slak_t_ade20k',
-        'upernet_slak_b_ade20k',
-        'upernet_convnext_t_ade20k',
-        'upernet_shiftwise_t_ade20k',
-        'cascade_mask_rcnn_convnext_t_coco',
-        'cascade_mask_rcnn_shiftwise_t_coco',
-    ],
-)
+CLASSIFIERS = 'slak_t slak_s slak_b convnext_t'.split()
+SEGMENTORS = 'slak_t slak_b convnext_t shiftwise_t'.split()
+PUBLISHED_NETWORKS = [
+    *(f'{name}_in1k_300e' for name in CLASSIFIERS),
+    *(f'upernet_{name}_ade20k' for name in SEGMENTORS),
+    *(f'cascade_mask_rcnn_{name}_coco' for name in ('convnext_t', 'shiftwise_t')),
+]
+
+
+@pytest.mark.parametrize('name', PUBLISHED_NETWORKS)
 def test_published_figures(name):
     if 'upernet' in name:
         pytest.importorskip('mmseg')
@@ -225,16 +215,9 @@ def test_shiftwise_parts():
 
 def test_zeros_of_a_checkpoint(tmp_path, monkeypatch):
     config = tmp_path / 'tiny.py'
-    config.write_text(
-        '\n'.join(
-            [
-                "default_scope = 'mmseg'",
-                'model = dict(type="EncoderDecoder", backbone=dict(type="SLaK", '
-                f'arch={ARCH!r}, width_factor=1.0), decode_head=dict(type="FCNHead", in_channels=32, '
-                'in_index=3, channels=8, num_classes=4))',
-            ]
-        )
-    )
+    head = dict(type='FCNHead', in_channels=32, in_index=3, channels=8, num_classes=4)
+    model = dict(type='EncoderDecoder', backbone=TINY['slak'], decode_head=head)
+    config.write_text(f"default_scope = 'mmseg'\nmodel = {model!r}\n")
     pytest.importorskip('mmseg')
     backbone = MODELS.build(TINY['slak'])
     backbone.init_weights()

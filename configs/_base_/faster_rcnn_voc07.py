@@ -71,14 +71,9 @@ optim_wrapper = dict(
 
 # The zeros of the sparse ImageNet weights stay zero, as in the official runs. --from-scratch, which
 # has no such weights, draws masks of its own; --sparse changes or removes the hook.
-custom_hooks = [
-    dict(
-        type='SparsityHook',
-        mode='static',
-        distribution='from_weights',
-        from_scratch=dict(distribution='snip', sparsity=0.4),
-    )
-]
+sparse = dict(type='SparsityHook', mode='static', distribution='from_weights')
+custom_hooks = [dict(sparse, from_scratch=dict(distribution='snip', sparsity=0.4))]
+del sparse
 
 # Open in the paper: warm-up and decay steps. Those of the official COCO recipe of 36 epochs.
 param_scheduler = [

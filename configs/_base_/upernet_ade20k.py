@@ -1,6 +1,5 @@
-# UperNet on ADE20K, 512x512, 160k iterations: everything that the configs of this folder share.
-# The framework's own bases are found by import name, because `mmseg::...` does not resolve with
-# the onedl builds (see slak_mm/bases.py).
+# UperNet on ADE20K, 512x512, 160k iterations: everything that the configs of this folder share. The framework's own
+# bases are found by import name, because `mmseg::...` does not resolve with the onedl builds (see slak_mm/bases.py).
 _base_ = __import__('slak_mm.bases', fromlist=['_']).framework_configs(
     'mmseg', 'models/upernet_swin.py', 'datasets/ade20k.py', 'default_runtime.py', 'schedules/schedule_160k.py'
 )
@@ -11,7 +10,14 @@ crop_size = (512, 512)
 data_preprocessor = dict(size=crop_size)
 model = dict(
     data_preprocessor=data_preprocessor,
-    backbone=dict(_delete_=True, type='SLaK', norm_cfg=_base_.norm_cfg),
+    backbone=dict(
+        _delete_=True,
+        type='SLaK',
+        arch='tiny',
+        drop_path_rate=0.4,
+        layer_scale_init_value=1.0,
+        norm_cfg=_base_.norm_cfg,
+    ),
     decode_head=dict(num_classes=150),
     auxiliary_head=dict(num_classes=150),
     test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)),
@@ -31,14 +37,9 @@ optim_wrapper = dict(
 
 # The zeros of the sparse ImageNet weights stay zero, as in the official runs. --from-scratch, which
 # has no such weights, draws masks of its own; --sparse changes or removes the hook.
-custom_hooks = [
-    dict(
-        type='SparsityHook',
-        mode='static',
-        distribution='from_weights',
-        from_scratch=dict(distribution='snip', sparsity=0.4),
-    )
-]
+sparse = dict(type='SparsityHook', mode='static', distribution='from_weights')
+custom_hooks = [dict(sparse, from_scratch=dict(distribution='snip', sparsity=0.4))]
+del sparse
 
 # The official recipe (mmseg 0.x) multiplies the warm-up onto a poly schedule that counts from 0;
 # here, as in the framework's own ConvNeXt configs, the poly schedule begins after the warm-up.

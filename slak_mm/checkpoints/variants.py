@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 # Published widths first: a width can often be explained in two ways.
@@ -199,6 +199,13 @@ _COMMON = (
 )
 
 
+def _first_stages(variant: Variant, number: int) -> Variant:
+    """The variant as far as its first stages tell."""
+    values = {field.name: getattr(variant, field.name) for field in fields(variant)}
+    first: dict[str, Any] = {name: Sizes(v[:number]) for name, v in values.items() if isinstance(v, Sizes)}
+    return replace(variant, **first)
+
+
 def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
     """Say in which arguments a checkpoint's backbone (theirs) and a model's (ours) differ.
 
@@ -213,6 +220,14 @@ def likely_causes(theirs: Variant, ours: Variant) -> list[str]:
             'with the type of the weights'
         ]
     causes = []
+    ends = len(theirs.depths) - 1, len(ours.depths) - 1
+    if ends[0] < ends[1] and theirs.deploy == ours.deploy:
+        causes.append(
+            f'the checkpoint ends with stage {ends[0]}, the model with stage {ends[1]}: set out_indices, behind whose '
+            'last stage nothing is built'
+        )
+    # A checkpoint's stages behind the model's last are left out.
+    theirs, ours = (_first_stages(variant, min(ends) + 1) for variant in (theirs, ours))
     for cause in (*_FIRST, *ours.causes, *_COMMON):
         if cause.applies(theirs, ours):
             causes.append(cause.sentence.format(theirs=theirs, ours=ours))

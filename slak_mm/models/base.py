@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slak_mm._config import type_name
 from slak_mm.checkpoints import FamilyMember, convert_on_load, load_pretrained, prepare_state_dict
 
-from .layers import LayerNorm2d
+from .layers import LayerNorm2d, patch_downsampling
 
 # Cut at five standard deviations. The official code cuts at +-2, a hundred of them: the inverse
 # error function behind the draw then returns -inf once in 2 ** 24, and that weight becomes -2.
@@ -32,20 +32,14 @@ _PRETRAINED_KEYS = ('type', 'checkpoint', 'prefix', 'map_location')
 
 @dataclass(frozen=True)
 class KernelCost:
-    """What a large-kernel layer costs.
-
-    Attributes:
-        elements: Multiply-adds for each pixel of its map.
-        masked_elements: Those of them with masked weights.
-        path_parameters: Parameters of parallel paths beyond the first, which can be merged into it.
-        filter_elements: Multiply-adds for each pixel if the small filters that kernels are made up
-            of were applied instead; 0 if there are none.
-    """
+    """What a large-kernel layer costs; ``elements`` are multiply-adds for each pixel of its map."""
 
     elements: int
     masked_elements: int = 0
     path_parameters: int = 0
+    """Those of parallel paths beyond the first, which can be merged into it."""
     filter_elements: int = 0
+    """If the small filters that kernels are made up of were applied instead; 0 if there are none."""
 
 
 class LargeKernelLayer(nn.Module):
@@ -55,8 +49,7 @@ class LargeKernelLayer(nn.Module):
         """Count the multiply-adds for each pixel.
 
         Args:
-            masked: By the names of the layer's weights how many are masked, or a tensor that is
-                zero where they are.
+            masked: By the names of the layer's weights how many are masked, or a tensor that is zero where they are.
         """
         weights = {name: weight for name, weight in self.named_parameters() if weight.dim() > 2}
         return KernelCost(
@@ -73,33 +66,29 @@ def num_masked(mask: int | Tensor) -> int:
 class LargeKernelBackbone(FamilyMember, BaseModule):
     """Four stages of residual blocks at strides 4, 8, 16 and 32.
 
-    A subclass sets :attr:`family`, and fills :attr:`downsample_layers` and
-    :attr:`stages` (as many of one as of the other) before it calls :meth:`_finish_init`.
+    A subclass sets :attr:`family` and :attr:`arch_settings`; its constructor hands on the arguments below and calls
+    :meth:`_build`.
 
     Official checkpoints may be loaded with ``load_state_dict`` as they are: their names are
     converted on the way, and all is checked before a value is overwritten.
     :func:`slak_mm.load_pretrained` also drops what the backbone has no use for, and reports.
 
-    The constructors of all subclasses take the following arguments.
+    The constructors of all subclasses take the following arguments; those from ``drop_path_rate`` on by keyword.
 
     Args:
-        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per
-            stage. Default: 'tiny'.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the
-            first. Default: 0.
+        arch: 'tiny', 'small', 'base', 'large' or ``dict(depths=…, dims=…)`` with one entry per stage. Default: 'tiny'.
+        kernel_sizes: Size of the large kernels of each stage, in pixels of its map.
+        width_factor: Multiplies ``dims``. Default: 1.0.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the first. Default: 0.
         layer_scale_init_value: Initial layer scale; 0 or less for none. Default: 1.0, as the
             official downstream configs (1e-6 on ImageNet).
-        out_indices: Stages to return; those behind the last one are not built. Default:
-            (0, 1, 2, 3).
-        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream
-            code. Default: True.
+        out_indices: Stages to return; those behind the last one are not built. Default: (0, 1, 2, 3).
+        out_norm: A LayerNorm ``norm{i}`` on each returned map, as the official downstream code. Default: True.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with
             the downsampling before them. Output norms stay trainable. Default: -1.
-        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is
-            no CUDA device.
+        norm_cfg: Batch norms. Default: ``dict(type='SyncBN')``, which becomes BN where there is no CUDA device.
         with_cp: Recompute each block in the backward pass to save memory. Default: False.
-        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces.
-            Default: False.
+        deploy: Build the form for inference, which :meth:`switch_to_deploy` produces. Default: False.
         in_channels: Channels of the image. Default: 3.
         init_cfg: ``dict(type='Pretrained', checkpoint=…)`` with a path, an address or a name of
             :data:`slak_mm.checkpoints.ZOO`, or any initialization config of mmengine.
@@ -109,19 +98,61 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     arch_settings: ClassVar[Mapping[str, Mapping[str, Sequence[int]]]]
     """``depths`` and ``dims`` of the named architectures."""
 
-    depths: tuple[int, ...]
-    """Blocks of each stage; set by the subclass."""
-
-    def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping = 'tiny',
+        kernel_sizes: Sequence[int] = (),
+        width_factor: float = 1.0,
+        *,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1.0,
+        out_indices: Sequence[int] | int = (0, 1, 2, 3),
+        out_norm: bool = True,
+        frozen_stages: int = -1,
+        norm_cfg: dict | None = None,
+        with_cp: bool = False,
+        deploy: bool = False,
+        in_channels: int = 3,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
         pretrained = [cfg for cfg in cfgs if type_name(cfg) == 'Pretrained']
-        others = [cfg for cfg in cfgs if type_name(cfg) != 'Pretrained']
         if len(pretrained) > 1:
             raise ValueError(f'init_cfg names {len(pretrained)} checkpoints; give one')
         for cfg in pretrained:
             _check_pretrained(cfg)
+        others = [cfg for cfg in cfgs if type_name(cfg) != 'Pretrained']
         super().__init__(init_cfg=others or copy.deepcopy(_DEFAULT_INIT))
         self.pretrained_cfg = copy.deepcopy(pretrained[0]) if pretrained else None
+        self.arch = arch
+        self.depths, dims = self._parse_arch(arch)
+        if width_factor <= 0:
+            raise ValueError(f'width_factor must be positive, got {width_factor}')
+        self.width_factor = width_factor
+        self.dims = tuple(int(dim * width_factor) for dim in dims)  # rounded down as in the official code
+        self._require_channels(1)
+        if len(kernel_sizes) != len(self.depths):
+            raise ValueError(
+                f'kernel_sizes needs one entry for each of the {len(self.depths)} stages, got {tuple(kernel_sizes)}'
+            )
+        self.kernel_sizes = tuple(kernel_sizes)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
+        self.drop_path_rate = drop_path_rate
+        self.layer_scale_init_value = layer_scale_init_value
+        self.norm_cfg = norm_cfg or dict(type='SyncBN', requires_grad=True)
+        self.with_cp = with_cp
+        self.deploy = deploy
+        self.in_channels = in_channels
+        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+        num_stages = len(self.depths)
+        if not indices or any(not -num_stages <= i < num_stages for i in indices):
+            raise ValueError(f'out_indices must name stages 0 to {num_stages - 1}, got {out_indices}')
+        self.out_indices = tuple(sorted({i % num_stages for i in indices}))
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages must lie between -1 and {num_stages}, got {frozen_stages}')
+        self.frozen_stages = frozen_stages
+        self.out_norm = out_norm
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
         self._register_load_state_dict_pre_hook(convert_on_load, with_module=True)
@@ -145,54 +176,39 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
             )
         return depths, dims
 
-    @staticmethod
-    def _widths(dims: Sequence[int], width_factor: float, least: int = 1) -> tuple[int, ...]:
-        """Channels of each stage, rounded down as in the official code."""
-        if width_factor <= 0:
-            raise ValueError(f'width_factor must be positive, got {width_factor}')
-        widths = tuple(int(dim * width_factor) for dim in dims)
-        if min(widths) < least:
+    def _require_channels(self, least: int) -> None:
+        if min(self.dims) < least:
             raise ValueError(
-                f'arch and width_factor {width_factor} leave {min(widths)} channels to a stage, '
+                f'arch and width_factor {self.width_factor} leave {min(self.dims)} channels to a stage, '
                 f'which needs at least {least}'
             )
-        return widths
 
-    def _for_each_stage(self, kernel_sizes: Sequence[int]) -> tuple[int, ...]:
-        """Kernel sizes as a tuple, one for each stage."""
-        if len(kernel_sizes) != len(self.depths):
-            raise ValueError(
-                f'kernel_sizes needs one entry for each of the {len(self.depths)} stages, got {tuple(kernel_sizes)}'
-            )
-        return tuple(kernel_sizes)
-
-    @staticmethod
-    def _drop_paths(drop_path_rate: float, num_blocks: int) -> Iterator[float]:
-        """Drop-path rate of each block, rising linearly from 0."""
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
-        return iter([drop_path_rate * i / max(1, num_blocks - 1) for i in range(num_blocks)])
-
-    def _finish_init(
-        self, channels: Sequence[int], out_indices: Sequence[int] | int, out_norm: bool, frozen_stages: int
+    def _build(
+        self,
+        block: Callable[[int, float], nn.Module],
+        downsampling: Callable[[int, int, bool], nn.Module] = patch_downsampling,
     ) -> None:
-        """Add the output norms and drop the stages behind the last output, after the stages were built.
+        """Build the stages up to the last of ``out_indices``, and the output norms.
 
-        Nothing would use these stages, and parameters without a gradient stop distributed training.
+        Nothing would use the stages behind, and parameters without a gradient stop distributed training.
+
+        Args:
+            block: Makes a block of a stage with a drop-path rate.
+            downsampling: Makes the layers before a stage from the channels before and behind them, and whether they
+                are the stem. Default: :func:`~slak_mm.models.layers.patch_downsampling`.
         """
-        num_stages = len(self.stages)
-        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
-        if not indices or any(not -num_stages <= i < num_stages for i in indices):
-            raise ValueError(f'out_indices must name stages 0 to {num_stages - 1}, got {out_indices}')
-        self.out_indices = tuple(sorted({i % num_stages for i in indices}))
-        del self.stages[self.out_indices[-1] + 1 :], self.downsample_layers[self.out_indices[-1] + 1 :]
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(f'frozen_stages must lie between -1 and {num_stages}, got {frozen_stages}')
-        self.frozen_stages = frozen_stages
-        self.out_norm = out_norm
-        if out_norm:
+        last_block = max(1, sum(self.depths) - 1)
+        before, done = self.in_channels, 0
+        for stage, (depth, channels) in enumerate(zip(self.depths, self.dims)):
+            if stage > self.out_indices[-1]:
+                break
+            self.downsample_layers.append(downsampling(before, channels, stage == 0))
+            rates = [self.drop_path_rate * i / last_block for i in range(done, done + depth)]
+            self.stages.append(nn.Sequential(*(block(stage, rate) for rate in rates)))
+            before, done = channels, done + depth
+        if self.out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm2d(channels[i]))
+                self.add_module(f'norm{i}', LayerNorm2d(self.dims[i]))
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

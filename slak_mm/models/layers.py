@@ -28,9 +28,8 @@ from slak_mm.ops.pointwise import global_response_norm, scaled_sum
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether an operator may read a module's tensors instead of calling the module.
 
-    It may if the module is exactly of one of the classes, and nobody looks at its inputs, results
-    or gradients. An adapter, a quantized or parametrized layer, or one with hooks is called. This
-    is the only place that decides it.
+    It may if the module is exactly of one of the classes, and nobody looks at its inputs, results or gradients. An
+    adapter, a quantized or parametrized layer, or one with hooks is called. This is the only place that decides it.
     """
     every = nn.modules.module
     return (
@@ -111,21 +110,8 @@ def perceptron(
     """Compute ``residual + scale * linear2(grn(act(linear1(norm(gate * x)))))`` for each pixel.
 
     Plain modules are computed by :func:`slak_mm.ops.pointwise_mlp`; else all of them are called,
-    with whole maps of shape (N, H, W, channels).
-
-    Args:
-        x: (N, C, H, W).
-        linear1: Linear layer, C to D.
-        act: Activation.
-        linear2: Linear layer, D to E.
-        gate: (N, C, 1, 1). Default: None.
-        norm: LayerNorm. Default: None.
-        grn: :class:`GRN`. Default: None.
-        scale: (E,). Default: None.
-        residual: (N, E, H, W). Default: None.
-
-    Returns:
-        Shape (N, E, H, W).
+    with whole maps of shape (N, H, W, channels). ``x`` is (N, C, H, W), ``gate`` (N, C, 1, 1), ``scale`` (E,), and
+    ``residual`` (N, E, H, W) as the result; what is None is left out.
     """
     if (
         is_plain(linear1, nn.Linear)
@@ -154,12 +140,7 @@ def perceptron(
 
 
 class GRN(nn.Module):
-    """Global response normalization of (N, H, W, C) maps, see :func:`global_response_norm`.
-
-    Args:
-        channels: C.
-        bias: Whether there is ``beta``.
-    """
+    """Global response normalization of (N, H, W, C) maps, see :func:`global_response_norm`."""
 
     def __init__(self, channels: int, bias: bool = True) -> None:
         super().__init__()
@@ -180,10 +161,6 @@ class LayerNorm2d(nn.LayerNorm):
 
     The biased variance and ``eps`` inside the square root are those of ``nn.LayerNorm``. The
     result has the memory format of the input; channels-last needs no copy.
-
-    Args:
-        num_channels: C.
-        eps: Added to the variance. Default: 1e-6.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
@@ -261,13 +238,7 @@ class DepthwiseBranch(nn.Module):
     """One depthwise convolution and the batch norm behind it.
 
     Plain modules are not called: the operator of the block computes their convolution together
-    with the block's other branches, and :meth:`finish` the rest.
-
-    Args:
-        channels: C.
-        kernel_size: (height, width), both odd.
-        bias: Whether the convolution has a bias.
-        norm_cfg: Config of the batch norm, or None for no norm.
+    with the block's other branches, and :meth:`finish` the rest. ``kernel_size`` is (height, width), both odd.
     """
 
     def __init__(self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None) -> None:
@@ -328,11 +299,7 @@ class DepthwiseBranch(nn.Module):
 class RecomputableBlock(nn.Module):
     """A block that can drop its intermediate results and recompute them in the backward pass.
 
-    A subclass implements :meth:`_forward`.
-
-    Args:
-        with_cp: Recompute, to save memory. The running statistics of batch norms are updated
-            once per step all the same.
+    A subclass implements :meth:`_forward`. The running statistics of batch norms change once per step all the same.
     """
 
     def __init__(self, with_cp: bool) -> None:

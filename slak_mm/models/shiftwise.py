@@ -9,7 +9,7 @@ Universal Perception Large-Kernel ConvNet", CVPR 2024).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -69,28 +69,15 @@ class ShiftWiseConv(LargeKernelLayer):
     """A depthwise convolution with large kernels that are made up of small filters.
 
     The filters of all paths are summed and assembled to a tall, a wide and a small kernel (see
-    :func:`slak_mm.ops.shift_tables.assemble_kernels`). Each has its batch norm; their sum and
-    the input are added up. Ghost channels pass unchanged and come last: output channel j is
-    input channel ``rep[j]``, then the ghosts follow.
+    :func:`slak_mm.ops.shift_tables.assemble_kernels`). Each has its batch norm; their sum and the input are added up.
+    Ghost channels pass unchanged and come last: output channel j is input channel ``rep[j]``, then the ghosts follow.
 
     The tables ``shifts``, ``picks``, ``rep`` and ``ghost`` are buffers in the state dict; what
     they say is what is computed.
 
-    In deployed form there are ``tall``, ``wide`` and ``bias``, and ``ghost_scale`` and
-    ``ghost_bias`` if a norm behind the layer was folded in.
-
-    Args:
-        channels: C.
-        num_ghosts: Number of ghost channels, less than C.
-        kernel_size: K.
-        small_kernel: s, odd, at most K.
-        num_paths: Number of sets of filters.
-        num_reps: Number G of random orders of the filters, see
-            :func:`slak_mm.ops.shift_tables.shift_tables`.
-        branch_norm: A batch norm behind each kernel.
-        norm_cfg: Config of the batch norms.
-        deploy: Build the deployed form.
-        folds_norm: Build the deployed form with a folded norm.
+    In deployed form there are ``tall``, ``wide`` and ``bias``, and ``ghost_scale`` and ``ghost_bias`` if a norm behind
+    the layer was folded in (``folds_norm``). K is ``kernel_size``, s the odd ``small_kernel`` of at most K, G the
+    ``num_reps`` random orders of the filters, and there are fewer ghosts than the C ``channels``.
     """
 
     shifts: Tensor
@@ -117,10 +104,9 @@ class ShiftWiseConv(LargeKernelLayer):
         self.small_kernel = small_kernel
         n = channels - num_ghosts
         nk = num_filters(kernel_size, small_kernel)
-        rep, ghost = ghost_channels(channels, num_ghosts)
         device = torch.empty(0).device  # of the parameters, where a default device is set
-        self.register_buffer('rep', rep.to(device))
-        self.register_buffer('ghost', ghost.to(device))
+        for name, table in zip(('rep', 'ghost'), ghost_channels(channels, num_ghosts)):
+            self.register_buffer(name, table.to(device))
         self.ghost_scale: nn.Parameter | None = None
         self.ghost_bias: nn.Parameter | None = None
         if deploy:
@@ -132,9 +118,8 @@ class ShiftWiseConv(LargeKernelLayer):
                 self.ghost_scale = nn.Parameter(torch.ones(num_ghosts))
                 self.ghost_bias = nn.Parameter(torch.zeros(num_ghosts))
             return
-        shifts, picks = shift_tables(n, kernel_size, small_kernel, num_reps)
-        self.register_buffer('shifts', shifts.to(device))
-        self.register_buffer('picks', picks.to(device))
+        for name, table in zip(('shifts', 'picks'), shift_tables(n, kernel_size, small_kernel, num_reps)):
+            self.register_buffer(name, table.to(device))
         self.filters = nn.ModuleList(
             nn.Conv2d(n, n * nk, small_kernel, padding=small_kernel - 1, groups=n, bias=False) for _ in range(num_paths)
         )
@@ -258,10 +243,7 @@ def _select_channels(x: Tensor, index: Tensor) -> Tensor:
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate that is computed from the means of all channels.
 
-    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; the inner width is C // 4.
-
-    Args:
-        channels: C, at least 4.
+    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; the inner width is C // 4, C at least 4.
     """
 
     def __init__(self, channels: int) -> None:
@@ -284,11 +266,6 @@ class FeedForward(nn.Module):
 
     In deployed form the second layer has a bias and stands for everything behind the
     multiplication with GRN's ``gamma``.
-
-    Args:
-        channels: C.
-        norm_cfg: Config of the batch norm.
-        deploy: Build the deployed form.
     """
 
     def __init__(self, channels: int, norm_cfg: dict, deploy: bool = False) -> None:
@@ -302,13 +279,7 @@ class FeedForward(nn.Module):
         self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
 
     def forward(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Map (N, C, H, W) to the same shape.
-
-        Args:
-            x: The map.
-            gate: ``x`` is multiplied with it, (N, C, 1, 1). Default: None.
-            residual: Added to the result in deployed form. Default: None.
-        """
+        """Map (N, C, H, W), times ``gate`` (N, C, 1, 1), to the same shape; add ``residual`` in deployed form."""
         y = perceptron(x, self.fc1, self.act, self.fc2, grn=self.grn, gate=gate, residual=residual)
         return y if self.norm is None else self.norm(y)
 
@@ -342,16 +313,8 @@ class FeedForward(nn.Module):
 class ShiftWiseBlock(RecomputableBlock):
     """Large-kernel convolution, batch norm, squeeze-excite and feed-forward layer, residual.
 
-    ``y = x + DropPath(gamma * FFN(SE(BN(L(x)))))``, the block of version 2.
-
-    Args:
-        channels: C.
-        large_kernel: The operator L.
-        norm_cfg: Config of the batch norms.
-        drop_path: Probability of dropping the residual branch of a sample.
-        layer_scale_init_value: Initial value of ``gamma``; there is none if it is 0 or less.
-        with_cp: Recompute the block in the backward pass to save memory.
-        deploy: Build the deployed form, without ``norm`` and ``gamma``.
+    ``y = x + DropPath(gamma * FFN(SE(BN(L(x)))))``, the block of version 2. There is no ``gamma`` if its
+    initial value is 0 or less; in deployed form there are neither ``norm`` nor ``gamma``.
     """
 
     def __init__(
@@ -488,16 +451,9 @@ class ShiftWiseVariant(Variant):
                     taps.append(filters[0][0] // channels * small)
         version = 2 if any(re.match(r'stages\.\d+\.\d+\.se\.', key) for key in shapes) else 1
         archs = _ARCHS if version == 2 else {**_ARCHS, 'tiny': _TINY_OF_VERSION_1}
-        return {
-            **facts,
-            **cls.name_architecture(facts, archs),
-            'version': version,
-            'kernel_sizes': Sizes(taps),
-            'small_kernel': small,
-            'num_paths': num_paths,
-            'num_reps': num_reps,
-            'convolved': Sizes(convolved),
-        }
+        sizes = dict(kernel_sizes=Sizes(taps), small_kernel=small, convolved=Sizes(convolved))
+        numbers = dict(version=version, num_paths=num_paths, num_reps=num_reps)
+        return {**facts, **cls.name_architecture(facts, archs), **sizes, **numbers}
 
     def words(self) -> list[str]:
         """What the variant is, in parts of a sentence."""
@@ -561,10 +517,7 @@ def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[d
         if any(operator + name not in state_dict for name in names):
             continue
         picks, rep, ghost, filters = (state_dict[operator + name] for name in names)
-        if not any(
-            _equal((shifts, picks, rep, ghost), tables)
-            for tables in _official_tables(shifts, picks, rep, ghost, filters)
-        ):
+        if not _are_official((shifts, picks, rep, ghost), filters):
             raise CheckpointError(
                 f'The index tables {operator}* are not those which the official code generates, '
                 'and its checkpoints cannot hold others.'
@@ -573,23 +526,25 @@ def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[d
     return (fit_paths(rest, 1, prefix)[0] if spelling == 'LoRA' else rest), spelling
 
 
-def _official_tables(
-    shifts: Tensor, picks: Tensor, rep: Tensor, ghost: Tensor, filters: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """The tables for every kernel size that the greatest shift allows."""
+def _are_official(tables: Sequence[Tensor], filters: Tensor) -> bool:
+    """Whether these are the tables for a kernel size that the greatest shift allows."""
+    shifts, picks, rep, ghost = tables
     small = filters.shape[-1]
     channels, num_reps = picks.shape
     half = int(shifts.max()) + small - 1
-    for kernel_size in (2 * half, 2 * half + 1):
-        if kernel_size >= small and (num_filters(kernel_size, small) * channels == filters.shape[0]):
-            yield (
-                *shift_tables(channels, kernel_size, small, num_reps),
-                *ghost_channels(len(rep) + len(ghost), len(ghost)),
-            )
+    return any(
+        all(
+            ours.shape == theirs.shape and bool((ours.cpu() == theirs).all())
+            for ours, theirs in zip(tables, _tables(len(rep), len(ghost), kernel_size, small, num_reps))
+        )
+        for kernel_size in (2 * half, 2 * half + 1)
+        if kernel_size >= small and num_filters(kernel_size, small) * channels == len(filters)
+    )
 
 
-def _equal(tables: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(a.shape == b.shape and bool((a.cpu() == b).all()) for a, b in zip(tables, others))
+def _tables(channels: int, num_ghosts: int, kernel_size: int, small: int, num_reps: int) -> tuple[Tensor, ...]:
+    """The official tables, in the order of their names, of a layer that convolves so many channels."""
+    return (*shift_tables(channels, kernel_size, small, num_reps), *ghost_channels(channels + num_ghosts, num_ghosts))
 
 
 def _with_filters(cost: Any) -> tuple[int, int]:
@@ -599,6 +554,7 @@ def _with_filters(cost: Any) -> tuple[int, int]:
 _BLOCK = 'stages.{i}.{j}.'
 _LARGE = 'stages.{i}.{j}.large_kernel.'
 _PAPER = 'ShiftWise, tables of ADE20K and COCO'
+_SIZES = dict(kernel_sizes=(51, 49, 47, 13), small_kernel=3)
 
 # `LoRA` is the official code's form after it has merged the filter paths. Names below `ffn` exist
 # in version 2 only, `pwconv1` and `pwconv2` of ours in version 1 only.
@@ -607,32 +563,23 @@ FAMILY = register_family(
         name='shiftwise',
         titles=('ShiftWise',),
         spellings=('LoRAs', 'LoRA'),
-        # fmt: off
         table=(
             # ours, LoRAs, LoRA
-            ('downsample_layers.{i}.{j}.', '=', '='),
             (_LARGE + 'filters.0.weight', _LARGE + 'LoRAs.0.weight', _LARGE + 'LoRA.weight'),
             (_LARGE + 'filters.{p}.weight', _LARGE + 'LoRAs.{p}.weight', '-'),
             (_LARGE + 'bn_wide.', _LARGE + 'bn_lora1.', _LARGE + 'bn_lora1.'),
             (_LARGE + 'bn_tall.', _LARGE + 'bn_lora2.', _LARGE + 'bn_lora2.'),
-            (_LARGE + 'bn_small.', '=', '='),
             *((_LARGE + table, '-', '-') for table in _TABLES),
             *((_LARGE + folded, '-', '-') for folded in ('tall', 'wide', 'bias', 'ghost_scale', 'ghost_bias')),
-            (_BLOCK + 'norm.', '=', '='),
-            (_BLOCK + 'se.', '=', '='),
             (_BLOCK + 'ffn.fc1.', _BLOCK + 'pwconv1.1.', _BLOCK + 'pwconv1.1.'),
             (_BLOCK + 'ffn.grn.', _BLOCK + 'act.1.', _BLOCK + 'act.1.'),
             (_BLOCK + 'ffn.fc2.bias', '-', '-'),
             (_BLOCK + 'ffn.fc2.weight', _BLOCK + 'pwconv2.0.weight', _BLOCK + 'pwconv2.0.weight'),
             (_BLOCK + 'ffn.norm.', _BLOCK + 'pwconv2.2.', _BLOCK + 'pwconv2.2.'),
-            (_BLOCK + 'pwconv1.', '=', '='),
-            (_BLOCK + 'pwconv2.', '=', '='),
-            (_BLOCK + 'gamma', '=', '='),
-            ('norm{i}.', '=', '='),
-            ('norm.', '=', '='),
-            ('head.', '=', '='),
+            *((_BLOCK + same, '=', '=') for same in ('norm.', 'se.', 'pwconv1.', 'pwconv2.', 'gamma')),
+            *((same, '=', '=') for same in ('downsample_layers.{i}.{j}.', _LARGE + 'bn_small.')),
+            *((same, '=', '=') for same in ('norm{i}.', 'norm.', 'head.')),
         ),
-        # fmt: on
         formats=(
             ('shiftwise', r'stages\.\d+\.\d+\.large_kernel\.(LoRAs\.\d+|LoRA)\.weight$', ('LoRAs', 'LoRA')),
             ('ours-deployed', r'stages\.\d+\.\d+\.large_kernel\.tall$', ()),
@@ -645,16 +592,7 @@ FAMILY = register_family(
                 'shiftwise_t_in1k_300e',
                 'https://drive.google.com/file/d/1U4DOZv5V9_7wJdqdicjp0tCmNIdRNJOc/view',
                 'classification',
-                dict(
-                    type='ShiftWise',
-                    arch='tiny',
-                    version=2,
-                    kernel_sizes=(51, 49, 47, 13),
-                    small_kernel=3,
-                    ghost_ratio=0.23,
-                    num_paths=2,
-                    num_reps=4,
-                ),
+                dict(type='ShiftWise', arch='tiny', version=2, **_SIZES, ghost_ratio=0.23, num_paths=2, num_reps=4),
                 'https://github.com/lidc54/shift-wiseConv (README)',
                 figures=dict(top1_percent=83.39),
             ),
@@ -683,16 +621,7 @@ FAMILY = register_family(
 )
 SELECTIONS['shiftwise_filters'] = r'large_kernel\.filters\.\d+\.weight$'
 PRESETS['shiftwise'] = dict(
-    mode='set',
-    distribution='snip',
-    sparsity=0.3,
-    stop_fraction=1.0,
-    dense_above=0.99,
-    selection='shiftwise_filters',
-    update_interval=100,
-    prune_rate=0.3,
-    per_filter=True,
-    sparse_gap=131,
+    PRESETS['slak_s'], sparsity=0.3, selection='shiftwise_filters', per_filter=True, sparse_gap=131
 )
 
 
@@ -700,10 +629,9 @@ PRESETS['shiftwise'] = dict(
 class ShiftWise(LargeKernelBackbone):
     """ShiftWise backbones, version 1 and 2.
 
-    The published network is ``ShiftWise('tiny')``. Widths and depths of version 2 are those of
-    UniRepLKNet: (80, 160, 320, 640) with (3, 3, 18, 3) blocks for tiny, (96, ..., 768),
-    (128, ..., 1024) and (192, ..., 1536) with (3, 3, 27, 3) for small, base and large. Version 1
-    has SLaK's.
+    The published network is ``ShiftWise('tiny')``. Widths and depths of version 2 are those of UniRepLKNet: (80, 160,
+    320, 640) with (3, 3, 18, 3) blocks for tiny, (96, ..., 768), (128, ..., 1024) and (192, ..., 1536) with (3, 3, 27,
+    3) for small, base and large. Version 1 has SLaK's.
 
     The other arguments are those of :class:`~slak_mm.models.LargeKernelBackbone`.
 
@@ -711,17 +639,14 @@ class ShiftWise(LargeKernelBackbone):
         version: 1 for SLaK's plan (LayerNorm blocks, patch-wise downsampling, sizes rounded
             down), 2 for UniRepLKNet's (batch norm, squeeze-excite and GRN blocks, 3x3
             convolutions for downsampling, sizes rounded up). Default: 2.
-        kernel_sizes: K of each stage in pixels of its map, not smaller than ``small_kernel``.
-            The kernel has ceil(K / s) * s taps, from -(K // 2) on: 49 means -24 to 26 with
-            s = 3. Default: (51, 49, 47, 13).
+        kernel_sizes: K of each stage in pixels of its map, not smaller than ``small_kernel``. The kernel has ceil(K /
+            s) * s taps, from -(K // 2) on: 49 means -24 to 26 with s = 3. Default: (51, 49, 47, 13).
         small_kernel: Size s of the filters, odd. Default: 3.
-        ghost_ratio: Fraction of channels that pass an operator unchanged, in [0, 1). Version 1
-            rounds their number down; version 2 rounds the number of the others down to an even
-            one. Default: 0.23.
+        ghost_ratio: Fraction of channels that pass an operator unchanged, in [0, 1). Version 1 rounds their number
+            down; version 2 rounds the number of the others down to an even one. Default: 0.23.
         num_paths: Sets of filters which are summed. They differ in their initial values and
             masks only; deployment merges them. Default: 2.
-        num_reps: Random orders in which the filters make up a kernel; the resulting kernels are
-            summed. Default: 4.
+        num_reps: Random orders in which the filters make up a kernel; the resulting kernels are summed. Default: 4.
         width_factor: Multiplies ``dims``. Default: 1.0.
         branch_norm: A batch norm behind each kernel. Default: True.
 
@@ -743,74 +668,43 @@ class ShiftWise(LargeKernelBackbone):
         num_reps: int = 4,
         width_factor: float = 1.0,
         branch_norm: bool = True,
-        drop_path_rate: float = 0.0,
-        layer_scale_init_value: float = 1.0,
-        out_indices: Sequence[int] | int = (0, 1, 2, 3),
-        out_norm: bool = True,
-        frozen_stages: int = -1,
-        norm_cfg: dict | None = None,
-        with_cp: bool = False,
-        deploy: bool = False,
-        in_channels: int = 3,
-        init_cfg: dict | list[dict] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(init_cfg)
         if version not in (1, 2):
             raise ValueError(f'version must be 1 or 2, got {version!r}')
+        plan = _TINY_OF_VERSION_1 if arch == 'tiny' and version == 1 else arch
+        super().__init__(plan, kernel_sizes, width_factor, **common)
         self.arch = arch
-        self.version = version
-        self.depths, dims = self._parse_arch(_TINY_OF_VERSION_1 if arch == 'tiny' and version == 1 else arch)
         # Version 2 divides the width by four in its squeeze-excite layers.
-        self.dims = self._widths(dims, width_factor, least=1 if version == 1 else 4)
-        self.kernel_sizes = self._for_each_stage(kernel_sizes)
+        self._require_channels(1 if version == 1 else 4)
         _check_kernels(self.kernel_sizes, small_kernel)
         if not 0 <= ghost_ratio < 1:
             raise ValueError(f'ghost_ratio must lie in [0, 1), got {ghost_ratio}')
         for name, number in (('num_paths', num_paths), ('num_reps', num_reps)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f'{name} must be a positive integer, got {number!r}')
+        self.version = version
         self.small_kernel = small_kernel
         self.ghost_ratio = ghost_ratio
         self.num_paths = num_paths
         self.num_reps = num_reps
         self.branch_norm = branch_norm
-        self.deploy = deploy
-        norm_cfg = norm_cfg or dict(type='SyncBN', requires_grad=True)
-
-        drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
-        for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
-            self.downsample_layers.append(
-                _downsampling(version, in_channels if i == 0 else self.dims[i - 1], channels, is_stem=i == 0)
-            )
-            num_ghosts = _num_ghosts(version, channels, ghost_ratio)
-            if num_ghosts == channels:
+        for i, channels in enumerate(self.dims):
+            if _num_ghosts(version, channels, ghost_ratio) == channels:
                 raise ValueError(
                     f'ghost_ratio {ghost_ratio} leaves none of the {channels} channels of stage {i} to be convolved'
                 )
-            blocks: list[nn.Module] = []
-            for _ in range(depth):
-                operator = ShiftWiseConv(
-                    channels,
-                    num_ghosts,
-                    self.kernel_sizes[i],
-                    small_kernel,
-                    num_paths,
-                    num_reps,
-                    branch_norm,
-                    norm_cfg,
-                    deploy,
-                    folds_norm=version == 2,
-                )
-                drop_path = next(drop_paths)
-                blocks.append(
-                    SLaKBlock(channels, operator, drop_path, layer_scale_init_value, with_cp)
-                    if version == 1
-                    else ShiftWiseBlock(
-                        channels, operator, norm_cfg, drop_path, layer_scale_init_value, with_cp, deploy
-                    )
-                )
-            self.stages.append(nn.Sequential(*blocks))
-        self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+        self._build(self._block, patch_downsampling if version == 1 else _downsampling)
+
+    def _block(self, stage: int, drop_path: float) -> nn.Module:
+        channels, size, norm_cfg = self.dims[stage], self.kernel_sizes[stage], self.norm_cfg
+        num_ghosts = _num_ghosts(self.version, channels, self.ghost_ratio)
+        form = self.small_kernel, self.num_paths, self.num_reps, self.branch_norm
+        layer = ShiftWiseConv(channels, num_ghosts, size, *form, norm_cfg, self.deploy, folds_norm=self.version == 2)
+        rest = drop_path, self.layer_scale_init_value, self.with_cp
+        if self.version == 1:
+            return SLaKBlock(channels, layer, *rest)
+        return ShiftWiseBlock(channels, layer, norm_cfg, *rest, self.deploy)
 
     @property
     def recipe(self) -> Mapping[str, Any] | None:
@@ -856,11 +750,8 @@ class ShiftWise(LargeKernelBackbone):
 
     def _add_tables(self, state_dict: dict[str, Any], operators: dict[str, ShiftWiseConv]) -> str:
         for key, operator in operators.items():
-            n, num_ghosts = len(operator.rep), len(operator.ghost)
-            tables = (
-                *shift_tables(n, operator.kernel_size, self.small_kernel, self.num_reps),
-                *ghost_channels(n + num_ghosts, num_ghosts),
-            )
+            sizes = operator.kernel_size, self.small_kernel, self.num_reps
+            tables = _tables(len(operator.rep), len(operator.ghost), *sizes)
             state_dict.update((key + name, table) for name, table in zip(_TABLES, tables))
         return f'the index tables of {len(operators)} blocks were generated: official checkpoints have none'
 
@@ -883,19 +774,15 @@ def _check_tables(state_dict: dict[str, Any], key: str, operator: ShiftWiseConv)
         )
 
 
-def _downsampling(version: int, before: int, channels: int, is_stem: bool) -> nn.Sequential:
-    """The layers between two stages, or between the image and the first stage."""
-    if version == 1:
-        return patch_downsampling(before, channels, is_stem)
-    half = (
-        [nn.Conv2d(before, channels // 2, kernel_size=3, stride=2, padding=1), LayerNorm2d(channels // 2), nn.GELU()]
-        if is_stem
-        else []
-    )
+def _downsampling(before: int, channels: int, is_stem: bool) -> nn.Sequential:
+    """The layers between two stages of version 2, or between the image and the first stage: 3x3 convolutions."""
+    layers: list[nn.Module] = []
+    if is_stem:
+        half = channels // 2
+        layers += [nn.Conv2d(before, half, kernel_size=3, stride=2, padding=1), LayerNorm2d(half), nn.GELU()]
+        before = half
     return nn.Sequential(
-        *half,
-        nn.Conv2d(channels // 2 if is_stem else before, channels, kernel_size=3, stride=2, padding=1),
-        LayerNorm2d(channels),
+        *layers, nn.Conv2d(before, channels, kernel_size=3, stride=2, padding=1), LayerNorm2d(channels)
     )
 
 

@@ -32,14 +32,15 @@ from slak_mm.ops import cross_dwconv2d
 from slak_mm.sparsity import PRESETS
 
 from .base import LargeKernelBackbone, LargeKernelLayer
-from .layers import DepthwiseBranch, RecomputableBlock, passes, patch_downsampling, perceptron, sum_maps
+from .layers import DepthwiseBranch, RecomputableBlock, passes, perceptron, sum_maps
 
 
 class LargeKernelConv(LargeKernelLayer):
     """Parallel depthwise convolutions, each with its batch norm, and their sum.
 
     In training form there are up to three of the following branches, in deployed form one
-    ``bias`` and the branches ``tall`` and ``wide``, or ``square``, without norms.
+    ``bias`` and the branches ``tall`` and ``wide``, or ``square``, without norms. M is ``kernel_size``, N the smaller
+    ``small_kernel``, both odd.
 
     ========= ===== ===========================================================
     branch    size  exists
@@ -49,16 +50,6 @@ class LargeKernelConv(LargeKernelLayer):
     square    M x M if not decomposed (``lkb_origin``)
     small     N x N if ``small_kernel`` is given (``small_conv``)
     ========= ===== ===========================================================
-
-    Args:
-        channels: C.
-        kernel_size: M, odd.
-        small_kernel: N, odd and smaller than M, or None.
-        decomposed: Two rectangular kernels in place of a square one.
-        branch_norm: A batch norm behind each branch.
-        conv_bias: A bias in each convolution.
-        norm_cfg: Config of the batch norms.
-        deploy: Build the deployed form.
     """
 
     def __init__(
@@ -136,14 +127,8 @@ class LargeKernelConv(LargeKernelLayer):
 class SLaKBlock(RecomputableBlock):
     """Large-kernel convolution, LayerNorm and a pointwise two-layer perceptron, residual.
 
-    ``y = x + DropPath(gamma * W2 GELU(W1 LayerNorm(L(x))))`` with the expansion ratio 4.
-
-    Args:
-        channels: C.
-        large_kernel: The operator L.
-        drop_path: Probability of dropping the residual branch of a sample.
-        layer_scale_init_value: Initial value of ``gamma``; there is none if it is 0 or less.
-        with_cp: Recompute the block in the backward pass to save memory.
+    ``y = x + DropPath(gamma * W2 GELU(W1 LayerNorm(L(x))))`` with the expansion ratio 4. There is no
+    ``gamma`` if its initial value is 0 or less.
     """
 
     def __init__(
@@ -292,86 +277,81 @@ def _official(state_dict: dict[str, Any], prefix: str, spelling: str) -> tuple[d
 
 _BLOCK = 'stages.{i}.{j}.'
 _LARGE = 'stages.{i}.{j}.large_kernel.'
+_LKB = _LARGE + 'lkb_origin.'
+_MERGED = _LARGE + 'lkb_reparam.'
 _TIMM = 'stages.{i}.blocks.{j}.'
 
 _README = 'https://github.com/VITA-Group/SLaK (README)'
 _CONVNEXT_README = 'https://github.com/facebookresearch/ConvNeXt (README)'
 _CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
-_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/'
+_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/convnext_{}_1k_224_ema.pth'
 _DRIVE = 'https://drive.google.com/file/d/{}/view'
 _SURF = 'https://surfdrive.surf.nl/files/index.php/s/{}/download'
 
 
-def _network(arch: str, *kernel_sizes: int) -> dict[str, Any]:
+def _slak(arch: str, *kernel_sizes: int) -> dict[str, Any]:
     return dict(type='SLaK', arch=arch, kernel_sizes=kernel_sizes or (51, 49, 47, 13), small_kernel=5, width_factor=1.3)
 
 
 def _convnext(arch: str) -> dict[str, Any]:
-    return dict(
-        type='SLaK',
-        arch=arch,
-        kernel_sizes=(7, 7, 7, 7),
-        small_kernel=None,
-        decomposed=False,
-        width_factor=1.0,
-        branch_norm=False,
-        conv_bias=True,
-    )
+    sizes = dict(kernel_sizes=(7, 7, 7, 7), small_kernel=None, width_factor=1.0)
+    return dict(type='SLaK', arch=arch, **sizes, decomposed=False, branch_norm=False, conv_bias=True)
 
 
 def _imagenet(
-    name: str,
-    url: str,
-    backbone: dict[str, Any],
-    top1: float,
-    params: float,
-    flops: float,
-    source: str = _README,
-    counted: str = 'all',
+    name: str, url: str, backbone: dict[str, Any], top1: float, params: float, flops: float, source: str = _README
 ) -> ModelInfo:
+    # The published weights of SLaK have about 40 % zeros, and the figures count the others.
+    counted = 'nonzero' if name.startswith('slak') else 'all'
     figures = dict(top1_percent=top1, params_m=params, flops_g=flops)
     return ModelInfo(name, url, 'classification', backbone, source, figures=figures, counted=counted)
 
 
-# fmt: off
+def _upernet(size: str, url: str, backbone: dict[str, Any], miou: float, params: float, flops: float) -> ModelInfo:
+    config = f'upernet_slak_{size}_ade20k'
+    figures = dict(miou_percent=miou, params_m=params, flops_g=flops)
+    name, counted = f'{config}_160k', 'no_large_kernels'
+    return ModelInfo(name, url, 'segmentation', backbone, _README, f'{config}.py', figures, counted)
+
+
+def _cascade(schedule: str, url: str | None, config: str, box: float, mask: float) -> ModelInfo:
+    name, figures = f'cascade_mask_rcnn_slak_t_coco_{schedule}', dict(box_ap_percent=box, mask_ap_percent=mask)
+    return ModelInfo(name, url, 'detection', _slak('tiny'), _README, config, figures)
+
+
 _MODELS = (
-    # The published weights have about 40 % zeros, and the figures count the others.
-    _imagenet('slak_t_in1k_300e', _DRIVE.format('1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4'), _network('tiny'),
-              82.5, 30, 5.0, counted='nonzero'),
-    _imagenet('slak_s_in1k_300e', _DRIVE.format('1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe'), _network('small'),
-              83.8, 55, 9.8, counted='nonzero'),
-    _imagenet('slak_b_in1k_300e', _DRIVE.format('1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j'), _network('base'),
-              84.0, 95, 17.1, counted='nonzero'),
+    _imagenet('slak_t_in1k_300e', _DRIVE.format('1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4'), _slak('tiny'), 82.5, 30, 5.0),
+    _imagenet('slak_s_in1k_300e', _DRIVE.format('1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe'), _slak('small'), 83.8, 55, 9.8),
+    _imagenet('slak_b_in1k_300e', _DRIVE.format('1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j'), _slak('base'), 84.0, 95, 17.1),
     # Of 31 and 61 the source gives the largest kernel only; the others are the usual reading.
-    _imagenet('slak_t_k31_in1k_120e', _SURF.format('VXzBxFXQdlAQ7h8'), _network('tiny', 31, 29, 27, 13),
-              81.5, 30, 4.8, counted='nonzero'),
-    _imagenet('slak_t_k51_in1k_120e', _SURF.format('WiQYWNclJ9bW5XV'), _network('tiny'),
-              81.6, 30, 5.0, counted='nonzero'),
-    _imagenet('slak_t_k61_in1k_120e', _SURF.format('VpR1te71NmVImJb'), _network('tiny', 61, 59, 57, 13),
-              81.5, 31, 5.2, counted='nonzero'),
-    # Distilled from SLaK. The source does not say whether a norm follows the 7x7 convolution; if it
-    # does, the weights are refused and the error says so.
+    _imagenet('slak_t_k31_in1k_120e', _SURF.format('VXzBxFXQdlAQ7h8'), _slak('tiny', 31, 29, 27, 13), 81.5, 30, 4.8),
+    _imagenet('slak_t_k51_in1k_120e', _SURF.format('WiQYWNclJ9bW5XV'), _slak('tiny'), 81.6, 30, 5.0),
+    _imagenet('slak_t_k61_in1k_120e', _SURF.format('VpR1te71NmVImJb'), _slak('tiny', 61, 59, 57, 13), 81.5, 31, 5.2),
+    # Distilled from SLaK. The source does not say whether a norm follows the 7x7 convolution; if it does, the weights
+    # are refused and the error says so.
     _imagenet('convnext_l2s_t_in1k_300e', _SURF.format('cR6KLvxjlUshUQA'), _convnext('tiny'), 83.1, 29, 4.5),
     _imagenet('convnext_l2s_s_in1k_300e', _SURF.format('PYqL3rVff3Nu2sP'), _convnext('small'), 84.3, 50, 8.7),
-    ModelInfo('upernet_slak_t_ade20k_160k', _SURF.format('cc6Pqb7IZaecWMv'), 'segmentation', _network('tiny'), _README,
-              'upernet_slak_t_ade20k.py', dict(miou_percent=47.6, params_m=65, flops_g=936), 'no_large_kernels'),
-    ModelInfo('upernet_slak_s_ade20k_160k', _SURF.format('HMLBXtKUDY6wyFF'), 'segmentation', _network('small'), _README,
-              'upernet_slak_s_ade20k.py', dict(miou_percent=49.4, params_m=91, flops_g=1028), 'no_large_kernels'),
-    ModelInfo('upernet_slak_b_ade20k_160k', _SURF.format('JDZ6dMBMZDxUHQG'), 'segmentation', _network('base'), _README,
-              'upernet_slak_b_ade20k.py', dict(miou_percent=50.0, params_m=135, flops_g=1172), 'no_large_kernels'),
+    _upernet('t', _SURF.format('cc6Pqb7IZaecWMv'), _slak('tiny'), 47.6, 65, 936),
+    _upernet('s', _SURF.format('HMLBXtKUDY6wyFF'), _slak('small'), 49.4, 91, 1028),
+    _upernet('b', _SURF.format('JDZ6dMBMZDxUHQG'), _slak('base'), 50.0, 135, 1172),
     # From the weights of 120 epochs, and from those of 300.
-    ModelInfo('cascade_mask_rcnn_slak_t_coco_1x', _SURF.format('2IvPyGgSTT2RvPu'), 'detection', _network('tiny'),
-              _README, 'cascade_mask_rcnn_slak_t_coco_1x.py', dict(box_ap_percent=48.4, mask_ap_percent=41.8)),
-    ModelInfo('cascade_mask_rcnn_slak_t_coco_3x', None, 'detection', _network('tiny'), _README,
-              'cascade_mask_rcnn_slak_t_coco.py', dict(box_ap_percent=51.3, mask_ap_percent=44.3)),
-    _imagenet('convnext_t_in1k_300e', _CONVNEXT_FILES + 'convnext_tiny_1k_224_ema.pth', _convnext('tiny'),
-              82.1, 28, 4.5, _CONVNEXT_README),
-    _imagenet('convnext_s_in1k_300e', _CONVNEXT_FILES + 'convnext_small_1k_224_ema.pth', _convnext('small'),
-              83.1, 50, 8.7, _CONVNEXT_README),
-    _imagenet('convnext_b_in1k_300e', _CONVNEXT_FILES + 'convnext_base_1k_224_ema.pth', _convnext('base'),
-              83.8, 89, 15.4, _CONVNEXT_README),
+    _cascade('1x', _SURF.format('2IvPyGgSTT2RvPu'), 'cascade_mask_rcnn_slak_t_coco_1x.py', 48.4, 41.8),
+    _cascade('3x', None, 'cascade_mask_rcnn_slak_t_coco.py', 51.3, 44.3),
+    *(
+        _imagenet(name, _CONVNEXT_FILES.format(arch), _convnext(arch), top1, params, flops, _CONVNEXT_README)
+        for name, arch, top1, params, flops in (
+            ('convnext_t_in1k_300e', 'tiny', 82.1, 28, 4.5),
+            ('convnext_s_in1k_300e', 'small', 83.1, 50, 8.7),
+            ('convnext_b_in1k_300e', 'base', 83.8, 89, 15.4),
+        )
+    ),
 )
-# fmt: on
+
+
+def _depthwise(kind: str) -> list[str]:
+    """A tensor of ConvNeXt's depthwise convolution in its code bases."""
+    return [f'{name}.{kind}' for name in (_BLOCK + 'dwconv', _TIMM + 'conv_dw', _BLOCK + 'depthwise_conv')]
+
 
 # `merged` is the official code's form of a square kernel after re-parameterization. ConvNeXt
 # code bases have a bare biased convolution where SLaK has `lkb_origin`.
@@ -380,7 +360,6 @@ FAMILY = register_family(
         name='slak',
         titles=('SLaK', 'ConvNeXt'),
         spellings=('LoRA', 'Decom', 'merged', 'facebook', 'timm', 'mmpretrain'),
-        # fmt: off
         table=(
             # ours, LoRA, Decom, merged, facebook, timm, mmpretrain
             ('downsample_layers.0.0.', '=', '=', '=', '=', 'stem.0.', '='),
@@ -390,37 +369,18 @@ FAMILY = register_family(
             (_LARGE + 'tall.', _LARGE + 'LoRA1.', _LARGE + 'Decom1.', '-', '-', '-', '-'),
             (_LARGE + 'wide.', _LARGE + 'LoRA2.', _LARGE + 'Decom2.', '-', '-', '-', '-'),
             (_LARGE + 'small.', _LARGE + 'small_conv.', _LARGE + 'small_conv.', '-', '-', '-', '-'),
-            (
-                _LARGE + 'square.conv.weight',
-                _LARGE + 'lkb_origin.conv.weight',
-                _LARGE + 'lkb_origin.conv.weight',
-                _LARGE + 'lkb_reparam.weight',
-                _BLOCK + 'dwconv.weight',
-                _TIMM + 'conv_dw.weight',
-                _BLOCK + 'depthwise_conv.weight',
-            ),
-            (
-                _LARGE + 'square.conv.bias',
-                _LARGE + 'lkb_origin.conv.bias',
-                _LARGE + 'lkb_origin.conv.bias',
-                '-',
-                _BLOCK + 'dwconv.bias',
-                _TIMM + 'conv_dw.bias',
-                _BLOCK + 'depthwise_conv.bias',
-            ),
-            (_LARGE + 'square.bn.', _LARGE + 'lkb_origin.bn.', _LARGE + 'lkb_origin.bn.', '-', '-', '-', '-'),
-            (_LARGE + 'bias', '-', '-', _LARGE + 'lkb_reparam.bias', '-', '-', '-'),
+            (_LARGE + 'square.conv.weight', *[_LKB + 'conv.weight'] * 2, _MERGED + 'weight', *_depthwise('weight')),
+            (_LARGE + 'square.conv.bias', *[_LKB + 'conv.bias'] * 2, '-', *_depthwise('bias')),
+            (_LARGE + 'square.bn.', _LKB + 'bn.', _LKB + 'bn.', '-', '-', '-', '-'),
+            (_LARGE + 'bias', '-', '-', _MERGED + 'bias', '-', '-', '-'),
             (_BLOCK + 'norm.', '=', '=', '=', '=', _TIMM + 'norm.', '='),
             (_BLOCK + 'pwconv1.', '=', '=', '=', '=', _TIMM + 'mlp.fc1.', _BLOCK + 'pointwise_conv1.'),
             (_BLOCK + 'pwconv2.', '=', '=', '=', '=', _TIMM + 'mlp.fc2.', _BLOCK + 'pointwise_conv2.'),
             (_BLOCK + 'gamma', '=', '=', '=', '=', _TIMM + 'gamma', '='),
             ('norm{i}.', '=', '=', '=', '=', '=', '='),
-            ('norm.weight', '=', '=', '=', '=', 'head.norm.weight', '='),
-            ('norm.bias', '=', '=', '=', '=', 'head.norm.bias', '='),
-            ('head.weight', '=', '=', '=', '=', 'head.fc.weight', 'head.fc.weight'),
-            ('head.bias', '=', '=', '=', '=', 'head.fc.bias', 'head.fc.bias'),
+            *((f'norm.{kind}', '=', '=', '=', '=', f'head.norm.{kind}', '=') for kind in ('weight', 'bias')),
+            *((f'head.{kind}', '=', '=', '=', '=', *[f'head.fc.{kind}'] * 2) for kind in ('weight', 'bias')),
         ),
-        # fmt: on
         formats=(
             ('official-LoRA', r'stages\.\d+\.\d+\.large_kernel\.LoRA[12]\.', ('LoRA',)),
             ('official-Decom', r'stages\.\d+\.\d+\.large_kernel\.Decom[12]\.', ('Decom',)),
@@ -471,9 +431,8 @@ PRESETS['slak_s'] = PRESETS['slak_b'] = dict(_RECIPE, update_interval=100, prune
 class SLaK(LargeKernelBackbone):
     """SLaK, and with other arguments RepLKNet-like and ConvNeXt backbones.
 
-    The paper's networks are the defaults with ``arch`` 'tiny', 'small' or 'base'. The width of
-    stage i is ``int(dims[i] * width_factor)``: 124, 249, 499, 998 for tiny and small, 166, 332,
-    665, 1331 for base.
+    The paper's networks are the defaults with ``arch`` 'tiny', 'small' or 'base'. The width of stage i is ``int(dims[i]
+    * width_factor)``: 124, 249, 499, 998 for tiny and small, 166, 332, 665, 1331 for base.
 
     ``kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0`` is the
     ConvNeXt mode of the official code; with ``branch_norm=False, conv_bias=True`` as well it is
@@ -483,9 +442,8 @@ class SLaK(LargeKernelBackbone):
 
     Args:
         kernel_sizes: M of each stage in pixels of its map, odd. Default: (51, 49, 47, 13).
-        small_kernel: N, the short side of the rectangular kernels and the size of the small
-            one, odd and smaller than every M; None for no small kernel, which needs
-            ``decomposed=False``. Default: 5.
+        small_kernel: N, the short side of the rectangular kernels and the size of the small one, odd and smaller than
+            every M; None for no small kernel, which needs ``decomposed=False``. Default: 5.
         width_factor: Multiplies ``dims``. Default: 1.3.
         decomposed: M x N and N x M kernels in place of an M x M one. Default: True.
         branch_norm: A batch norm behind each kernel. Default: True.
@@ -507,54 +465,21 @@ class SLaK(LargeKernelBackbone):
         decomposed: bool = True,
         branch_norm: bool = True,
         conv_bias: bool = False,
-        drop_path_rate: float = 0.0,
-        layer_scale_init_value: float = 1.0,
-        out_indices: Sequence[int] | int = (0, 1, 2, 3),
-        out_norm: bool = True,
-        frozen_stages: int = -1,
-        norm_cfg: dict | None = None,
-        with_cp: bool = False,
-        deploy: bool = False,
-        in_channels: int = 3,
-        init_cfg: dict | list[dict] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(init_cfg)
-        self.arch = arch
-        self.depths, dims = self._parse_arch(arch)
-        self.dims = self._widths(dims, width_factor)
-        self.kernel_sizes = self._for_each_stage(kernel_sizes)
+        super().__init__(arch, kernel_sizes, width_factor, **common)
         _check_kernels(self.kernel_sizes, small_kernel, decomposed)
         self.small_kernel = small_kernel
         self.decomposed = decomposed
         self.branch_norm = branch_norm
         self.conv_bias = conv_bias
-        self.deploy = deploy
+        self._build(self._block)
 
-        drop_paths = self._drop_paths(drop_path_rate, sum(self.depths))
-        for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
-            before = in_channels if i == 0 else self.dims[i - 1]
-            self.downsample_layers.append(patch_downsampling(before, channels, is_stem=i == 0))
-            blocks = [
-                SLaKBlock(
-                    channels,
-                    LargeKernelConv(
-                        channels,
-                        self.kernel_sizes[i],
-                        small_kernel,
-                        decomposed,
-                        branch_norm,
-                        conv_bias,
-                        norm_cfg or dict(type='SyncBN', requires_grad=True),
-                        deploy,
-                    ),
-                    next(drop_paths),
-                    layer_scale_init_value,
-                    with_cp,
-                )
-                for _ in range(depth)
-            ]
-            self.stages.append(nn.Sequential(*blocks))
-        self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+    def _block(self, stage: int, drop_path: float) -> SLaKBlock:
+        channels, size = self.dims[stage], self.kernel_sizes[stage]
+        form = self.small_kernel, self.decomposed, self.branch_norm, self.conv_bias
+        large_kernel = LargeKernelConv(channels, size, *form, self.norm_cfg, self.deploy)
+        return SLaKBlock(channels, large_kernel, drop_path, self.layer_scale_init_value, self.with_cp)
 
     @property
     def recipe(self) -> Mapping[str, Any] | None:

@@ -1,8 +1,7 @@
 """The cross-shaped depthwise convolution under every large-kernel block.
 
-Liu et al. ("More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity",
-ICLR 2023, section 4) replace an M x M kernel by two parallel rectangular ones, M x N and N x M,
-beside a small N x N one.
+Liu et al. ("More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity", ICLR 2023, section 4) replace
+an M x M kernel by two parallel rectangular ones, M x N and N x M, beside a small N x N one.
 """
 
 from __future__ import annotations
@@ -60,12 +59,11 @@ def cross_dwconv2d(
     As in all deep-learning frameworks the kernels are correlated with the input, not flipped.
     The results have the spatial size of the input; maps smaller than the kernel are allowed.
 
-    Each result is summed up in float32 at least and rounded once. Under autocast all operands are
-    brought to its dtype first, as by ``F.conv2d``. A NaN or an infinity in ``x`` reaches each result
-    that it enters with a weight other than zero. Whether it also reaches results around it, with
-    weights of zero, depends on the backend: as by ``F.conv2d`` with ``reference``, not from a rim of
-    the kernel that is zero in all channels with ``cpu_native``, and along a whole line of the map
-    with ``gemm`` and ``triton``, whose matrices are filled up with zeros.
+    Each result is summed up in float32 at least and rounded once. Under autocast all operands are brought to its dtype
+    first, as by ``F.conv2d``. A NaN or an infinity in ``x`` reaches each result that it enters with a weight other than
+    zero. Whether it also reaches results around it, with weights of zero, depends on the backend: as by ``F.conv2d``
+    with ``reference``, not from a rim of the kernel that is zero in all channels with ``cpu_native``, and along a whole
+    line of the map with ``gemm`` and ``triton``, whose matrices are filled up with zeros.
 
     Gradients of any order are supported. Forward-mode AD and the transforms of ``torch.func`` other
     than ``grad``, such as ``vmap`` and ``jvp``, run on ``reference`` whatever was chosen.
@@ -77,9 +75,8 @@ def cross_dwconv2d(
         k_s: Small kernel of shape (C, s, s), s odd.
         bias: Shape (C,), added to the sum. Only with ``reduce=True``.
         reduce: Return the sum of the branches instead of each of them.
-        center: Tap of the long axis (rows of ``k_v``, columns of ``k_h``) that meets the output
-            pixel, 0 to M - 1. Default: ``M // 2``, for which M must be odd. The short axis is
-            always centered and odd.
+        center: Tap of the long axis (rows of ``k_v``, columns of ``k_h``) that meets the output pixel, 0 to M - 1.
+            Default: ``M // 2``, for which M must be odd. The short axis is always centered and odd.
 
     Returns:
         The sum, shape (N, C, H, W), if ``reduce``; else the tuple (y_v, y_h, y_s) of such
@@ -94,33 +91,27 @@ def cross_dwconv2d(
     given = {'x': x, 'k_v': k_v, 'k_h': k_h, 'k_s': k_s, 'bias': bias}
     operands = {name: t for name, t in given.items() if t is not None}
     _check_tensors(operands)
-    _check_shapes(x, k_v, k_h, k_s, bias, reduce, center)
+    _check_shapes(operands, reduce, center)
     device = x.device.type
     if is_autocast_enabled(device) and x.dtype is not torch.float64:
         # As F.conv2d would: all operands in the dtype of autocast.
         dtype = autocast_dtype(device)
         operands = {name: t.to(dtype) for name, t in operands.items()}
         with torch.autocast(device, enabled=False):
-            return _convolve(**operands, reduce=reduce, center=center)
-    return _convolve(**operands, reduce=reduce, center=center)
+            return _convolve(operands, reduce, center)
+    return _convolve(operands, reduce, center)
 
 
 def _convolve(
-    x: Tensor,
-    k_v: Tensor,
-    k_h: Tensor | None = None,
-    k_s: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    reduce: bool,
-    center: int | None,
+    operands: dict[str, Tensor], reduce: bool, center: int | None
 ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
-    k_v = _centered(k_v, 1, center)
+    k_v, k_h, k_s = _centered(operands['k_v'], 1, center), operands.get('k_h'), operands.get('k_s')
     if k_h is not None:
         k_h = _centered(k_h, 2, center)
     if reduce:
         k_v, k_h, k_s = _merge_small(k_v, k_h, k_s)
-    results = iter(_operator.apply(x, [k for k in (k_v, k_h, k_s) if k is not None], bias, reduce))
+    kernels = [k for k in (k_v, k_h, k_s) if k is not None]
+    results = iter(_operator.apply(operands['x'], kernels, operands.get('bias'), reduce))
     if reduce:
         return next(results)
     return (next(results), None if k_h is None else next(results), None if k_s is None else next(results))
@@ -141,15 +132,9 @@ def _check_tensors(operands: dict[str, Tensor]) -> None:
             raise ValueError(f'{name} has dtype {t.dtype}, but x has {x.dtype}')
 
 
-def _check_shapes(
-    x: Tensor,
-    k_v: Tensor,
-    k_h: Tensor | None,
-    k_s: Tensor | None,
-    bias: Tensor | None,
-    reduce: bool,
-    center: int | None,
-) -> None:
+def _check_shapes(operands: dict[str, Tensor], reduce: bool, center: int | None) -> None:
+    x, k_v, k_h, k_s = operands['x'], operands['k_v'], operands.get('k_h'), operands.get('k_s')
+    bias = operands.get('bias')
     if x.dim() != 4:
         raise ValueError(f'x must have shape (N, C, H, W), got {tuple(x.shape)}')
     channels = x.shape[1]

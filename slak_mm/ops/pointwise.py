@@ -174,23 +174,13 @@ def _aligned(
 # ----------------------------------------------------------------------- some pixels at a time
 
 
-def _in_parts(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    gate: Tensor | None,
-    norm: Norm | None,
-    grn: Grn | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _in_parts(*operands: Any) -> Tensor:
     """Compute :func:`pointwise_mlp` of channels-last maps on the CPU, without autograd.
 
     The norms that GRN depends on are taken of pixels that are still in the cache, and its factors
     are multiplied with them shortly before the second layer.
     """
+    x, weight1, bias1, weight2, bias2, gate, norm, grn, scale, residual = operands
     n, _, h, w = x.shape
     channels = len(weight2)
     out = x.new_empty(n, h, w, channels)
@@ -240,16 +230,9 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """Compute a linear layer of (..., C) on the CPU, in float32 by oneDNN where PyTorch has it.
+    """Compute a linear layer, (..., C) to (..., D), on the CPU, in float32 by oneDNN where PyTorch has it.
 
-    Args:
-        x: (..., C).
-        weight: (D, C); without autograd it may be packed.
-        bias: (D,).
-        gelu: Apply an exact GELU. Default: False.
-
-    Returns:
-        Shape (..., D).
+    ``weight`` is (D, C); without autograd it may be packed. With ``gelu`` an exact GELU follows.
     """
     rows = x.reshape(-1, x.shape[-1])
     needs_grad = torch.is_grad_enabled()

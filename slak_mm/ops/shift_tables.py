@@ -1,10 +1,9 @@
 """Index tables for shifted sums of small convolutions, and the large kernels that equal these.
 
-Li et al., CVPR 2025 (https://arxiv.org/abs/2401.12736),
-convolve each channel with nk = ceil(K / s) small s x s filters and add up the results, each
-shifted by a table. A convolution whose result is shifted is a convolution with the shifted
-kernel, also at the borders (the official code pads by s - 1 before it shifts). So the sum over
-activations is written here as a sum over filters, of which there are some thousand times fewer.
+Li et al., CVPR 2025 (https://arxiv.org/abs/2401.12736), convolve each channel with nk = ceil(K / s) small s x s filters
+and add up the results, each shifted by a table. A convolution whose result is shifted is a convolution with the shifted
+kernel, also at the borders (the official code pads by s - 1 before it shifts). So the sum over activations is written
+here as a sum over filters, of which there are some thousand times fewer.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ def shift_tables(channels: int, kernel_size: int, small_kernel: int, num_reps: i
         num_reps: Number G of random orders of the filters, whose results are summed.
 
     Returns:
-        int32 tables on the CPU, bit-equal to those of the official code: ``shifts`` of shape
-        (c * nk, 2 * G) (its ``pad_hv``), the shift in pixels of each filter's result along the
-        width in the first G columns and along the height in the others; and ``picks`` of shape
-        (c, G) (its ``idx_identit``), the filters which are used unshifted.
+        int32 tables on the CPU, bit-equal to those of the official code: ``shifts`` of shape (c * nk, 2 * G) (its
+        ``pad_hv``), the shift in pixels of each filter's result along the width in the first G columns and along the
+        height in the others; and ``picks`` of shape (c, G) (its ``idx_identit``), the filters which are used unshifted.
     """
     shifts, picks = _draw(channels, kernel_size, small_kernel, num_reps)
     return shifts.clone(), picks.clone()

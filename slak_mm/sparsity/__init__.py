@@ -3,10 +3,9 @@
 :class:`SparseTraining` is what a training loop needs; the functions it consists of are here too.
 Nothing in this package knows mmengine.
 
-Masks are boolean and keyed by parameter name; True is a weight that exists. Liu et al. (ICLR 2023,
-section 4.2) and Li et al. (CVPR 2025) train with masks that change: every so many
-steps the smallest weights go and as many others start from zero, as in SET (Mocanu et al., Nature
-Communications 2018) and RigL (Evci et al., ICML 2020).
+Masks are boolean and keyed by parameter name; True is a weight that exists. Liu et al. (ICLR 2023, section 4.2) and Li
+et al. (CVPR 2025) train with masks that change: every so many steps the smallest weights go and as many others start
+from zero, as in SET (Mocanu et al., Nature Communications 2018) and RigL (Evci et al., ICML 2020).
 """
 
 from .distributed import average_, broadcast_masks, same_on_all_ranks

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .masks import pack_mask, unpack_mask
 
-__all__ = ['average_', 'broadcast_masks', 'same_on_all_ranks']
-
 
 def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -25,11 +23,7 @@ def _reachable(device: torch.device) -> torch.device:
 
 
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in place.
-
-    Args:
-        tensors: The same shapes in the same order in every process.
-    """
+    """Replace each tensor by its mean over all processes, in place: the same shapes, in the same order in each."""
     ranks = _num_ranks()
     if ranks == 1:
         return
@@ -40,11 +34,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 
 def broadcast_masks(masks: Sequence[Tensor]) -> None:
-    """Overwrite masks in place by those of rank 0, eight entries a byte in one message.
-
-    Args:
-        masks: Boolean, the same shapes in the same order in every process.
-    """
+    """Overwrite masks, the same shapes in the same order in each process, by those of rank 0; one message."""
     if _num_ranks() == 1 or not masks:
         return
     packed = [pack_mask(mask) for mask in masks]
@@ -56,14 +46,7 @@ def broadcast_masks(masks: Sequence[Tensor]) -> None:
 
 
 def same_on_all_ranks(digest: str) -> bool:
-    """Whether every process has the same hash.
-
-    Args:
-        digest: Hexadecimal digits, as of :func:`slak_mm.sparsity.masks_hash`.
-
-    Returns:
-        True also without other processes.
-    """
+    """Whether every process has the same hash, in hexadecimal digits; true also without other processes."""
     if _num_ranks() == 1:
         return True
     # 60 bits, and their negation: the largest of both tell the largest and the smallest.

@@ -17,18 +17,6 @@ from torch import Tensor, nn
 from .errors import DenseWeights, SparsityError
 from .rules import random_positions, smallest
 
-__all__ = [
-    'SAMPLINGS',
-    'active_count',
-    'draw_mask',
-    'erk_densities',
-    'require_zeros',
-    'snip_densities',
-    'snip_gradients',
-    'snip_scores',
-    'uniform_densities',
-]
-
 #: Ways to choose the active entries of a layer once their number is known.
 SAMPLINGS = ('exact', 'bernoulli', 'magnitude', 'saliency')
 
@@ -37,28 +25,19 @@ _LEAST_SPARSITY = 0.01
 
 
 def uniform_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """The same density for every layer.
-
-    Args:
-        shapes: Shapes of the layers' weights by name.
-        sparsity: Share of zeros, in [0, 1).
-
-    Returns:
-        Density by name.
+    """The same density by the name of every layer, for a share of zeros in [0, 1).
 
     Raises:
         SparsityError: The sparsity is out of its range.
     """
-    density = _density(sparsity)
-    return dict.fromkeys(shapes, density)
+    return dict.fromkeys(shapes, _density(sparsity))
 
 
 def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Erdős-Rényi-Kernel densities: small layers are denser (Evci et al., ICML 2020).
 
-    The density of a layer is proportional to ``sum(shape) / prod(shape)``. The densest layers
-    become entirely dense where that would exceed 1, and the others make up for them, so that the
-    total is that of a uniform distribution.
+    The density of a layer is proportional to ``sum(shape) / prod(shape)``. The densest layers become entirely dense
+    where that would exceed 1, and the others make up for them, so that the total is that of a uniform distribution.
 
     Args:
         shapes: Shapes of the layers' weights by name.
@@ -95,9 +74,8 @@ def snip_scores(
     Args:
         weights: By name.
         gradients: Of the loss, by the same names.
-        filters: Names of the paths that one layer consists of, by layer. Such a layer has a score
-            for each filter and path, the mean over the filter's taps, of shape (filters, paths).
-            Default: none.
+        filters: Names of the paths that one layer consists of, by layer. Such a layer has a score for each filter and
+            path, the mean over the filter's taps, of shape (filters, paths). Default: none.
 
     Returns:
         Scores by name, and by layer for those of ``filters``.
@@ -157,8 +135,7 @@ def snip_gradients(
         compute_loss: Runs the copy that it is given on a batch and returns the loss, a scalar.
 
     Returns:
-        Gradients by name. They are those of this process; see
-        :func:`slak_mm.sparsity.average_`.
+        Gradients by name. They are those of this process; see :func:`slak_mm.sparsity.average_`.
 
     Raises:
         SparsityError: A name is not one of the model, or the loss is not finite.
@@ -180,11 +157,6 @@ def snip_gradients(
         name: torch.zeros_like(parameter) if gradient is None else gradient.detach()
         for (name, parameter), gradient in zip(parameters.items(), found)
     }
-
-
-def active_count(density: float, entries: int) -> int:
-    """Entries that a layer of this density keeps: ``round(density * entries)``."""
-    return min(entries, max(0, round(density * entries)))
 
 
 def draw_mask(
@@ -210,7 +182,7 @@ def draw_mask(
     """
     if sampling == 'bernoulli':
         return torch.rand(shape, generator=generator) < density
-    count = active_count(density, math.prod(shape))
+    count = round(density * math.prod(shape))
     if score is not None and sampling != 'exact':
         return smallest(-score, count)
     return random_positions(torch.ones(shape, dtype=torch.bool), count, generator)

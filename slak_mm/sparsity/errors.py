@@ -1,7 +1,5 @@
 """What goes wrong with sparsity, in a sentence."""
 
-__all__ = ['DenseWeights', 'FrozenWeights', 'SparsityError']
-
 
 class SparsityError(ValueError):
     """An option, a state or a set of weights does not fit."""

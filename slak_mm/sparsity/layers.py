@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .rules import gradient_grow, magnitude_prune, random_grow
 from .statistics import LayerStatistics
 
-__all__ = ['Layer']
-
 
 @dataclass
 class Layer:
@@ -21,8 +19,7 @@ class Layer:
     Attributes:
         name: That of the parameter, or the common part of the paths' names.
         parameters: By name: one, or the parallel paths of an operator.
-        per_filter: Whether a mask has one entry for each filter, (filters, 1, 1, 1), in place of
-            one for each weight.
+        per_filter: Whether a mask has one entry for each filter, (filters, 1, 1, 1), in place of one for each weight.
         masks: One for each parameter, in their order; none while the layer is dense.
         explored: Entries that were ever active, like ``masks``. Kept if masks change.
         replaced: Entries that the latest update made active, for each parameter.
@@ -50,11 +47,9 @@ class Layer:
 
     def set_masks(self, masks: Sequence[Tensor], explored: Sequence[Tensor] | None) -> None:
         """Take over masks; ``explored`` is None for masks that will not change."""
-        self.masks = [self._placed(mask, parameter) for mask, parameter in zip(masks, self.parameters.values())]
-        self.explored = (
-            []
-            if explored is None
-            else [self._placed(mask, parameter) for mask, parameter in zip(explored, self.parameters.values())]
+        self.masks, self.explored = (
+            [self._placed(mask, parameter) for mask, parameter in zip(given or (), self.parameters.values())]
+            for given in (masks, explored)
         )
         self.replaced = [0] * len(self.masks)
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = ['masks_from_state', 'masks_hash', 'pack_mask', 'unpack_mask', 'zero_pruned_']
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Entries at a time on the CPU, so that the widened mask stays in the cache.
 _CHUNK = 1 << 18
@@ -67,26 +65,12 @@ def _mul_chunks(tensors: Sequence[Tensor], mask: Tensor) -> None:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Eight entries a byte, in row-major order, the first in the highest bit.
-
-    Args:
-        mask: Boolean, any shape.
-
-    Returns:
-        uint8 on the CPU, of ``ceil(entries / 8)`` bytes.
-    """
+    """Pack a boolean mask into uint8 on the CPU: eight entries a byte, row by row, the first in the highest bit."""
     return torch.from_numpy(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)))
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The mask that :func:`pack_mask` packed.
-
-    Args:
-        packed: Its bytes.
-        shape: Of the mask.
-
-    Returns:
-        Boolean on the CPU.
+    """The mask of a shape that :func:`pack_mask` packed, boolean on the CPU.
 
     Raises:
         SparsityError: There are too few or too many bytes for the shape.
@@ -102,14 +86,10 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def masks_from_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The masks in a state of :class:`~slak_mm.sparsity.SparseTraining`.
-
-    Args:
-        state: What its ``state_dict()`` returned.
+    """The masks in what ``state_dict()`` of a :class:`~slak_mm.sparsity.SparseTraining` returned.
 
     Returns:
-        Boolean masks on the CPU by parameter name; those per filter have the shape
-        (filters, 1, 1, 1). Parameters without a mask are left out.
+        Boolean masks on the CPU by parameter name; those per filter have the shape (filters, 1, 1, 1).
 
     Raises:
         SparsityError: A mask does not have the bytes that its shape takes, or the state is another thing.
@@ -121,14 +101,7 @@ def masks_from_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def masks_hash(masks: Mapping[str, Tensor]) -> str:
-    """A SHA-256 of names, shapes and entries, to compare masks of processes or runs.
-
-    Args:
-        masks: By name; the order does not matter.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """A SHA-256 in 64 hexadecimal digits of masks by name, in any order, to compare those of processes or runs."""
     digest = hashlib.sha256()
     for name in sorted(masks):
         digest.update(f'{name} {tuple(masks[name].shape)}'.encode())

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-__all__ = ['LayerSparsity', 'draw_sparsity', 'layer_sparsity', 'tap_densities']
-
 # A kernel from this extent on has a heat map of its taps.
 _LARGE = 7
 _STAGE = re.compile(r'^(?:.*\.)?stages?\.?(\d+)\.')
@@ -24,14 +22,7 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """Zeros of one weight.
-
-    Attributes:
-        name: Name of the weight.
-        shape: Its shape.
-        zeros: Number of exact zeros.
-        total: Number of elements.
-    """
+    """Number of exact zeros among all elements of one weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,15 +45,7 @@ class LayerSparsity:
 
 
 def layer_sparsity(state_dict: Mapping[str, Tensor]) -> list[LayerSparsity]:
-    """Count the zeros of every weight.
-
-    Args:
-        state_dict: Tensors by name.
-
-    Returns:
-        One for each floating-point tensor with entries and two or more dimensions, in
-        the order of the state dict.
-    """
+    """Count the zeros of every floating-point tensor with entries and two or more dimensions, in their order."""
     return [
         LayerSparsity(name, tuple(value.shape), value.numel() - int(_countable(value).count_nonzero()), value.numel())
         for name, value in state_dict.items()
@@ -78,12 +61,8 @@ def _countable(value: Tensor) -> Tensor:
 def tap_densities(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Share of non-zero weights at each tap of the large depthwise kernels, by stage.
 
-    Kernels of one stage are laid over each other at their centers, so that a tall and a wide
-    one give a cross.
-
-    Args:
-        state_dict: Tensors by name; depthwise kernels (C, 1, kh, kw) whose longer side
-            is at least 7 count, with the smaller depthwise ones of their stage.
+    Kernels of one stage are laid over each other at their centers, so that a tall and a wide one give a cross.
+    Depthwise kernels (C, 1, kh, kw) whose longer side is at least 7 count, with the smaller ones of their stage.
 
     Returns:
         'stage 0', ... -> shares (H, W), 0..1; NaN where no kernel reaches.

@@ -18,13 +18,6 @@ from torch import Tensor
 
 from .errors import SparsityError
 
-__all__ = ['gradient_grow', 'magnitude_prune', 'prune_count', 'random_grow', 'random_positions', 'smallest']
-
-
-def prune_count(active: int, rate: float) -> int:
-    """Entries to remove: ``ceil(rate * active)``, as in the official code."""
-    return min(active, math.ceil(rate * active))
-
 
 def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = True) -> Tensor:
     """Remove the active entries of smallest magnitude.
@@ -33,9 +26,8 @@ def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = 
         magnitude: Absolute weights, or sums of them; any floating-point type, (…).
         mask: Active entries, of the same shape.
         rate: Share of the active entries to remove, in [0, 1]; the number is rounded up.
-        exact: Rank the active entries alone, so that exactly so many go. If False, rank all
-            entries with the masked ones as zeros: an active weight of exactly zero may be taken
-            for a masked one.
+        exact: Rank the active entries alone, so that exactly so many go. If False, rank all entries with the masked
+            ones as zeros: an active weight of exactly zero may be taken for a masked one.
 
     Returns:
         The mask without the removed entries.
@@ -45,7 +37,7 @@ def magnitude_prune(magnitude: Tensor, mask: Tensor, rate: float, exact: bool = 
     """
     _same_shape(magnitude, mask, 'magnitude')
     active = int(mask.count_nonzero())
-    count = prune_count(active, rate)
+    count = min(active, math.ceil(rate * active))  # as in the official code
     if count == 0:
         return mask.clone()
     if exact:

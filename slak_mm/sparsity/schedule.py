@@ -9,8 +9,6 @@ from typing import Any
 
 from .errors import SparsityError
 
-__all__ = ['FINAL_PRUNE_RATE', 'PRESETS', 'UpdateSchedule', 'cosine_prune_rate']
-
 #: What the rate falls to, in the published trainings.
 FINAL_PRUNE_RATE = 0.005
 
@@ -25,16 +23,8 @@ def cosine_prune_rate(step: int, total_steps: int, initial: float, final: float 
     """Share of a layer's weights to replace, falling along half a cosine.
 
     ``final + (initial - final) (1 + cos(pi step / total_steps)) / 2``, which rises again after
-    ``total_steps`` as the official scheduler does.
-
-    Args:
-        step: Optimizer steps taken so far, the one before this update included.
-        total_steps: Optimizer steps of the whole training.
-        initial: Rate at step 0.
-        final: Rate at the last step. Default: 0.005.
-
-    Returns:
-        The rate, between ``initial`` and ``final``.
+    ``total_steps`` as the official scheduler does. ``step`` counts the optimizer steps taken so far,
+    the one before this update included.
     """
     return final + (initial - final) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
@@ -47,8 +37,7 @@ class UpdateSchedule:
         total_steps: Optimizer steps of the whole training.
         update_interval: Optimizer steps between two updates. Default: 100.
         prune_rate: Share of a layer's weights to replace at step 0, in (0, 1). Default: 0.3.
-        stop_fraction: No update happens after this share of the training, in [0, 1].
-            Default: 0.75.
+        stop_fraction: No update happens after this share of the training, in [0, 1]. Default: 0.75.
         final_prune_rate: Rate that the last step would have. Default: 0.005.
 
     Raises:

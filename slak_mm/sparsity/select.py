@@ -10,9 +10,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from .errors import FrozenWeights, SparsityError
 
-__all__ = ['SELECTIONS', 'path_groups', 'select_parameters']
-
-
 #: Names that each selection keeps, among the weights of convolutions and linear layers. Families of
 #: backbones add their own.
 SELECTIONS: dict[str, str] = {
@@ -39,10 +36,9 @@ def select_parameters(
 
     Args:
         model: The network. Names are those of its ``named_parameters()``.
-        preset: ``'all'``, ``'backbone'`` (all within the large-kernel backbones of the model, the
-            choice of the official downstream code), ``'large_kernel'`` (tall, wide and square
-            kernels, and the filters that kernels are made up of) or another of
-            :data:`SELECTIONS`. Default: ``'all'``.
+        preset: ``'all'``, ``'backbone'`` (all within the large-kernel backbones of the model, the choice of the
+            official downstream code), ``'large_kernel'`` (tall, wide and square kernels, and the filters that kernels
+            are made up of) or another of :data:`SELECTIONS`. Default: ``'all'``.
         include: Regular expressions; a parameter is kept if one is found in its name, or is the
             name of its module's type, such as ``'Linear'``. Default: all are kept.
         exclude: The same, to leave parameters out.

@@ -12,15 +12,10 @@ __all__ = ['LayerStatistics', 'Statistics', 'format_table']
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One parameter.
+    """Numbers of entries of one parameter.
 
-    Attributes:
-        name: Parameter name.
-        shape: Its shape.
-        active: Entries that the mask keeps. Those of a layer without a mask all count.
-        total: Entries.
-        explored: Entries that were ever active.
-        replaced: Entries that became active in the latest update.
+    ``active`` ones are kept by the mask, all where there is none; ``explored`` ones were ever active; ``replaced`` ones
+    became active in the latest update.
     """
 
     name: str
@@ -43,13 +38,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """All selected parameters together.
-
-    Attributes:
-        step: Optimizer steps taken.
-        updates: Updates of the masks so far.
-        layers: One entry for each parameter.
-    """
+    """All selected parameters together, after so many optimizer steps and updates of the masks."""
 
     step: int
     updates: int

@@ -28,8 +28,6 @@ from .schedule import FINAL_PRUNE_RATE, UpdateSchedule
 from .select import path_groups
 from .statistics import Statistics
 
-__all__ = ['DISTRIBUTIONS', 'MODES', 'SparseTraining']
-
 MODES = ('static', 'set', 'rigl', 'momentum')
 DISTRIBUTIONS = ('from_weights', 'uniform', 'erk', 'snip')
 _VERSION = 1
@@ -38,15 +36,8 @@ _BETA = 0.9
 
 # Those that matter after the first masks were made.
 _ONGOING_SETTINGS = (
-    'mode',
-    'sampling',
-    'sparse_gap',
-    'momentum_window',
-    'total_steps',
-    'update_interval',
-    'prune_rate',
-    'stop_fraction',
-    'final_prune_rate',
+    *('mode', 'sampling', 'sparse_gap', 'momentum_window', 'total_steps'),
+    *('update_interval', 'prune_rate', 'stop_fraction', 'final_prune_rate'),
 )
 
 _ONE_OPTIMIZER = (
@@ -342,9 +333,8 @@ class SparseTraining:
     def gather_gradients(self, optimizer: Optimizer | None = None) -> None:
         """Copy the gradients, if the coming step needs them; else do nothing.
 
-        Call it before each optimizer step, when all micro-batches have been accumulated. An
-        optimizer may change the gradients that it is given, so :meth:`step` prefers the copies;
-        they are dropped with the update.
+        Call it before each optimizer step, when all micro-batches have been accumulated. An optimizer may change the
+        gradients that it is given, so :meth:`step` prefers the copies; they are dropped with the update.
 
         Args:
             optimizer: Whose step comes. With a fused optimizer the gradients are still scaled by
@@ -375,9 +365,8 @@ class SparseTraining:
         fused optimizer left out because gradients overflowed does not count.
 
         Args:
-            optimizer: The one that stepped. Each tensor of its state that has a parameter's
-                shape is masked like the parameter; others, such as step counters and factored
-                moments, are left alone.
+            optimizer: The one that stepped. Each tensor of its state that has a parameter's shape is masked like the
+                parameter; others, such as step counters and factored moments, are left alone.
 
         Returns:
             Whether masks changed.
@@ -477,8 +466,7 @@ class SparseTraining:
 
         Args:
             tensors: The model's parameters, a state dict, or an average of weights.
-            prefix: What the names in ``tensors`` have before the parameters' names, such as
-                ``'module.'``.
+            prefix: What the names in ``tensors`` have before the parameters' names, such as ``'module.'``.
 
         Returns:
             Names of the tensors that have a mask.
@@ -501,11 +489,10 @@ class SparseTraining:
     def enforce_average(self, averages: Mapping[str, Tensor], prefix: str = '', force: bool = False) -> None:
         """Keep a moving average of the weights sparse while masks change.
 
-        Call it after :meth:`step` and before the average takes in the new weights. Entries that
-        are pruned become zero; entries that came with the latest update, and are still zero in
-        the average, take the weight as it is, as in the official code: averaging up from zero
-        would take thousands of steps. It costs nothing unless masks changed in this step or the
-        one before.
+        Call it after :meth:`step` and before the average takes in the new weights. Entries that are pruned become zero;
+        entries that came with the latest update, and are still zero in the average, take the weight as it is, as in the
+        official code: averaging up from zero would take thousands of steps. It costs nothing unless masks changed in
+        this step or the one before.
 
         Args:
             averages: Averaged tensors by name.

@@ -1,10 +1,9 @@
 """Results of the official code, and the weights and inputs by formula that led to them.
 
-The formula of the weights: for a state-dict key of the official code draw a standard normal array
-``z`` from ``RandomState(crc32(salt + key))``; norm weights are ``1 + 0.1 z``, running variances
-``1 + 0.1 |z|``, biases, running means and GRN's parameters ``0.1 z``, layer scales
-``0.5 + 0.1 z``, convolution and linear weights ``z / sqrt(fan_in)``, a tenth of it for the filters
-of ShiftWise, of which many are summed.
+The formula of the weights: for a state-dict key of the official code draw a standard normal array ``z`` from
+``RandomState(crc32(salt + key))``; norm weights are ``1 + 0.1 z``, running variances ``1 + 0.1 |z|``, biases, running
+means and GRN's parameters ``0.1 z``, layer scales ``0.5 + 0.1 z``, convolution and linear weights ``z / sqrt(fan_in)``,
+a tenth of it for the filters of ShiftWise, of which many are summed.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from backbone_helpers import forward_with_stages
 from torch import Tensor
 
 SLAK_GOLDENS = Path(__file__).parents[1] / 'data' / 'slak_goldens.npz'
@@ -69,12 +70,7 @@ class Goldens:
     def assert_close(self, case: str, name: str, got: Tensor, tolerance: float, least_scale: float = 0.0) -> None:
         """Compare the kept values, the mean and the deviation of all values.
 
-        Args:
-            case: Original file.
-            name: Array in it.
-            got: The tensor to test, of the original array's shape.
-            tolerance: Largest difference, as a fraction of the array's standard deviation.
-            least_scale: Taken in place of a smaller standard deviation.
+        ``tolerance`` is a fraction of the array's standard deviation, or of ``least_scale`` if that is larger.
         """
         want = self._arrays[f'{case}/{name}'].astype(np.float64)
         stride, mean, std = self._arrays[f'{case}/{name}/stats']
@@ -98,12 +94,7 @@ def training_step(
 ) -> Iterator[tuple[str, Tensor]]:
     """Run a golden training step: forward, and backward from the golden output gradient.
 
-    Args:
-        goldens: Where the case is.
-        case: Original file.
-        block: The block with the golden weights.
-        names: Our names of the block's tensors by official ones.
-        dtype: Of weights and input.
+    ``names`` are ours of the block's tensors by official ones.
 
     Yields:
         Name of a golden array and our tensor, for output, gradients and buffers.
@@ -123,3 +114,25 @@ def training_step(
             yield name, params[names[key]].grad
         elif kind == 'buf':
             yield name, buffers[names[key]]
+
+
+def check_features(goldens: Goldens, case: str, model: torch.nn.Module, dtype: torch.dtype, tolerance: float) -> int:
+    """Compare the maps of a whole backbone, and those before its output norms; returns their number."""
+    shape = tuple(map(int, case.split('__')[1].split('x')))
+    outs, stages = forward_with_stages(model, input_for(shape, {64: 1, 96: 2}[shape[2]]).to(dtype))
+    names = goldens.names(case)
+    for name in names:
+        goldens.assert_close(case, name, (outs if name.startswith('out') else stages)[int(name[3:])], tolerance)
+    return len(names)
+
+
+def check_logits(goldens: Goldens, case: str, model: torch.nn.Module) -> None:
+    """Compare what the official classifier makes of a backbone: LayerNorm of the average, then a linear layer."""
+    _, stages = forward_with_stages(model.double(), input_for((1, 3, 224, 224), 3).double())
+    shapes = {'norm.weight': (), 'norm.bias': (), 'head.weight': (1000,), 'head.bias': (1000,)}
+    channels = model.dims[-1]
+    weights = {k: weight_for(k, (*s, channels) if k != 'head.bias' else s).double() for k, s in shapes.items()}
+    pooled = stages[3].mean((2, 3))
+    pooled = F.layer_norm(pooled, (channels,), weights['norm.weight'], weights['norm.bias'], eps=1e-6)
+    goldens.assert_close(case, 'pre_head', pooled, 1e-6)
+    goldens.assert_close(case, 'logits', F.linear(pooled, weights['head.weight'], weights['head.bias']), 1e-6)

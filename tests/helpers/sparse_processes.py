@@ -26,16 +26,9 @@ def batches():
 
 
 def train(net, model, mode, seed, part):
-    sparse = SparseTraining(
-        select_parameters(net),
-        mode=mode,
-        distribution='uniform',
-        sparsity=0.5,
-        total_steps=STEPS,
-        update_interval=2,
-        stop_fraction=1.0,
-        seed=seed,
-    )
+    schedule = dict(total_steps=STEPS, update_interval=2, stop_fraction=1.0)
+    options = dict(mode=mode, distribution='uniform', sparsity=0.5, seed=seed)
+    sparse = SparseTraining(select_parameters(net), **schedule, **options)
     sparse.initialize()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     sparse.attach(optimizer)

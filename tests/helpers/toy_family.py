@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slak_mm.checkpoints import Cause, Family, ModelInfo, Variant, differs, register_family
 from slak_mm.models import LargeKernelBackbone, LargeKernelLayer
-from slak_mm.models.layers import batch_norm_affine, build_branch_norm, patch_downsampling
+from slak_mm.models.layers import batch_norm_affine, build_branch_norm
 from slak_mm.sparsity import PRESETS
 
 ARCHS = {'tiny': dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))}
@@ -115,28 +115,11 @@ class Toy(LargeKernelBackbone):
         arch: str | dict = 'tiny',
         kernel_sizes: tuple[int, ...] = (9, 7, 7, 5),
         gated: bool = True,
-        in_channels: int = 3,
-        out_indices: tuple[int, ...] = (0, 1, 2, 3),
-        out_norm: bool = True,
-        frozen_stages: int = -1,
         norm_cfg: dict | None = None,
-        init_cfg: dict | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(init_cfg)
-        self.depths, self.dims = self._parse_arch(arch)
-        self.kernel_sizes = self._for_each_stage(kernel_sizes)
-        for i, (depth, channels) in enumerate(zip(self.depths, self.dims)):
-            before = in_channels if i == 0 else self.dims[i - 1]
-            self.downsample_layers.append(patch_downsampling(before, channels, is_stem=i == 0))
-            self.stages.append(
-                nn.Sequential(
-                    *(
-                        ToyBlock(channels, self.kernel_sizes[i], gated, norm_cfg or dict(type='BN'))
-                        for _ in range(depth)
-                    )
-                )
-            )
-        self._finish_init(self.dims, out_indices, out_norm, frozen_stages)
+        super().__init__(arch, kernel_sizes, norm_cfg=norm_cfg or dict(type='BN'), **common)
+        self._build(lambda stage, _: ToyBlock(self.dims[stage], self.kernel_sizes[stage], gated, self.norm_cfg))
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -5,21 +5,16 @@ import importlib.util
 import os
 import shutil
 
+import backbone_helpers
 import pytest
 import torch
-from backbone_helpers import images, random_
+from backbone_helpers import BACKBONES, images, random_
 
 from slak_mm import export as module
 from slak_mm import switch_to_deploy
 from slak_mm.export import ExportError, export
-from slak_mm.models import ShiftWise, SLaK
 
-COMMON = dict(arch=dict(depths=(1, 1), dims=(8, 12)), out_indices=(0, 1), norm_cfg=dict(type='BN'))
-BACKBONES = {
-    'slak': lambda: SLaK(**COMMON, kernel_sizes=(13, 11), small_kernel=3, width_factor=1.0),
-    'shiftwise1': lambda: ShiftWise(**COMMON, kernel_sizes=(13, 11), version=1),
-    'shiftwise2': lambda: ShiftWise(**COMMON, kernel_sizes=(13, 11)),
-}
+TWO_STAGES = dict(arch=dict(depths=(1, 1), dims=(8, 12)), kernel_sizes=(13, 11), out_indices=(0, 1))
 needs_library = pytest.mark.skipif(not hasattr(torch.library, 'register_autograd'), reason='graphs need torch 2.4')
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get('CXX', 'c++')) is None, reason='inductor needs a C++ compiler'
@@ -31,7 +26,7 @@ needs_onnx = pytest.mark.skipif(
 
 
 def build(name, form='training'):
-    model = random_(BACKBONES[name]()).eval()
+    model = random_(backbone_helpers.build(name, **TWO_STAGES)).eval()
     return switch_to_deploy(model) if form == 'deployed' else model
 
 
@@ -40,8 +35,7 @@ def build(name, form='training'):
 def test_compiled_in_one_graph(name):
     """A training step and inference in deployed form: features, gradients, statistics.
 
-    The backend 'aot_eager' runs what TorchDynamo and AOTAutograd record, without the minutes that
-    a C++ compiler takes.
+    The backend 'aot_eager' runs what TorchDynamo and AOTAutograd record, without the minutes that a C++ compiler takes.
     """
     torch._dynamo.reset()
     model = build(name).train()

@@ -2,27 +2,18 @@
 
 import pytest
 import torch
-from backbone_helpers import random_
+from backbone_helpers import BACKBONES, build, random_
 from torch.profiler import ProfilerActivity, profile
 
 from slak_mm import switch_to_deploy
-from slak_mm.models import ShiftWise, SLaK
 
-COMMON = dict(
-    arch=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), kernel_sizes=(13, 11, 9, 7), norm_cfg=dict(type='BN')
-)
-BACKBONES = {
-    'slak': lambda: SLaK(**COMMON, width_factor=1.0),
-    'shiftwise1': lambda: ShiftWise(**COMMON, version=1),
-    'shiftwise2': lambda: ShiftWise(**COMMON),
-}
 BATCH = 5  # no weight has this first size
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'deploy'])
 @pytest.mark.parametrize('name', BACKBONES)
 def test_only_the_images_are_copied(name, mode):
-    model = random_(BACKBONES[name]()).train(mode == 'train')
+    model = random_(build(name)).train(mode == 'train')
     if mode == 'deploy':
         switch_to_deploy(model)
     images = torch.randn(BATCH, 3, 128, 96, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""ShiftWise's arguments, sizes, forms and loading; its numbers are in test_shiftwise_parity.py."""
+"""ShiftWise's tables and loading; what it has in common with SLaK is in test_backbones.py."""
 
 import copy
 import importlib.util
@@ -31,26 +31,6 @@ def assert_close(got, want, tolerance):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
-@pytest.mark.parametrize(
-    'arguments, parameters',
-    # num_params_without_head of reference/manifests: without classifier and output norms.
-    [
-        (dict(arch='tiny'), 31_147_980),
-        (dict(arch='small'), 56_542_356),
-        (dict(arch='base'), 99_223_332),
-        (dict(arch='tiny', version=1), 28_648_896),
-        (dict(arch='small', version=1), 51_504_288),
-        (dict(arch='base', version=1), 90_302_750),
-        (dict(arch='tiny', num_paths=1), 30_360_390),
-    ],
-)
-def test_parameter_count(arguments, parameters):
-    with torch.device('meta'):
-        model = ShiftWise(**arguments)
-    output_norms = 2 * sum(model.dims)
-    assert sum(p.numel() for p in model.parameters()) - output_norms == parameters
-
-
 @pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reason='mmseg is not installed')
 @pytest.mark.parametrize(
     'arch, num_paths, millions',
@@ -78,88 +58,6 @@ def test_parameter_count_of_upernet(arch, num_paths, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
-@BOTH
-@pytest.mark.parametrize('height, width', [(64, 64), (33, 47), (32, 100), (95, 63)])
-def test_any_size(version, height, width):
-    """Sizes are rounded down by version 1 and up by version 2; maps may be small."""
-    model = ShiftWise(**SMALL, version=version)
-    h, w = height, width
-    for i, out in enumerate(outputs(model, images(1, height, width))):
-        for _ in range(2 if i == 0 else 1):
-            h, w = (h // 2, w // 2) if version == 1 else ((h + 1) // 2, (w + 1) // 2)
-        assert out.shape == (1, model.dims[i], h, w) and out.isfinite().all()
-
-
-def test_smallest_images():
-    model = ShiftWise(**SMALL, version=1)
-    with pytest.raises(ValueError, match='31 x 64 pixels is too small: stage 3 needs at least 32'):
-        model(images(1, 31, 64))
-    version2 = ShiftWise(**SMALL)
-    assert [tuple(o.shape[2:]) for o in outputs(version2, images(1, 1, 1))] == [(1, 1)] * 4
-    with pytest.raises(ValueError, match='0 x 5 pixels is too small'):
-        version2(images(1, 0, 5))
-
-
-@BOTH
-def test_sizes_without_arithmetic(version):
-    """On the meta device, as cost counters use it."""
-    with torch.device('meta'):
-        model = ShiftWise('tiny', version=version)
-        outs = model(torch.empty(1, 3, 512, 512))
-    assert [tuple(o.shape[1:]) for o in outs] == [(c, s, s) for c, s in zip(model.dims, (128, 64, 32, 16))]
-
-
-@BOTH
-def test_input_layout_does_not_matter(version):
-    model = random_(ShiftWise(**SMALL, version=version)).double().eval()
-    block = model.stages[0][0]
-    x = images(2, 9, 11, torch.float64).repeat(1, 3, 1, 1)[:, :8]
-    with torch.no_grad():
-        plain = block(x.contiguous())
-        last = block(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(plain, last, rtol=0, atol=1e-10)
-    assert last.is_contiguous(memory_format=torch.channels_last)
-
-
-@BOTH
-@pytest.mark.parametrize(
-    'options',
-    [
-        dict(),
-        dict(branch_norm=False),
-        dict(ghost_ratio=0),
-        dict(num_paths=1, num_reps=1),
-        dict(num_paths=3),
-        dict(small_kernel=5),
-        dict(layer_scale_init_value=0),
-        dict(kernel_sizes=(3, 3, 3, 3)),
-        dict(small_kernel=1, ghost_ratio=0.7),
-    ],
-    ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'default',
-)
-def test_deploy_equals_eval(options, version):
-    arguments = {**SMALL, **options, 'version': version}
-    model = random_(ShiftWise(**arguments)).double()
-    x = images(dtype=torch.float64)
-    want = outputs(model, x)
-    assert switch_to_deploy(nn.Sequential(model))[0] is model
-    got = outputs(model, x)
-    assert_close(got, want, 1e-9)
-    left_over = ('filters', 'bn_', 'shifts', 'picks', 'ffn.norm', 'grn.beta')
-    assert not any(part in name for name in model.state_dict() for part in left_over)
-    if version == 2:
-        assert not any(n.startswith('stages') and n.endswith(('.norm.weight', '0.gamma')) for n in model.state_dict())
-
-    rebuilt = ShiftWise(**arguments, deploy=True).double()
-    rebuilt.load_state_dict(model.state_dict())
-    model.switch_to_deploy()  # a second time changes nothing
-    for other in (rebuilt, model):
-        for a, b in zip(outputs(other, x), got, strict=True):
-            assert torch.equal(a, b)
-    in_float = outputs(model.float(), x.float())
-    assert_close([o.double() for o in in_float], want, 1e-4)
-
-
 def test_deployed_block_calls_the_operator_once(monkeypatch):
     from slak_mm.models import shiftwise
 
@@ -173,41 +71,6 @@ def test_deployed_block_calls_the_operator_once(monkeypatch):
     assert len(calls) == 5 and all(kwargs['reduce'] for kwargs in calls)
 
 
-@BOTH
-def test_frozen_stages(version):
-    model = ShiftWise(**SMALL, version=version, frozen_stages=1)
-    for mode in (False, True):
-        model.train(mode)
-        assert not model.stages[0].training and model.stages[1].training == mode
-    for name, p in model.named_parameters():
-        frozen = name.startswith(('downsample_layers.0.', 'stages.0.'))
-        assert p.requires_grad != frozen, name
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    model(images())[-1].sum().backward()
-    for k, v in model.state_dict().items():
-        if 'running_mean' in k:
-            assert torch.equal(v, before[k]) == k.startswith('stages.0.'), k
-
-
-@BOTH
-def test_activation_checkpointing(version):
-    """One step with drop path: same outputs, gradients and statistics."""
-    results = []
-    for with_cp in (False, True):
-        model = random_(ShiftWise(**SMALL, version=version, with_cp=with_cp, drop_path_rate=0.5)).train()
-        torch.manual_seed(3)
-        outs = model(images())
-        sum(o.square().mean() for o in outs).backward()
-        results.append((outs, model))
-    (plain_outs, plain), (outs, model) = results
-    for a, b in zip(outs, plain_outs, strict=True):
-        assert torch.equal(a, b)
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
-    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def test_paths_have_equal_gradients():
     model = random_(ShiftWise(**SMALL, num_paths=3)).train()
     sum(o.square().mean() for o in model(images())).backward()
@@ -215,95 +78,6 @@ def test_paths_have_equal_gradients():
     assert first.weight.grad.abs().max() > 0
     for path in others:
         assert torch.equal(path.weight.grad, first.weight.grad)
-
-
-@BOTH
-def test_autocast(version):
-    model = random_(ShiftWise(**SMALL, version=version)).train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        outs = model(images())
-    sum(o.float().square().mean() for o in outs).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_registered_for_every_framework():
-    mmseg = pytest.importorskip('mmseg.registry')
-    for registry in (MODELS, mmseg.MODELS):
-        assert type(registry.build(dict(type='ShiftWise', **SMALL))) is ShiftWise
-
-
-def test_sync_bn_needs_no_process_group():
-    model = ShiftWise(**SMALL)
-    model(images())[-1].sum().backward()
-    with_bn = ShiftWise(**SMALL, norm_cfg=dict(type='BN', momentum=0.05))
-    assert list(model.state_dict()) == list(with_bn.state_dict())
-    assert with_bn.stages[0][0].large_kernel.bn_wide.momentum == 0.05
-    assert with_bn.stages[0][0].ffn.norm.momentum == 0.05
-
-
-def test_weights_are_the_official_initialization():
-    """Truncated normal of deviation 0.02, biases and GRN 0, norms 1 and 0, layer scale as given."""
-    model = ShiftWise('tiny', layer_scale_init_value=1e-6)
-    model.init_weights()
-    for name, p in model.named_parameters():
-        if '.grn.' in name:
-            assert (p == 0).all()
-        elif name.endswith('.gamma'):
-            assert (p == 1e-6).all()
-        elif p.ndim > 1 and p.numel() > 8_000:
-            # The median, as one weight in 2**24 is cut at -2 by the usual implementation.
-            median = float(p.detach().abs().median())
-            assert median == pytest.approx(0.6745 * 0.02, rel=0.05), name
-        elif p.ndim == 1:
-            assert (p == (0 if name.endswith('bias') else 1)).all(), name
-
-
-def test_construction_leaves_other_generators_alone(capsys):
-    import random
-
-    import numpy as np
-
-    from slak_mm.ops import shift_tables
-
-    states = []
-    for seed in (0, 1):
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        python, numpy = random.getstate(), np.random.get_state()[1].copy()
-        shift_tables._draw.cache_clear()
-        ShiftWise(**SMALL, norm_cfg=dict(type='BN'))
-        assert random.getstate() == python and (np.random.get_state()[1] == numpy).all()
-        states.append(torch.get_rng_state())
-    assert not torch.equal(*states)
-    assert capsys.readouterr() == ('', '')
-
-
-@pytest.mark.parametrize(
-    'change, message',
-    [
-        (dict(arch='huge'), "ShiftWise has no arch 'huge'; choose from tiny, small, base, large"),
-        (dict(version=3), 'version must be 1 or 2, got 3'),
-        (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
-        (dict(kernel_sizes=(13, 11, 9, 2)), r'kernel_sizes .* not smaller than small_kernel \(3\)'),
-        (dict(kernel_sizes=(13, 11, 9, 7.5)), 'kernel_sizes must be integers'),
-        (dict(small_kernel=4), 'small_kernel must be an odd positive integer .* got 4'),
-        (dict(small_kernel=-1), 'small_kernel must be an odd positive integer .* got -1'),
-        (dict(small_kernel=None), 'small_kernel must be an odd positive integer .* got None'),
-        (dict(ghost_ratio=1.0), r'ghost_ratio must lie in \[0, 1\), got 1.0'),
-        (dict(ghost_ratio=-0.1), r'ghost_ratio must lie in \[0, 1\), got -0.1'),
-        (dict(ghost_ratio=0.9), 'ghost_ratio 0.9 leaves none of the 8 channels of stage 0'),
-        (dict(num_paths=0), 'num_paths must be a positive integer, got 0'),
-        (dict(num_reps=0), 'num_reps must be a positive integer, got 0'),
-        (dict(num_reps=1.5), 'num_reps must be a positive integer, got 1.5'),
-        (dict(width_factor=0), 'width_factor must be positive, got 0'),
-        (dict(width_factor=0.3), 'leave 2 channels to a stage, which needs at least 4'),
-        (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
-        (dict(out_indices=(0, 4)), 'out_indices must name stages 0 to 3'),
-        (dict(norm_cfg=dict(type='GN', num_groups=2)), "norm_cfg type 'GN' is no batch norm"),
-    ],
-)
-def test_bad_arguments(change, message):
-    with pytest.raises(ValueError, match=message):
-        ShiftWise(**{**SMALL, **change})
 
 
 class TestTables:
@@ -483,18 +257,11 @@ class TestLoading:
     def test_whole_segmentor(self):
         pytest.importorskip('mmseg')
         init_default_scope('mmseg')
+        head = dict(type='FCNHead', num_convs=1, norm_cfg=dict(type='BN'))
         cfg = dict(
             type='EncoderDecoder',
             backbone=dict(type='ShiftWise', **SMALL),
-            decode_head=dict(
-                type='FCNHead',
-                in_channels=20,
-                in_index=3,
-                channels=4,
-                num_convs=1,
-                num_classes=3,
-                norm_cfg=dict(type='BN'),
-            ),
+            decode_head=dict(head, in_channels=20, in_index=3, channels=4, num_classes=3),
         )
         source, model, third = (MODELS.build(cfg) for _ in range(3))
         random_(source)

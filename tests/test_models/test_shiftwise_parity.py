@@ -5,11 +5,18 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from backbone_helpers import forward_with_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import SHIFTWISE_GOLDENS, Goldens, block_input, input_for, training_step, weight_for
+from reference import (
+    SHIFTWISE_GOLDENS,
+    Goldens,
+    block_input,
+    check_features,
+    check_logits,
+    input_for,
+    training_step,
+    weight_for,
+)
 from shiftwise_reference import activation_space, draw_tables, shift_and_add
 
 from slak_mm import load_pretrained, switch_to_deploy
@@ -125,17 +132,13 @@ def test_fused_slow_path_equals_the_plain_one(kernel, small):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    c=st.integers(1, 4),
-    small=st.sampled_from([1, 3, 5, 7]),
-    extra=st.integers(0, 24),
-    reps=st.integers(1, 4),
-    n=st.integers(1, 3),
-    h=st.integers(1, 12),
-    w=st.integers(1, 12),
+    sizes=st.tuples(st.integers(1, 4), st.integers(0, 24), st.sampled_from([1, 3, 5, 7]), st.integers(1, 4)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12)),
     seed=st.integers(0, 2**20),
 )
-def test_kernels_equal_shifted_activations_anywhere(c, small, extra, reps, n, h, w, seed):
-    assert_same_from_both_sides(c, small + extra, small, reps, n, h, w, seed=seed)
+def test_kernels_equal_shifted_activations_anywhere(sizes, shape, seed):
+    c, extra, small, reps = sizes
+    assert_same_from_both_sides(c, small + extra, small, reps, *shape, seed=seed)
 
 
 def test_other_tables_are_followed():
@@ -168,17 +171,8 @@ def load_block_weights(module: torch.nn.Module, prefix: str, salt: str) -> dict[
 
 
 def build_operator(version: int, **options) -> ShiftWiseConv:
-    return ShiftWiseConv(
-        16,
-        {1: 3, 2: 4}[version],
-        kernel_size=13,
-        small_kernel=3,
-        num_paths=2,
-        num_reps=4,
-        branch_norm=True,
-        norm_cfg=dict(type='BN'),
-        **options,
-    )
+    sizes = dict(kernel_size=13, small_kernel=3, num_paths=2, num_reps=4)
+    return ShiftWiseConv(16, {1: 3, 2: 4}[version], **sizes, branch_norm=True, norm_cfg=dict(type='BN'), **options)
 
 
 @pytest.mark.parametrize('version', [1, 2])
@@ -249,35 +243,18 @@ def test_features(variant):
 
     def check(dtype):
         for case in cases:
-            shape = tuple(map(int, case.split('__')[1].split('x')))
-            x = input_for(shape, {64: 1, 96: 2}[shape[2]]).to(dtype)
-            outs, stages = forward_with_stages(model, x)
-            for name in GOLDENS.names(case):
-                got = (outs if name.startswith('out') else stages)[int(name[3:])]
-                GOLDENS.assert_close(case, name, got, TOLERANCE[dtype])
+            check_features(GOLDENS, case, model.to(dtype), dtype, TOLERANCE[dtype])
 
     check(torch.float32)
-    model.double()
     check(torch.float64)
     switch_to_deploy(model)
     check(torch.float64)
-    model.float()
     check(torch.float32)
 
 
 @pytest.mark.parametrize('case', GOLDENS.cases('logits_'))
 def test_logits(case):
-    """The official classifier: LayerNorm of the global average, then a linear layer."""
-    model = build(case.removeprefix('logits_').split('__')[0]).double()
-    _, stages = forward_with_stages(model, input_for((1, 3, 224, 224), 3).double())
-    channels = model.dims[-1]
-    norm = {k: weight_for(f'norm.{k}', (channels,)).double() for k in ('weight', 'bias')}
-    pooled = F.layer_norm(stages[3].mean((2, 3)), (channels,), **norm, eps=1e-6)
-    GOLDENS.assert_close(case, 'pre_head', pooled, 1e-6)
-    logits = F.linear(
-        pooled, weight_for('head.weight', (1000, channels)).double(), weight_for('head.bias', (1000,)).double()
-    )
-    GOLDENS.assert_close(case, 'logits', logits, 1e-6)
+    check_logits(GOLDENS, case, build(case.removeprefix('logits_').split('__')[0]))
 
 
 # Names
@@ -299,9 +276,8 @@ def test_names_convert_both_ways(variant):
     shapes = {k: list(v.shape) for k, v in official.items()}
     if kind != 'seg':
         channels = model.dims[-1]
-        shapes.update(
-            {'norm.weight': [channels], 'norm.bias': [channels], 'head.weight': [1000, channels], 'head.bias': [1000]}
-        )
+        shapes |= {'norm.weight': [channels], 'norm.bias': [channels]}
+        shapes |= {'head.weight': [1000, channels], 'head.bias': [1000]}
     lines = '\n'.join(sorted(f'{k} {s}' for k, s in shapes.items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == str(ARRAYS[f'manifest/{variant}'])
 

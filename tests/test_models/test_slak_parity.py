@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from backbone_helpers import forward_with_stages
-from reference import SLAK_GOLDENS, Goldens, block_input, input_for, training_step, weight_for
+from reference import (
+    SLAK_GOLDENS,
+    Goldens,
+    block_input,
+    check_features,
+    check_logits,
+    input_for,
+    training_step,
+    weight_for,
+)
 
 from slak_mm import load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import convert_state_dict, to_official
@@ -41,35 +48,17 @@ def build(variant: str) -> SLaK:
 @pytest.mark.parametrize('form', ['training', 'deployed'])
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 def test_features(case, form, dtype):
-    variant, size = case.removeprefix('feat_').split('__')
-    shape = tuple(map(int, size.split('x')))
+    variant = case.removeprefix('feat_').split('__')[0]
     model = build(variant).to(dtype)
     if form == 'deployed':
         switch_to_deploy(model)
-    seed = {64: 1, 96: 2}[shape[2]]
-    outs, stages = forward_with_stages(model, input_for(shape, seed).to(dtype))
-    checked = 0
-    for name in GOLDENS.names(case):
-        got = (outs if name.startswith('out') else stages)[int(name[3:])]
-        GOLDENS.assert_close(case, name, got, TOLERANCE[dtype])
-        checked += 1
+    checked = check_features(GOLDENS, case, model, dtype, TOLERANCE[dtype])
     assert checked == (4 if variant.endswith('nobn') else 8)
 
 
 @pytest.mark.parametrize('case', GOLDENS.cases('logits_'))
 def test_logits(case):
-    """The official classifier: LayerNorm of the global average, then a linear layer."""
-    variant = case.removeprefix('logits_').split('__')[0]
-    model = build(variant).double()
-    _, stages = forward_with_stages(model, input_for((1, 3, 224, 224), 3).double())
-    channels = model.dims[-1]
-    norm = {k: weight_for(f'norm.{k}', (channels,)).double() for k in ('weight', 'bias')}
-    pooled = F.layer_norm(stages[3].mean((2, 3)), (channels,), **norm, eps=1e-6)
-    GOLDENS.assert_close(case, 'pre_head', pooled, 1e-6)
-    logits = F.linear(
-        pooled, weight_for('head.weight', (1000, channels)).double(), weight_for('head.bias', (1000,)).double()
-    )
-    GOLDENS.assert_close(case, 'logits', logits, 1e-6)
+    check_logits(GOLDENS, case, build(case.removeprefix('logits_').split('__')[0]))
 
 
 BLOCKS = {
@@ -116,16 +105,8 @@ def test_convnext_mode_is_timms_convnext():
     theirs = timm.create_model('convnext_tiny', features_only=True).eval()
     for p in theirs.parameters():  # layer scale starts at 1e-6, which would hide the blocks
         torch.nn.init.normal_(p, std=0.1 if p.ndim == 1 else p[0].numel() ** -0.5)
-    ours = SLaK(
-        'tiny',
-        kernel_sizes=(7, 7, 7, 7),
-        small_kernel=None,
-        decomposed=False,
-        width_factor=1.0,
-        branch_norm=False,
-        conv_bias=True,
-        out_norm=False,
-    )
+    options = VARIANTS['slak_tiny_convnext_w1.0']
+    ours = SLaK(**options, branch_norm=False, conv_bias=True, out_norm=False)
     whole = {
         k.replace('_', '.', 1) if k.startswith(('stem_', 'stages_')) else k: v for k, v in theirs.state_dict().items()
     }

@@ -17,10 +17,9 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_helpers import lay_out
+from op_helpers import convolution, lay_out, relative_error
 
 from slak_mm.ops import _operator, choose_backend, cross_dwconv2d, csrc, use_backend
 from slak_mm.ops.backends import cpu_native
@@ -37,15 +36,6 @@ def keep_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def conv(x, kernel):
-    rows, columns = kernel.shape[1:]
-    return F.conv2d(x, kernel.unsqueeze(1), padding=(rows // 2, columns // 2), groups=x.shape[1])
-
-
-def relative_error(got, want):
-    return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
 def make(n, c, h, w, sizes, dtype=torch.float64, seed=0):
@@ -71,7 +61,7 @@ def compute(x, kernels, grads, bias=None, reduce=False):
 
 def exact(x, kernels, grads, bias=None, reduce=False):
     inputs = [t.double().requires_grad_() for t in (x, *kernels)]
-    outs = [conv(inputs[0], k) for k in inputs[1:]]
+    outs = [convolution(inputs[0], k) for k in inputs[1:]]
     if len(grads) == 1:
         grads = list(grads) * len(outs)
     found = torch.autograd.grad(outs, inputs, [g.double() for g in grads])
@@ -147,33 +137,8 @@ def test_any_number_of_threads_gives_the_same_bits(shape):
 
 
 @needs_library
-def test_gradcheck():
-    x, kernels, _ = make(1, 3, 4, 6, [(7, 3), (3, 7), (3, 3)])
-    inputs = [t.requires_grad_() for t in (x, *kernels)]
-    with use_backend('cpu_native'):
-        assert torch.autograd.gradcheck(cross_dwconv2d, inputs)
-        assert torch.autograd.gradcheck(lambda *t: cross_dwconv2d(*t, reduce=True), inputs)
-
-
-@needs_library
-@pytest.mark.parametrize('length, center', [(49, 24), (48, 23), (15, 6), (55, 25), (9, 0)])
-def test_off_center_kernels_of_shiftwise(length, center):
-    """Asymmetric extents equal a convolution after asymmetric padding."""
-    x, (k_v, k_h), _ = make(1, 17, 30, 33, [(length, 3), (3, length)], torch.float64)
-    with use_backend('cpu_native'):
-        y_v, y_h, _ = cross_dwconv2d(x, k_v, k_h, center=center)
-    behind = length - 1 - center
-    assert relative_error(y_v, F.conv2d(F.pad(x, (1, 1, center, behind)), k_v.unsqueeze(1), groups=17)) < 1e-12
-    assert relative_error(y_h, F.conv2d(F.pad(x, (center, behind, 1, 1)), k_h.unsqueeze(1), groups=17)) < 1e-12
-
-
-@needs_library
-def test_nothing_to_compute_and_no_overflow():
-    x = torch.ones(0, 3, 5, 5, requires_grad=True)
-    with use_backend('cpu_native'):
-        y = cross_dwconv2d(x, torch.ones(3, 7, 3), reduce=True)
-    assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-    # bfloat16 rounds to nearest even, keeps infinities and NaN.
+def test_bfloat16_is_rounded_to_nearest_even():
+    """Infinities and NaN are kept."""
     values = [1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, float('inf'), float('nan'), -2.5] * 3
     x = torch.ones(1, 18, 1, 1, dtype=torch.bfloat16)
     kernel = torch.ones(18, 1, 1, dtype=torch.bfloat16)
@@ -183,24 +148,6 @@ def test_nothing_to_compute_and_no_overflow():
     third = torch.full((18,), 2**-9, dtype=torch.bfloat16)  # 1 + 2^-9 is a tie down to 1
     (got,) = cpu_native.forward(torch.ones_like(x), [kernel], third, True)
     assert torch.equal(got, torch.ones_like(x))
-
-
-@needs_library
-@pytest.mark.parametrize('layout', ['nchw', 'channels_last'])
-def test_layout_is_kept(layout):
-    x, kernels, grads = make(2, 8, 20, 24, [(13, 5), (5, 13)], torch.float32)
-    memory_format = torch.contiguous_format if layout == 'nchw' else torch.channels_last
-    results = compute(lay_out(x, layout), kernels, grads)
-    for y in results[:3]:
-        assert y.is_contiguous(memory_format=memory_format)
-    assert all(k.is_contiguous() for k in results[3:])
-
-
-@needs_library
-def test_is_the_choice_on_cpus():
-    x, kernels, _ = make(1, 2, 6, 6, [(7, 3)], torch.float32)
-    assert choose_backend(x, kernels) == 'cpu_native'
-    assert 'float16' in cpu_native.unavailable_reason(x.half(), kernels)
 
 
 GUARDED = '''
@@ -488,7 +435,7 @@ class TestWithoutCompiler:
         x, kernels, _ = make(1, 4, 9, 10, [(7, 3), (3, 7), (3, 3)], torch.float32)
         assert choose_backend(x, kernels) in ('gemm', 'cpu')
         for got, kernel in zip(cross_dwconv2d(x, *kernels), kernels):
-            assert relative_error(got, conv(x.double(), kernel.double())) < 1e-5
+            assert relative_error(got, convolution(x.double(), kernel.double())) < 1e-5
 
     def test_the_reason_is_given(self):
         x, kernels, _ = make(1, 4, 9, 10, [(7, 3)], torch.float32)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from op_helpers import lay_out
+from op_helpers import convolution, lay_out, relative_error
 from scipy.ndimage import correlate
 
 from slak_mm.ops import BACKENDS, _operator, choose_backend, cross_dwconv2d, use_backend
@@ -42,10 +42,8 @@ def scipy_dwconv2d(x, kernel):
 
 
 def assert_near(got, want, dtype):
-    scale = max(float(want.abs().max()), 1e-30) if want.numel() else 1.0
-    error = float((got.double() - want).abs().max()) / scale if want.numel() else 0.0
     assert got.shape == want.shape and got.dtype == dtype
-    assert error <= TOLERANCE[dtype], f'relative error {error:.2e}'
+    assert relative_error(got, want) <= TOLERANCE[dtype]
 
 
 shapes = st.tuples(
@@ -91,11 +89,6 @@ def test_gradients_are_autograds(backend, shape, layout, dtype, reduce):
         got = torch.autograd.grad(results, inputs, [lay_out(g, layout) for g in grads])
     for a, b in zip(got, want, strict=True):
         assert_near(a, b, dtype)
-
-
-def convolution(x, kernel):
-    padding = (kernel.shape[1] // 2, kernel.shape[2] // 2)
-    return F.conv2d(x, kernel.unsqueeze(1), padding=padding, groups=x.shape[1])
 
 
 def three_convolutions(x, k_v, k_h, k_s, bias=None, reduce=False):
@@ -313,19 +306,19 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize(
     'length, center, offsets',
-    # Tap offsets of ShiftWise kernels, reference/semantics.md section 4.
-    [(51, 24, (-24, 26)), (48, 23, (-23, 24)), (15, 6, (-6, 8)), (55, 25, (-25, 29))],
+    # Tap offsets of ShiftWise kernels, reference/semantics.md section 4; and the first tap in the middle.
+    [(51, 24, (-24, 26)), (48, 23, (-23, 24)), (15, 6, (-6, 8)), (55, 25, (-25, 29)), (9, 0, (0, 8))],
 )
 @pytest.mark.parametrize('backend', CPU_BACKENDS)
 def test_off_center_kernels(backend, length, center, offsets):
     """Asymmetric extents equal a convolution after asymmetric padding."""
     assert offsets == (-center, length - 1 - center)
-    x, (k_v, k_h) = make(1, 3, 20, 17, length, 3)
+    x, (k_v, k_h) = make(1, 17, 30, 33, length, 3)
     with use_backend(backend):
         y_v, y_h, _ = cross_dwconv2d(x, k_v, k_h, center=center)
     behind = length - 1 - center
-    want_v = F.conv2d(F.pad(x, (1, 1, center, behind)), k_v.unsqueeze(1), groups=3)
-    want_h = F.conv2d(F.pad(x, (center, behind, 1, 1)), k_h.unsqueeze(1), groups=3)
+    want_v = F.conv2d(F.pad(x, (1, 1, center, behind)), k_v.unsqueeze(1), groups=17)
+    want_h = F.conv2d(F.pad(x, (center, behind, 1, 1)), k_h.unsqueeze(1), groups=17)
     assert_near(y_v, want_v, torch.float64)
     assert_near(y_h, want_h, torch.float64)
 

@@ -38,6 +38,11 @@ g = torch.Generator().manual_seed(0)
 def randn(*shape):
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
+def turned(t):  # in memory as the transposed tensor
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
+VIEWS = [lambda t: torch._neg_view(-t), lambda t: torch.stack([t, t + 1], -1)[..., 0], turned]
+
 def evaluate(function, tensors, grads, reduce):
     tensors = [t if t is None else t.detach().requires_grad_() for t in tensors]
     ys = function(*tensors, reduce)
@@ -78,25 +83,38 @@ for (shape, sizes), reduce in itertools.product(CASES, (False, True)):
     assert max(errors) <= TOLERANCE[dtype], (shape, sizes, dtype, reduce, errors)
     if dtype is torch.float16:  # rounded once; the interpreter cuts bfloat16 off
         assert all(float((a != b.to(dtype)).float().mean()) < 0.02 for a, b in zip(got, want))
-    # The same values behind a lazy negation give the same bits.
-    views = [t if t is None else torch._neg_view(-t) for t in tensors]
-    again = evaluate(ours, views, [torch._neg_view(-g) for g in grads], reduce)
+    # The same values behind a lazy negation, or in memory of other strides, give the same bits.
+    view = VIEWS[count % 3]
+    views = [t if t is None else view(t) for t in tensors]
+    views[0] = views[0] if views[0].is_neg() else tensors[0]  # its layout is that of the results
+    again = evaluate(ours, views, [view(g) for g in grads], reduce)
+    if reduce:  # PyTorch adds up the bias's gradient in the order of the memory
+        assert torch.allclose(got.pop(), again.pop(), rtol=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(got, again))
     count += 1
+for shape in ((0, 2, 9, 8), (2, 2, 0, 8), (2, 0, 9, 8)):
+    c = shape[1]
+    tensors = [torch.ones(s) for s in (shape, (c, 7, 3), (c, 3, 7), (c, 3, 3), (c,))]
+    y, *found = evaluate(ours, tensors, [torch.ones(shape)], True)
+    assert y.shape == shape and all(g.shape == t.shape and not g.any() for g, t in zip(found, tensors))
 
 print('checked', count)
 """
 
 
+def run_program(folder, program, *arguments, **environment):
+    """Run it in a process of its own, from a file, as Triton reads the source of its functions."""
+    file = folder / 'program.py'
+    file.write_text(program)
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **environment}
+    command = [sys.executable, '-W', 'ignore', str(file), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @needs_triton
-def test_results_and_gradients_in_the_interpreter():
-    root = Path(__file__).resolve().parents[2]
-    env = dict(
-        os.environ,
-        TRITON_INTERPRET='1',
-        PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])]),
-    )
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', INTERPRETED], env=env, capture_output=True, text=True)
+def test_results_and_gradients_in_the_interpreter(tmp_path):
+    done = run_program(tmp_path, INTERPRETED, TRITON_INTERPRET='1')
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'checked 12' in done.stdout
 
@@ -141,16 +159,7 @@ print('compiled')
 @pytest.mark.parametrize('capability', [80, 90])
 def test_kernels_compile_for_gpus_with_tensor_cores(tmp_path, capability):
     """Without a GPU: tensor cores, loads of 16 bytes, and shared memory that is there."""
-    env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    env.update(
-        TRITON_CACHE_DIR=str(tmp_path),
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [env.get('PYTHONPATH')])]),
-    )
-    program = tmp_path / 'compile.py'
-    program.write_text(COMPILED)
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', str(program), str(capability)], env=env, capture_output=True, text=True
-    )
+    done = run_program(tmp_path, COMPILED, str(capability), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
         pytest.skip('this Triton has another compiler interface')
     assert done.returncode == 0, done.stderr[-3000:]

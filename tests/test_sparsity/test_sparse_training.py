@@ -19,6 +19,7 @@ from slak_mm.sparsity import (
     DenseWeights,
     SparseTraining,
     SparsityError,
+    erk_densities,
     format_table,
     masks_from_state,
     masks_hash,
@@ -74,17 +75,28 @@ def loss_of_batch(model, step, dtype=torch.float32):
     return F.cross_entropy(model(x), torch.randint(0, 4, (4,), generator=g))
 
 
+def step_(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss_of_batch(model, batch).backward()
+    optimizer.step()
+
+
+OPTIONS = dict(distribution='erk', sparsity=0.5, total_steps=24, update_interval=3, stop_fraction=0.75)
+
+
 def sparsify(model, **options):
-    options = dict(
-        dict(distribution='erk', sparsity=0.5, total_steps=24, update_interval=3, stop_fraction=0.75), **options
-    )
-    sparse = SparseTraining(select_parameters(model), **options)
-    sparse.initialize(
-        snip_gradients(model, sparse.parameters, lambda m: loss_of_batch(m, -1))
-        if sparse.distribution == 'snip'
-        else None
-    )
+    sparse = SparseTraining(select_parameters(model), **{**OPTIONS, **options})
+    is_snip = sparse.distribution == 'snip'
+    sparse.initialize(snip_gradients(model, sparse.parameters, lambda m: loss_of_batch(m, -1)) if is_snip else None)
     return sparse
+
+
+def training(optimizer, **options):
+    model = Net()
+    optimizer = make_optimizer(optimizer, model.parameters())
+    sparse = sparsify(model, **options)
+    sparse.attach(optimizer)
+    return model, optimizer, sparse
 
 
 def counts(sparse):
@@ -96,14 +108,8 @@ def bits(tensor):
 
 
 def with_state(optimizer, parameter):
-    return [
-        parameter,
-        *(
-            value
-            for value in optimizer.state[parameter].values()
-            if torch.is_tensor(value) and value.shape == parameter.shape
-        ),
-    ]
+    state = optimizer.state[parameter].values()
+    return [parameter, *(t for t in state if torch.is_tensor(t) and t.shape == parameter.shape)]
 
 
 def assert_dead_entries_are_zero(sparse, optimizer):
@@ -121,15 +127,12 @@ def assert_dead_entries_are_zero(sparse, optimizer):
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl', 'momentum'])
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_counts_and_zeros_are_exact(kind, mode, accumulation):
-    model = Net()
-    optimizer = make_optimizer(kind, model.parameters())
-    sparse = sparsify(model, mode=mode)
+    model, optimizer, sparse = training(kind, mode=mode)
     want = counts(sparse)
-    dense = erk_counts(sparse)
-    assert want == {name: n for name, n in dense.items() if name in want}
-    sparse.attach(optimizer)
+    densities = erk_densities({name: tuple(p.shape) for name, p in sparse.parameters.items()}, 0.5)
+    assert want == {name: round(densities[name] * sparse.parameters[name].numel()) for name in want}
     for step in range(1, 25):
-        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        before = copy.deepcopy(sparse.masks)
         optimizer.zero_grad()
         for micro in range(accumulation):
             (loss_of_batch(model, accumulation * step + micro) / accumulation).backward()
@@ -146,13 +149,6 @@ def test_counts_and_zeros_are_exact(kind, mode, accumulation):
     assert sparse.updates == (0 if mode == 'static' else 6)
 
 
-def erk_counts(sparse):
-    from slak_mm.sparsity import erk_densities
-
-    shapes = {name: tuple(p.shape) for name, p in sparse.parameters.items()}
-    return {name: round(d * math.prod(shapes[name])) for name, d in erk_densities(shapes, sparse.sparsity).items()}
-
-
 @pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='GradScaler is for CUDA only')
 @pytest.mark.parametrize('mode', ['static', 'set', 'rigl', 'momentum'])
 @pytest.mark.parametrize('kind', ['sgd', 'adamw', 'adamw-fused'])
@@ -160,11 +156,8 @@ def test_skipped_steps_do_not_count(kind, mode):
     """Steps 2 and 3 overflow. What is left is the training without these two batches."""
     results = []
     for skipped in ((), (2, 3)):
-        model = Net()
-        optimizer = make_optimizer(kind, model.parameters())
-        sparse = sparsify(model, mode=mode)
+        model, optimizer, sparse = training(kind, mode=mode)
         want = counts(sparse)
-        sparse.attach(optimizer)
         # All scales are powers of two, which round nothing.
         scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
         batches = [b for b in range(12) if b not in (2, 3)] if not skipped else range(12)
@@ -221,16 +214,9 @@ def test_random_shapes(shape, kind, mode, sparsity, seed):
     g = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(shape, generator=g))
     optimizer = make_optimizer(kind, [p])
-    sparse = SparseTraining(
-        {'p': p},
-        mode=mode,
-        distribution='uniform',
-        sparsity=sparsity,
-        total_steps=6,
-        update_interval=2,
-        stop_fraction=1.0,
-        seed=seed,
-    )
+    options = dict(mode=mode, distribution='uniform', sparsity=sparsity)
+    options |= dict(total_steps=6, update_interval=2, stop_fraction=1.0)
+    sparse = SparseTraining({'p': p}, **options, seed=seed)
     sparse.initialize()
     count = round((1 - sparsity) * p.numel())
     sparse.attach(optimizer)
@@ -242,18 +228,8 @@ def test_random_shapes(shape, kind, mode, sparsity, seed):
         else:
             assert counts(sparse) == {'p': count}
             assert_dead_entries_are_zero(sparse, optimizer)
-    state = sparse.state_dict()
-    other = SparseTraining(
-        {'p': p},
-        mode=mode,
-        distribution='uniform',
-        sparsity=sparsity,
-        total_steps=6,
-        update_interval=2,
-        stop_fraction=1.0,
-        seed=0,
-    )
-    other.load_state_dict(state)
+    other = SparseTraining({'p': p}, **options)
+    other.load_state_dict(sparse.state_dict())
     assert other.hash() == sparse.hash() and other.statistics() == sparse.statistics()
 
 
@@ -265,9 +241,7 @@ def test_factored_moments_are_left_alone():
     sparse = sparsify(model, mode='rigl')
     sparse.attach(optimizer)
     for step in range(6):
-        optimizer.zero_grad()
-        loss_of_batch(model, step).backward()
-        optimizer.step()
+        step_(model, optimizer, step)
         for name, mask in sparse.masks.items():
             assert not bits(sparse.parameters[name])[~mask].any()
             assert all(bool(v.all()) for k, v in optimizer.state[sparse.parameters[name]].items() if k.endswith('_var'))
@@ -280,7 +254,7 @@ def test_static_masks_train_the_masked_subnetwork(kind, accumulation):
     model = Net().double()
     sparse = sparsify(model)
     reference = copy.deepcopy(model)
-    masks = {name: mask.clone() for name, mask in sparse.masks.items()}
+    masks = copy.deepcopy(sparse.masks)
     active = {
         name: nn.Parameter(p.detach()[masks[name]] if name in masks else p.detach().clone())
         for name, p in reference.named_parameters()
@@ -317,12 +291,9 @@ def test_static_masks_train_the_masked_subnetwork(kind, accumulation):
 @pytest.mark.parametrize('kind', ['adamw', 'sgd-nesterov-foreach'])
 def test_rigl_grows_the_largest_accumulated_gradients(kind):
     """Also with an optimizer that writes into the gradients it is given."""
-    model = Net()
-    optimizer = make_optimizer(kind, model.parameters())
-    sparse = sparsify(model, mode='rigl')
-    sparse.attach(optimizer)
+    model, optimizer, sparse = training(kind, mode='rigl')
     for step in range(1, 7):
-        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        before = copy.deepcopy(sparse.masks)
         optimizer.zero_grad()
         for micro in range(3):
             loss_of_batch(model, 3 * step + micro).backward()
@@ -337,11 +308,8 @@ def test_rigl_grows_the_largest_accumulated_gradients(kind):
 
 
 def test_momentum_grows_by_the_mean_of_the_window():
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    sparse = sparsify(model, mode='momentum', update_interval=5, momentum_window=3)
-    sparse.attach(optimizer)
-    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    model, optimizer, sparse = training('sgd', mode='momentum', update_interval=5, momentum_window=3)
+    before = copy.deepcopy(sparse.masks)
     mean = {}
     for step in range(1, 6):
         optimizer.zero_grad()
@@ -361,8 +329,7 @@ def test_update_without_gradients_is_refused():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparse = sparsify(model, mode='rigl', update_interval=1)
-    loss_of_batch(model, 0).backward()
-    optimizer.step()
+    step_(model, optimizer, 0)
     optimizer.zero_grad()
     with pytest.raises(SparsityError, match='before the gradients are set to zero'):
         sparse.step(optimizer)
@@ -400,7 +367,7 @@ def test_masks_stay_where_nothing_trains(caplog, untrained, mode):
     model = Net()
     sparse = sparsify(model, mode=mode, distribution='uniform')
     optimizer = untrained(model)
-    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    before = copy.deepcopy(sparse.masks)
     weight = model.fc.weight.detach().clone()
     train(model, sparse, optimizer, 6)
     assert torch.equal(sparse.masks['fc.weight'], before['fc.weight']) and torch.equal(model.fc.weight, weight)
@@ -413,9 +380,7 @@ def test_masks_stay_where_nothing_trains(caplog, untrained, mode):
 def train(model, sparse, optimizer, steps):
     sparse.attach(optimizer)
     for step in range(steps):
-        optimizer.zero_grad()
-        loss_of_batch(model, step).backward()
-        optimizer.step()
+        step_(model, optimizer, step)
 
 
 def test_masks_change_once_the_warm_up_begins():
@@ -430,8 +395,7 @@ def test_masks_change_once_the_warm_up_begins():
     assert torch.equal(model.fc.weight != 0, masks) and torch.equal(sparse.masks['fc.weight'], masks)
     assert (sparse.steps, sparse.updates) == (1, 0)
     optimizer.param_groups[0]['lr'] = 0.01
-    loss_of_batch(model, 1).backward()
-    optimizer.step()
+    step_(model, optimizer, 1)
     assert sparse.updates == 1 and not torch.equal(sparse.masks['fc.weight'], masks)
 
 
@@ -535,8 +499,7 @@ def test_dense_layers():
     assert set(sparse.dense_parameters) == set(sparse.parameters) and not sparse.masks
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparse.attach(optimizer)
-    loss_of_batch(model, 0).backward()
-    optimizer.step()
+    step_(model, optimizer, 0)
     assert sparse.statistics().density == 1
 
 
@@ -628,21 +591,11 @@ def run(mode, until, state=None, sampling='exact'):
     else:
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
-        sparse = SparseTraining(
-            select_parameters(model),
-            distribution='erk',
-            sparsity=0.5,
-            total_steps=24,
-            stop_fraction=0.75,
-            seed=99,
-            **options,
-        )
+        sparse = SparseTraining(select_parameters(model), **{**OPTIONS, **options}, seed=99)
         sparse.load_state_dict(state['sparsity'])
     sparse.attach(optimizer)
     for step in range(sparse.steps, until):
-        optimizer.zero_grad()
-        loss_of_batch(model, step).backward()
-        optimizer.step()
+        step_(model, optimizer, step)
     file = io.BytesIO()
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), sparsity=sparse.state_dict()), file)
     file.seek(0)
@@ -681,13 +634,8 @@ def test_states_that_do_not_fit(caplog):
     model = Net()
 
     def load(changes=None, parameters=None, **options):
-        sparse = SparseTraining(
-            parameters or select_parameters(model),
-            mode='set',
-            distribution='erk',
-            sparsity=0.5,
-            **dict(dict(total_steps=24, update_interval=4), **options),
-        )
+        options = {**OPTIONS, 'mode': 'set', 'update_interval': 4, **options}
+        sparse = SparseTraining(parameters or select_parameters(model), **options)
         sparse.load_state_dict({**state, **(changes or {})})
         return sparse
 
@@ -729,9 +677,7 @@ def test_moving_average_follows_the_masks():
     sparse.attach(optimizer)
     optimizer.register_step_post_hook(lambda *_: sparse.enforce_average(ema, prefix='module.'))
     for step in range(24):
-        optimizer.zero_grad()
-        loss_of_batch(model, step).backward()
-        optimizer.step()
+        step_(model, optimizer, step)
         for name, p in model.named_parameters():
             ema[f'module.{name}'].lerp_(p.detach(), 1 - decay)
             old, mask = want[name], sparse.masks.get(name)
@@ -759,21 +705,16 @@ def test_average_is_put_right_by_force():
 
 
 def test_statistics():
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparse = sparsify(model, mode='set')
-    sparse.attach(optimizer)
-    ever = {name: mask.clone() for name, mask in sparse.masks.items()}
+    model, optimizer, sparse = training('sgd', mode='set')
+    ever = copy.deepcopy(sparse.masks)
     first = sparse.statistics()
     total = sum(p.numel() for p in sparse.parameters.values())
     dense = sum(sparse.parameters[name].numel() for name in sparse.dense_parameters)
     assert (first.total, first.churn) == (total, 0)
     assert first.exploration == first.density == (dense + sum(counts(sparse).values())) / total
     for step in range(9):
-        before = {name: mask.clone() for name, mask in sparse.masks.items()}
-        optimizer.zero_grad()
-        loss_of_batch(model, step).backward()
-        optimizer.step()
+        before = copy.deepcopy(sparse.masks)
+        step_(model, optimizer, step)
         for name, mask in sparse.masks.items():
             ever[name] |= mask
         if (step + 1) % 3 == 0:
@@ -790,17 +731,13 @@ def test_statistics():
 
 
 def test_finalize():
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparse = sparsify(model)
-    sparse.attach(optimizer)
+    model, optimizer, sparse = training('sgd')
     with torch.no_grad():
         model.fc.weight.fill_(1.0)
     final = sparse.finalize()
     assert torch.equal(model.fc.weight != 0, sparse.masks['fc.weight'])
     assert final.active == sum(int((p != 0).sum()) for p in sparse.parameters.values())
-    loss_of_batch(model, 0).backward()
-    optimizer.step()
+    step_(model, optimizer, 0)
     assert sparse.steps == 0, 'the hooks are gone'
 
 

@@ -170,30 +170,24 @@ def zero_initially(model, case):
             p.data *= torch.from_numpy(random.rand(*p.shape) < 0.7)
 
 
+def schedule(case):
+    kept = {'T_max': 'total_steps', 'update_frequency': 'update_interval', 'prune_rate': 'prune_rate'}
+    return dict(stop_fraction=1.0, **{ours: case[theirs] for theirs, ours in kept.items()})
+
+
+TRAININGS = dict(slak_fine='slak', slak_onlyL='slak', sw2_onlyL='shiftwise_v2')
+
+
 @pytest.mark.parametrize('sampling', ['exact', 'bernoulli'])
-@pytest.mark.parametrize(
-    'name, kind',
-    [
-        ('traj_slak_fine_gradient', 'slak'),
-        ('traj_slak_onlyL_gradient', 'slak'),
-        ('traj_sw2_onlyL_gradient', 'shiftwise_v2'),
-    ],
-)
+@pytest.mark.parametrize('name, kind', [(f'traj_{name}_gradient', kind) for name, kind in TRAININGS.items()])
 def test_training(name, kind, sampling):
     """SGD with momentum and growth by gradients: losses, rates, counts and final masks."""
     case = REPORT[name]
     model = Classifier(kind)
     zero_initially(model, case)
     parameters = model.by_official_name()
-    sparse = SparseTraining(
-        {n: parameters[n] for n in case['mask_names']},
-        mode='rigl',
-        sampling=sampling,
-        total_steps=case['T_max'],
-        update_interval=case['update_frequency'],
-        prune_rate=case['prune_rate'],
-        stop_fraction=1.0,
-    )
+    masked = {n: parameters[n] for n in case['mask_names']}
+    sparse = SparseTraining(masked, mode='rigl', sampling=sampling, **schedule(case))
     sparse.initialize()
     assert {n: int(m.sum()) for n, m in sparse.masks.items()} == case['init_nonzero']
     optimizer = torch.optim.SGD(parameters.values(), case['lr'], case['momentum'])
@@ -222,24 +216,12 @@ def test_paths_share_masks_at_aligned_updates():
     run = REPORT['rep_coarse_run']
     model = Classifier('shiftwise_v2')
     parameters = {model.ours(name): dict(model.named_parameters())[model.ours(name)] for name in run['mask_order']}
-    sparse = SparseTraining(
-        parameters,
-        mode='set',
-        distribution='snip',
-        sparsity=run['sparsity'],
-        update_interval=run['update_frequency'],
-        prune_rate=run['prune_rate'],
-        total_steps=run['T_max'],
-        stop_fraction=1.0,
-        per_filter=True,
-        sparse_gap=run['sparse_gap'],
-    )
+    options = dict(distribution='snip', sparsity=run['sparsity'], per_filter=True, sparse_gap=run['sparse_gap'])
+    sparse = SparseTraining(parameters, mode='set', **options, **schedule(run))
     sparse.initialize(snip_gradients(model, parameters, loss_of_batch))
     groups = path_groups(parameters).values()
-    assert {
-        model.official[n]: list(s)
-        for n, s in ((n, layer.mask_shape) for layer in sparse._layers for n in layer.parameters)
-    } == run['mask_shapes']
+    shapes = {model.official[n]: list(layer.mask_shape) for layer in sparse._layers for n in layer.parameters}
+    assert shapes == run['mask_shapes']
     counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}
     optimizer = torch.optim.SGD(parameters.values(), 0.05, 0.9)
     sparse.attach(optimizer)

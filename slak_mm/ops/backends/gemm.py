@@ -1,15 +1,13 @@
 """Matrix products along the long axis, in plain PyTorch, on any device.
 
-One row of a depthwise convolution is the product of that row with a banded Toeplitz matrix which
-holds the taps of one kernel row. A branch with a wide n x M kernel is hence the sum over the n
-kernel rows of batched matrix products (channels are the batch) of row-shifted views of the padded
-input with an W x W matrix per channel; for a tall kernel the matrix stands on the left. That
-costs W / M times the multiplications of the direct form, fewer than it on a map narrower than
-the kernel, and they are matrix products. Rows that are long beside the kernel are cut into
-tiles of T outputs, which see T + M - 1 inputs, so that the cost stays (T + M - 1) / M.
+One row of a depthwise convolution is the product of that row with a banded Toeplitz matrix which holds the taps of one
+kernel row. A branch with a wide n x M kernel is hence the sum over the n kernel rows of batched matrix products
+(channels are the batch) of row-shifted views of the padded input with an W x W matrix per channel; for a tall kernel
+the matrix stands on the left. That costs W / M times the multiplications of the direct form, fewer than it on a map
+narrower than the kernel, and they are matrix products. Rows that are long beside the kernel are cut into tiles of T
+outputs, which see T + M - 1 inputs, so that the cost stays (T + M - 1) / M.
 
-WBMM (Wang et al., https://github.com/wansong-s/WBMM) computes large depthwise kernels by batched
-matrix products too.
+WBMM (Wang et al., https://github.com/wansong-s/WBMM) computes large depthwise kernels by batched matrix products too.
 
 Both gradients are matrix products as well: that of the input is the convolution with the flipped
 kernel; that of the kernel is the sums of the diagonals of the products of input and gradient.
@@ -75,15 +73,10 @@ def backward(
 def convolve(
     like: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], reduce: bool, bias: Tensor | None = None, keep: bool = False
 ) -> list[Tensor]:
-    """Convolve several inputs (N, C, H, W), each with its kernel (C, kh, kw).
+    """Convolve several inputs (N, C, H, W), each with its kernel (C, kh, kw), into results like ``like``.
 
-    Args:
-        like: Gives the results' shape, dtype and memory format.
-        pairs: Inputs and kernels.
-        reduce: Whether to return the sum, as the only result.
-        bias: (C,), added to the sum. Default: None.
-        keep: Whether the kernels may come again unchanged, so that it pays to keep their
-            matrices. Default: False.
+    With ``reduce`` their sum is the only result, to which a bias (C,) is added. ``keep`` says that the kernels may come
+    again unchanged, so that it pays to keep their matrices.
     """
     layout = memory_format(like)
     dtype = reference.sum_dtype(like.dtype) if reduce else like.dtype
@@ -152,23 +145,14 @@ def _groups(x: Tensor, taps: int, tile: int, dtype: torch.dtype) -> list[slice]:
 
 
 def toeplitz_matrices(kernel: Tensor, width: int, tile: int, dtype: torch.dtype) -> Tensor:
-    """Banded matrices of the rows of wide kernels.
+    """Banded matrices of the rows of wide kernels (C, n, M), M odd, for maps that are W = ``width`` wide.
 
-    Args:
-        kernel: (C, n, M), M odd.
-        width: W of the map.
-        tile: Outputs per tile; W for a single one.
-        dtype: Of the result.
-
-    Returns:
-        Shape (C, n, W, W) for a single tile, whose inputs are the row; else
-        (C, n, tile + M - 1, tile). Entry (u, w) is the tap of the kernel that takes input u to
-        output w.
+    Their shape is (C, n, W, W) for a single tile, whose inputs are the row; else (C, n, tile + M - 1, tile). Entry
+    (u, w) is the tap of the kernel that takes input u to output w.
     """
     c, n, length = kernel.shape
     inputs, first = (width, length // 2) if tile == width else (tile + length - 1, 0)
-    # Entry (u, w) depends on u - w alone: row u is the line of all taps, read from place u on
-    # and backwards.
+    # Entry (u, w) depends on u - w alone: row u is the line of all taps, read from place u on and backwards.
     taps = torch.arange(inputs + tile - 1, device=kernel.device) - (tile - 1) + first
     inside = (taps >= 0) & (taps < length)
     line = torch.where(inside, kernel.detach()[:, :, taps.clamp(0, length - 1)], 0).to(dtype)
@@ -220,20 +204,12 @@ def _rows_times_matrices(
 
 
 def kernel_gradient(x: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
-    """Gradient with respect to a kernel.
+    """Gradient with respect to a kernel, of its shape and dtype.
 
-    The gradient of tap (i, m) is the sum over images, rows h and columns w of
-    ``x[h + i - kh // 2, w + m - kw // 2] * grad[h, w]``. For a fixed i the products of all pairs
-    of columns are one matrix per channel, with images and rows as the contracted dimension, and
-    tap m is the sum of its diagonal ``m - kw // 2``.
-
-    Args:
-        x: Input, (N, C, H, W).
-        grad: Gradient of the result, same shape.
-        kernel: (C, kh, kw), odd; its values do not matter.
-
-    Returns:
-        Tensor of the shape and dtype of ``kernel``.
+    The gradient of tap (i, m) is the sum over images, rows h and columns w of ``x[h + i - kh // 2, w + m - kw // 2] *
+    grad[h, w]``. For a fixed i the products of all pairs of columns are one matrix per channel, with images and rows as
+    the contracted dimension, and tap m is the sum of its diagonal ``m - kw // 2``. ``x`` and ``grad`` are (N, C, H, W);
+    the values of ``kernel``, (C, kh, kw), do not matter.
     """
     is_tall = kernel.shape[1] > kernel.shape[2]
     if is_tall:

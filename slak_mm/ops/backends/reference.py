@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,24 +71,23 @@ def backward(
     for kernel, grad in zip(kernels, expand(grads, kernels), strict=True):
         padded = _widened(kernel)
         side = (padded.shape[2] - kernel.shape[2]) // 2
-        part, grad_kernel, _ = torch.ops.aten.convolution_backward(
-            grad.to(dtype),
-            x.to(dtype),
-            padded.unsqueeze(1).to(dtype),
-            None,
-            [1, 1],
-            [padded.shape[1] // 2, padded.shape[2] // 2],
-            [1, 1],
-            False,
-            [0, 0],
-            x.shape[1],
-            [needs_x, needs_kernels, False],
-        )
+        padding = [padded.shape[1] // 2, padded.shape[2] // 2]
+        part, grad_kernel = gradients(grad.to(dtype), x.to(dtype), padded.to(dtype), padding, needs_x, needs_kernels)
         if needs_x:
             grad_x = part if grad_x is None else grad_x + part
         if needs_kernels:
-            grad_kernels.append(grad_kernel.squeeze(1).narrow(2, side, kernel.shape[2]).to(x.dtype))
+            grad_kernels.append(grad_kernel.narrow(2, side, kernel.shape[2]).to(x.dtype))
     return None if grad_x is None else grad_x.to(x.dtype), tuple(grad_kernels) if needs_kernels else None
+
+
+def gradients(
+    grad: Tensor, x: Tensor, kernel: Tensor, padding: list[int], needs_x: bool, needs_kernel: bool
+) -> tuple[Any, Any]:
+    """PyTorch's gradients of a depthwise convolution: (N, C, H, W) and (C, kh, kw), each if it is needed."""
+    fixed = [1, 1], padding, [1, 1], False, [0, 0], x.shape[1]  # stride, dilation, not transposed, groups
+    needed = [needs_x, needs_kernel, False]
+    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(grad, x, kernel.unsqueeze(1), None, *fixed, needed)
+    return grad_x, grad_kernel.squeeze(1) if needs_kernel else None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

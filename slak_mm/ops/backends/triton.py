@@ -1,11 +1,10 @@
 """Triton backend: fused forward and both gradients on CUDA devices.
 
-Maps are staged as planes with contiguous rows (:mod:`slak_mm.ops.backends._triton_kernels`). A wide kernel is a
-product of row-shifted blocks with banded matrices; a tall one is the same on the transposed planes, whose results are
-stored transposed back. The gradient of a kernel is a product of inputs and gradients over all rows, whose
-diagonals are summed. Sums are in float32 and in a fixed order, so that every run gives the same bits; branches that are
-added up are rounded once. float32 inputs are multiplied in TF32 if ``torch.backends.cudnn.allow_tf32`` says so for
-convolutions.
+Maps are staged as planes with contiguous rows (:mod:`slak_mm.ops.backends._triton_kernels`). A wide kernel is a product
+of row-shifted blocks with banded matrices; a tall one is the same on the transposed planes, whose results are stored
+transposed back. The gradient of a kernel is a product of inputs and gradients over all rows, whose diagonals are
+summed. Sums are in float32 and in a fixed order, so that every run gives the same bits; branches that are added up are
+rounded once. float32 inputs are multiplied in TF32 if ``torch.backends.cudnn.allow_tf32`` says so for convolutions.
 
 The sizes of blocks follow from the shape, nothing is timed. Triton is imported at the first use. With the environment
 variable ``TRITON_INTERPRET=1`` the kernels run on the CPU, slowly, which the tests use.
@@ -148,18 +147,8 @@ def _convolve(
         tiles = -(-length // blocks['T'])
         steps, splits = _split(rows, blocks['R'], c * tiles)
         _triton_kernels.convolve_rows[(c, tiles, splits)](
-            source,
-            kernel,
-            kernel if bias is None else bias.contiguous(),
-            into if sums is None else sums,
-            into,
-            n,
-            c,
-            source.shape[2],
-            length,
-            source.shape[3] // 8,
-            results.shape[-1] // 8,
-            steps,
+            *(source, kernel, kernel if bias is None else bias.contiguous(), into if sums is None else sums, into),
+            *(n, c, source.shape[2], length, source.shape[3] // 8, results.shape[-1] // 8, steps),
             KEEP=_keeps(blocks, kernel),
             TRANSPOSED=source is not planes.rows,
             HAS_BIAS=bias is not None and is_last,

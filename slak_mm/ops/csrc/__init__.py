@@ -1,15 +1,13 @@
 """C++ sources of the operators, compiled on first use with the compiler of the system.
 
-The library has a plain C interface and is loaded with :mod:`ctypes`: it needs no headers of PyTorch
-or Python, works with any version of them and compiles within seconds. It is kept in
-the project's cache (``$SLAK_MM_CACHE``, else ``$XDG_CACHE_HOME/slak_mm``, else
-``~/.cache/slak_mm``), in a file whose name is a hash of the source, the compiler and the processor,
-so that a home directory may be shared by different machines. Beside it lies its SHA-256 digest,
-which is compared before the library is opened: a damaged one would end the process.
+The library has a plain C interface and is loaded with :mod:`ctypes`: it needs no headers of PyTorch or Python, works
+with any version of them and compiles within seconds. It is kept in the project's cache (``$SLAK_MM_CACHE``, else
+``$XDG_CACHE_HOME/slak_mm``, else ``~/.cache/slak_mm``), in a file whose name is a hash of the source, the compiler and
+the processor, so that a home directory may be shared by different machines. Beside it lies its SHA-256 digest, which is
+compared before the library is opened: a damaged one would end the process.
 
-A library runs with all rights of its user. One that somebody else owns (other than root) or can
-write to is not used. In a folder of which this holds the library is compiled for each process
-anew, out of the others' reach.
+A library runs with all rights of its user. One that somebody else owns (other than root) or can write to is not used.
+In a folder of which this holds the library is compiled for each process anew, out of the others' reach.
 """
 
 from __future__ import annotations
