@@ -150,7 +150,7 @@ def _aligned(
     bias2: Tensor | None,
     gate: Tensor | None,
     norm: Norm | None,
-    grn: None,
+    grn: Grn | None,
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
