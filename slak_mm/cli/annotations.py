@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 
 from slak_mm._config import EVALUATORS, datasets_of, framework, model_of, type_name, walk
+from slak_mm.checkpoints.errors import shown
 
 from .data import dataset_class, default_of
 from .errors import ConfigOverrideError, reason
@@ -72,8 +73,8 @@ def check_annotations(cfg: Config, loaders: Sequence[str]) -> None:
 
 def _names(names: Sequence[str]) -> str:
     """Names for a message, the first ones of many."""
-    shown = ', '.join(map(str, names[:6]))
-    return f'{shown}, ... ({len(names)})' if len(names) > 6 else f'{shown} ({len(names)})' if names else 'none (0)'
+    first = ', '.join(map(shown, names[:6]))
+    return f'{first}, ... ({len(names)})' if len(names) > 6 else f'{first} ({len(names)})' if names else 'none (0)'
 
 
 # Their classes are not those of the data set: objects in general, stuff, borders.

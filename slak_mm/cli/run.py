@@ -16,7 +16,7 @@ from slak_mm.engine.loader import safe_reader
 from slak_mm.engine.samples import DataError
 from slak_mm.ops.backends import forced_backend
 
-from .errors import explain
+from .errors import explain, printable
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
@@ -45,7 +45,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
                 traceback.print_exc()
             # Each process has data of its own.
             if get_rank() == 0 or isinstance(error, DataError):
-                print(f'error: {message}', file=sys.stderr)
+                print(f'error: {printable(message)}', file=sys.stderr)
     except SystemExit as leaving:  # argparse's
         code = leaving.code
     except KeyboardInterrupt:

@@ -97,6 +97,15 @@ def test_coco_is_refused(check_coco, options, training, validation, message):
         check_coco(options, training, validation)
 
 
+def test_names_of_files_are_escaped(check_coco):
+    content = coco()
+    for category in content['categories']:
+        category['name'] = f'\x1b[31m{category["id"]}' + 'x' * 10_000
+    with pytest.raises(cli.ConfigOverrideError, match=r'\\x1b\[31m') as error:
+        check_coco(TWO, content)
+    assert '\x1b' not in str(error.value) and len(str(error.value)) < 1000
+
+
 def test_what_is_ignored_is_counted(check_coco, monkeypatch):
     said = []
     monkeypatch.setattr(annotations, 'print_log', lambda text, **options: said.append(text))
