@@ -429,6 +429,11 @@ def test_odd_content(path, value, message):
         read_checkpoint(save({'w': value}, path))
 
 
+def test_a_list_is_no_checkpoint(path):
+    with pytest.raises(CheckpointUnreadable, match='a list'):
+        read_checkpoint(save([ONES], path))
+
+
 @pytest.mark.parametrize(
     'value',
     [
