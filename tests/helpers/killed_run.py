@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 from sparse_toy import make_runner
 
 from slak_mm.engine.checkpoint_hook import AtomicLocalBackend
@@ -33,7 +34,8 @@ def kill_at(event):
     AtomicLocalBackend.remove = dying(AtomicLocalBackend.remove)
 
 
-def run(event, folder, hooks, options):
+def run(event, threads, folder, hooks, options):
     """Train until an event kills the process, or to the end."""
+    torch.set_num_threads(threads)  # sums depend on it
     kill_at(event)
     make_runner(folder, hooks, **options).train()

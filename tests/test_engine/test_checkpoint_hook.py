@@ -59,7 +59,8 @@ def test_killed_at_every_step_of_saving(tmp_path, monkeypatch):
     processes.set_forkserver_preload(['killed_run'])
     while True:
         folder = tmp_path / str(event)
-        child = processes.Process(target=killed_run.run, args=(event, folder, [STRICT], options))
+        arguments = (event, torch.get_num_threads(), folder, [STRICT], options)
+        child = processes.Process(target=killed_run.run, args=arguments)
         child.start()
         child.join()
         code = child.exitcode
