@@ -21,8 +21,12 @@ def shown(value: object, limit: int = 100) -> str:
     elif value is not None and not isinstance(value, (str, int, float)):
         value = f'<{type(value).__name__}>'
     text = str(value)
-    escaped = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit])
-    return escaped if len(text) <= limit else f'{escaped}... ({len(text)} characters)'
+    return escaped(text) if len(text) <= limit else f'{escaped(text[:limit])}... ({len(text)} characters)'
+
+
+def escaped(text: str, keep: str = '') -> str:
+    """A text with its control characters escaped, except those to keep."""
+    return ''.join(c if c.isprintable() or c in keep else c.encode('unicode_escape').decode() for c in text)
 
 
 class CheckpointError(RuntimeError):

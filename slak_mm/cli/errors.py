@@ -81,11 +81,6 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def printable(text: str) -> str:
-    """Escape control characters but line breaks: texts of files reach messages of other libraries too."""
-    return ''.join(c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in text)
-
-
 def reason(error: BaseException) -> str:
     """An exception in one line, with a remedy where there is a usual one."""
     text = str(error)

@@ -12,11 +12,12 @@ import torch
 import torch.distributed
 from mmengine.dist import get_rank, is_distributed
 
+from slak_mm.checkpoints.errors import escaped
 from slak_mm.engine.loader import safe_reader
 from slak_mm.engine.samples import DataError
 from slak_mm.ops.backends import forced_backend
 
-from .errors import explain, printable
+from .errors import explain
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
@@ -45,7 +46,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
                 traceback.print_exc()
             # Each process has data of its own.
             if get_rank() == 0 or isinstance(error, DataError):
-                print(f'error: {printable(message)}', file=sys.stderr)
+                # Texts of files reach messages of other libraries too.
+                print('error:', escaped(message, keep='\n'), file=sys.stderr)
     except SystemExit as leaving:  # argparse's
         code = leaving.code
     except KeyboardInterrupt:
