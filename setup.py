@@ -47,9 +47,8 @@ class BuildPy(build_py):
     @staticmethod
     def _mim_files():
         names = [*ROOT.glob('configs/**/*.py'), *ROOT.glob('tools/**/*.py')]
-        # Set-up and benchmarks of a checkout have no place in an installed package.
-        checkout_only = ('setup_env.py', 'benchmark.py')
-        return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name not in checkout_only]
+        # Set-up of a checkout has no place in an installed package.
+        return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name != 'setup_env.py']
 
 
 def read_version():
@@ -96,6 +95,7 @@ setup(
     include_package_data=True,
     zip_safe=False,
     cmdclass={'build_py': BuildPy},
+    entry_points={'console_scripts': ['slak-mm = slak_mm.__main__:main']},
     install_requires=[],
     # Ranges that are known to work; the exact versions of the default environment are in
     # requirements/. pip builds onedl-mmcv without its compiled operators, which segmentation does

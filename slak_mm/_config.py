@@ -1,6 +1,9 @@
-"""Nodes of an mmengine config: its model, data sets and hooks."""
+"""Configs by name, and nodes of an mmengine config: its model, data sets and hooks."""
 
+import difflib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -11,6 +14,50 @@ EVALUATORS = ('val_evaluator', 'test_evaluator')
 
 # Classes that are registered under another name.
 _REGISTERED_AS = {'PretrainedInit': 'Pretrained', 'SyncBatchNorm': 'SyncBN'}
+
+
+def config_folder() -> Path:
+    """Folder of this package's configs: inside of an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / '.mim' / 'configs'
+    return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def config_path(name: str) -> str:
+    """Path of one of this package's configs by its name, with or without ``.py``.
+
+    A config of yours inherits from it, whatever tool reads it, by
+    ``_base_ = __import__('slak_mm').config_path('upernet_slak_t_ade20k')``.
+
+    Raises:
+        FileNotFoundError: There is none of that name; says which are like it.
+    """
+    path = config_folder() / f'{name.removesuffix(".py")}.py'
+    if path.is_file():
+        return str(path)
+    known = [other.stem for other in config_folder().glob('*.py')]
+    close = difflib.get_close_matches(path.stem, known, 3)
+    hint = f'Did you mean {" or ".join(close)}?' if close else f'Its configs are in {config_folder()}.'
+    raise FileNotFoundError(f'slak_mm has no config "{name}". {hint}')
+
+
+@contextmanager
+def configs_by_name() -> Iterator[None]:
+    """Within this context mmengine reads ``slak_mm::NAME`` in ``_base_`` as :func:`config_path`.
+
+    Its own ``package::`` knows OpenMMLab's packages alone, and configs in folders.
+    """
+    original = Config._get_cfg_path
+
+    def find(path: str, filename: str) -> tuple[str, str | None]:
+        package, _, name = path.partition('::')
+        return (config_path(name), None) if package == 'slak_mm' else original(path, filename)
+
+    Config._get_cfg_path = staticmethod(find)
+    try:
+        yield
+    finally:
+        Config._get_cfg_path = staticmethod(original)
 
 
 def type_name(node: Any) -> str:

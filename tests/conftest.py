@@ -1,5 +1,6 @@
 """Fixtures that run the tools, on a generated data set and a tiny model."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -225,11 +226,8 @@ def assert_same(ours, theirs, place=''):
 
 
 def load_tool(name):
-    """The module of a tool."""
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module with the body of a tool."""
+    return importlib.import_module(f'slak_mm.cli.commands.{name}')
 
 
 def forget_instances(kind=ManagerMixin):

@@ -5,6 +5,8 @@ from slak_mm._config import datasets_of, framework, model_of, type_name
 
 from .annotations import check_annotations
 from .arguments import (
+    CONFIG_HELP,
+    EXIT_CODES,
     ArgumentParser,
     KeyValuePairs,
     add_cfg_options,

@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 """Look into checkpoints, convert their names, and list the published ones.
 
 Examples:
-    python tools/checkpoint.py inspect slak_t_in1k_300e.pth --picture sparsity.png
-    python tools/checkpoint.py finalize work_dirs/upernet_slak_t_ade20k/iter_160000.pth slak_t.pth
-    python tools/checkpoint.py convert ours.pth official.pth --to official
-    python tools/checkpoint.py zoo
+    slak-mm checkpoint inspect slak_t_in1k_300e.pth --picture sparsity.png
+    slak-mm checkpoint finalize work_dirs/upernet_slak_t_ade20k/iter_160000.pth slak_t.pth
+    slak-mm checkpoint convert ours.pth official.pth --to official
+    slak-mm checkpoint zoo
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,11 +26,11 @@ from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsit
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    source = dict(help='path, address or zoo name')
-    out = dict(type=cli.output_file, help='file to write; .safetensors writes that format')
-    force = dict(action='store_true', help='replace an existing file')
+    source: dict[str, Any] = dict(help='path, address or zoo name')
+    out: dict[str, Any] = dict(type=cli.output_file, help='file to write; .safetensors writes that format')
+    force: dict[str, Any] = dict(action='store_true', help='replace an existing file')
     what = 'what a checkpoint holds: format, variant, shapes and zeros per layer'
     inspect = commands.add_parser('inspect', help=what)
     inspect.add_argument('checkpoint', **source)
@@ -158,7 +158,3 @@ def run_zoo(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     args.run(args)
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

@@ -1,14 +1,13 @@
-#!/usr/bin/env python
 """Print parameters and FLOPs of configs and ImageNet networks, beside the published ones.
 
 FLOPs are multiply-adds, as in the papers. Nothing is computed but shapes: no weights, no GPU and
 hardly any memory are needed.
 
 Examples:
-    python tools/cost.py                                    # everything there is
-    python tools/cost.py configs/upernet_slak_t_ade20k.py --size 512x512
-    python tools/cost.py slak_t_in1k_300e --sparsity 0.4 --distribution erk
-    python tools/cost.py configs/upernet_slak_t_ade20k.py --checkpoint work_dirs/iter_160000.pth
+    slak-mm cost                                    # everything there is
+    slak-mm cost upernet_slak_t_ade20k --size 512x512
+    slak-mm cost slak_t_in1k_300e --sparsity 0.4 --distribution erk
+    slak-mm cost upernet_slak_t_ade20k --checkpoint work_dirs/iter_160000.pth
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from slak_mm import cli
+from slak_mm._config import config_folder
 from slak_mm._tables import table
 from slak_mm.checkpoints import CONVENTIONS, ZOO
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.cost import Cost, count
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     what = 'config files, or zoo names of ImageNet checkpoints (default: all)'
     add('networks', nargs='*', metavar='CONFIG_OR_NAME', help=what)
@@ -53,7 +51,7 @@ def main() -> None:
         raise ConfigOverrideError('--checkpoint belongs to one network: name its config.')
     networks = args.networks or [
         *(info.name for info in ZOO.values() if info.task == 'classification'),
-        *(str(path) for path in sorted(CONFIGS.glob('*.py'))),
+        *(str(path) for path in sorted(config_folder().glob('*.py'))),
     ]
     # What replaces SyncBN and the like is of no concern here.
     MMLogger.get_current_instance().setLevel('WARNING')
@@ -103,7 +101,3 @@ def entry(cost: Cost) -> dict[str, object]:
     """A cost for JSON."""
     parameters, flops = cost.as_published()
     return dict(asdict(cost), counted_as_published=dict(parameters=parameters, flops=flops) if cost.published else None)
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

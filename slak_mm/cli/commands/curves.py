@@ -1,7 +1,11 @@
-"""Draw the curves of training runs: ``python tools/curves.py WORK_DIR... --out FILE.png``.
+"""Draw the curves of training runs.
 
 Loss, density and exploration of sparse training, learning rate and validation metrics, as far as
 the runs have them, from the ``scalars.json`` files that mmengine writes.
+
+Examples:
+    slak-mm curves work_dirs/upernet_slak_t_ade20k
+    slak-mm curves dense=work_dirs/a sparse=work_dirs/b --keys loss "sparsity/*" --out both.png
 """
 
 import argparse
@@ -15,7 +19,7 @@ from slak_mm.cli.curves import draw_curves, read_scalars
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser = cli.ArgumentParser(description=__doc__)
     runs = 'work directory of a run; NAME=WORK_DIR names it in the legend'
     parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR', help=runs)
     out = 'picture to write (default: %(default)s)'
@@ -49,7 +53,3 @@ def main() -> None:
     Image.fromarray(picture).save(out)
     height, width = picture.shape[:2]
     print(f'{len(runs)} runs: {out} ({width}x{height})')
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

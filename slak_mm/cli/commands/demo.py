@@ -1,8 +1,12 @@
-"""Show the whole way on a small generated data set: ``python tools/demo.py``.
+"""Show the whole way on a small generated data set.
 
-Generates the data, trains UperNet + SLaK-T on it from random weights with ``tools/train.py``,
-evaluates the result on held-out images with ``tools/test.py``, and writes pictures. It is made
+Generates the data, trains UperNet + SLaK-T on it from random weights with ``slak-mm train``,
+evaluates the result on held-out images with ``slak-mm test``, and writes pictures. It is made
 for two CPU cores and takes some six minutes there.
+
+Examples:
+    slak-mm demo
+    slak-mm demo --max-iters 20 --num-train 8 --num-val 4 --work-dir quick
 """
 
 import argparse
@@ -24,15 +28,14 @@ from slak_mm.cli import ConfigOverrideError
 from slak_mm.cli.demo_data import DEMO_CLASSES, write_demo_data
 from slak_mm.cli.overlay import class_shares, colorize, panel, with_legend
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / 'configs' / 'upernet_slak_t_ade20k.py'
+CONFIG = 'upernet_slak_t_ade20k'
 
 # What a run of minutes from random weights needs and one of days from ImageNet weights does not.
 SHORT_RUN = {'optim_wrapper.optimizer.lr': '5e-4', 'model.backbone.drop_path_rate': '0.'}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('--work-dir', type=cli.output_folder, default='work_dirs/demo', help='(default: %(default)s)')
     for name, kind, default, what in (
@@ -51,13 +54,13 @@ def parse_args() -> argparse.Namespace:
 
 def run(title: str, command: list[str], log: Path, show: str) -> str:
     """Run a tool, show those of its lines that match, keep all of them in a file."""
-    print(f'\n== {title}\n$ {" ".join(command)}\n  (everything it says: {log})', flush=True)
+    print(f'\n== {title}\n$ slak-mm {" ".join(command)}\n  (everything it says: {log})', flush=True)
     lines: list[str] = []
     wanted = re.compile(show)
     # The tool must not outlive this process.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process = subprocess.Popen([sys.executable, '-u', *command], text=True, cwd=ROOT, **pipes)
+    words, pipe = [sys.executable, '-u', '-m', 'slak_mm', *command], subprocess.PIPE
+    process = subprocess.Popen(words, text=True, stdout=pipe, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     try:
         with log.open('w') as file:
@@ -74,7 +77,7 @@ def run(title: str, command: list[str], log: Path, show: str) -> str:
         signal.signal(signal.SIGTERM, before)
     if code:
         last = ''.join(lines[-15:])
-        raise ConfigOverrideError(f'"{command[0]}" ended with exit code {code}; its last words:\n{last}')
+        raise ConfigOverrideError(f'"slak-mm {command[0]}" ended with exit code {code}; its last words:\n{last}')
     return ''.join(lines)
 
 
@@ -155,12 +158,11 @@ def main() -> int:
         f'train_cfg.val_interval={args.max_iters}',
         *args.cfg_options,
     ]
-    config = str(CONFIG.relative_to(ROOT))
-    arguments = ['tools/train.py', config, '--from-scratch', *common, '--work-dir', str(work_dir)]
+    arguments = ['train', CONFIG, '--from-scratch', *common, '--work-dir', str(work_dir)]
     arguments += f'--max-iters {args.max_iters} --batch-size {args.batch_size} --seed {args.seed} --cfg-options'.split()
     run('Training', [*arguments, *options], work_dir / 'train.log', r'Iter\(train\)|FROM SCRATCH|error:')
     trained = time.time()
-    arguments = ['tools/test.py', config, str(work_dir / f'iter_{args.max_iters}.pth'), *common]
+    arguments = ['test', CONFIG, str(work_dir / f'iter_{args.max_iters}.pth'), *common]
     arguments += ['--out', str(predictions), '--work-dir', str(work_dir / 'test'), '--cfg-options', *args.cfg_options]
     arguments += ['default_hooks.logger.interval=50']
     log = run('Evaluation on held-out images', arguments, work_dir / 'test.log', r'mIoU: |error:')
@@ -187,7 +189,3 @@ def main() -> int:
         print('error: the model is not twice as good as the trivial predictor.', file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

@@ -1,9 +1,13 @@
-"""Export for deployment: ``python tools/export.py CONFIG CHECKPOINT --format onnx``.
+"""Export for deployment, as ONNX, TorchScript or an exported program.
 
 Branches and norms of the backbone are folded first. The file takes images that are normalized as
 the config's data preprocessor does it, and gives the class scores of a segmentor at the size of
 the image, or with ``--part backbone`` the maps of the backbone. It is compared with the network
 before it is kept, and it needs this package no more.
+
+Examples:
+    slak-mm export upernet_slak_t_ade20k checkpoint.pth --format onnx --size 512x512
+    slak-mm export cascade_mask_rcnn_slak_t_coco checkpoint.pth --part backbone --dynamic size
 """
 
 import argparse
@@ -21,7 +25,7 @@ from slak_mm.export import SUFFIXES, SegmentationScores, export
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add('config', help='config file')
+    add('config', help=cli.CONFIG_HELP)
     add('checkpoint', help='file, address or zoo name')
     add('--format', choices=list(SUFFIXES), default='onnx', help='(default: %(default)s)')
     part = 'default: the model of a segmentation config, else the backbone'
@@ -43,7 +47,7 @@ def main() -> None:
     if part == 'model' and not is_segmentor:
         raise cli.ConfigOverrideError('Detectors choose boxes by rules that no graph holds: export --part backbone.')
     network = build(cfg, args.checkpoint, part)
-    name = Path(args.config).stem + ('' if part == 'model' else '_backbone')
+    name = Path(cfg.filename).stem + ('' if part == 'model' else '_backbone')
     out = Path(args.out or name + SUFFIXES[args.format])
     difference = export(network, out, args.format, args.size, args.dynamic)
     megabytes = out.stat().st_size / 2**20
@@ -61,7 +65,3 @@ def build(cfg: Config, source: str, part: str) -> nn.Module:
         load_whole_model(network, read_checkpoint(source), source)
     switch_to_deploy(network.eval())
     return SegmentationScores(network) if part == 'model' else network
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

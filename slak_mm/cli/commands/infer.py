@@ -1,10 +1,12 @@
 """Draw what a model sees in images.
 
-``python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_DIR...``
-
 Images are read as the config's test pipeline says; a picture has 8-bit colors, whatever its image has.
 Segmentation gives a colored overlay with a legend of the classes found, the largest first;
 detection gives boxes. Results are written as PNG files named like the images.
+
+Examples:
+    slak-mm infer upernet_slak_t_ade20k checkpoint.pth street.jpg
+    slak-mm infer cascade_mask_rcnn_slak_t_coco checkpoint.pth images/ --out-dir results --score-thr 0.5
 """
 
 import argparse
@@ -20,7 +22,6 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import VISUALIZERS
-from torch import nn
 
 from slak_mm import cli
 from slak_mm.checkpoints import read_checkpoint
@@ -41,7 +42,7 @@ def opacity(text: str) -> float:
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add('config', help='config file')
+    add('config', help=cli.CONFIG_HELP)
     add('checkpoint', help='file, address or zoo name')
     add('images', nargs='+', metavar='IMAGE_OR_DIR', help='image files or addresses, or folders to search for images')
     out = 'where the pictures go (default: %(default)s)'
@@ -83,7 +84,7 @@ def find_images(sources: list[str]) -> list[tuple[str, Path]]:
     return results
 
 
-def build_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
+def build_model(cfg: Config, args: argparse.Namespace) -> tuple[Any, dict]:
     """The model with its weights, and names and colors of its classes."""
     checkpoint = read_checkpoint(args.checkpoint)
     cli.adapt_to_device(cfg)
@@ -133,7 +134,7 @@ def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
         DataError: The image cannot be read.
     """
     results: Any = dict(img_path=path, img_id=0, seg_fields=[])
-    picture = None
+    picture: Any = None
     for transform in pipeline.transforms:
         results = transform(results)
         if results is None:
@@ -196,7 +197,3 @@ def main() -> int:
         names = ', '.join(unreadable)
         print(f'error: {len(unreadable)} of {len(images)} images could not be read: {names}', file=sys.stderr)
     return 1 if unreadable else 0
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

@@ -1,13 +1,12 @@
-#!/usr/bin/env python
 """Download, unpack and verify data sets, in the layout that the configs expect.
 
 An interrupted download goes on where it was. Archives are deleted when their data set is
 complete. ADE20K takes 2 GB while it is unpacked, VOC 2007 2 GB, VOC 2012 4 GB, COCO 40 GB.
 
 Examples:
-    python tools/prepare_data.py ade20k --root data
-    python tools/prepare_data.py voc2007 voc2012 --root data --keep-archives
-    python tools/prepare_data.py coco --root data --check
+    slak-mm data ade20k --root data
+    slak-mm data voc2007 voc2012 --root data --keep-archives
+    slak-mm data coco --root data --check
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from slak_mm.cli.prepare_data import DATA_SETS, check, prepare
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument('names', nargs='+', choices=list(DATA_SETS), metavar='NAME', help=', '.join(DATA_SETS))
     parser.add_argument('--root', default='data', metavar='DIR', help='folder of the data sets (default: data)')
     parser.add_argument('--check', action='store_true', help='only verify, and name the first thing that is missing')
@@ -62,7 +61,3 @@ def main() -> int:
 def amount(number: int) -> str:
     """Bytes or files as text."""
     return f'{number / 1e6:.1f} M' if number >= 1e6 else str(number)
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

@@ -1,6 +1,15 @@
-"""Evaluate a checkpoint: ``python tools/test.py CONFIG CHECKPOINT``."""
+"""Evaluate a checkpoint.
+
+The metrics are those of the config's test_evaluator, on the data of its test_dataloader.
+
+Examples:
+    slak-mm test upernet_slak_t_ade20k work_dirs/upernet_slak_t_ade20k/iter_160000.pth --tta
+    slak-mm test upernet_slak_t_ade20k checkpoint.pth --show-dir pictures --out label_maps
+    torchrun --nproc_per_node 8 -m slak_mm test my_config.py checkpoint.pth --launcher pytorch
+"""
 
 import argparse
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -46,7 +55,7 @@ def main() -> None:
 
     runner = cli.build_runner(cfg, ['test'])
     load_whole_model(runner.model, checkpoint, args.checkpoint)
-    model = unwrap_model(runner.model)
+    model: Any = unwrap_model(runner.model)
     if boxes_alone:
         model.roi_head.mask_head = None
     if args.compile:  # mmengine compiles the training step alone
@@ -78,7 +87,3 @@ def save_predictions(cfg: Config, out: str) -> None:
             if cli.type_name(evaluator) == 'IoUMetric':
                 evaluator.update(output_dir=out, keep_results=True)
     cfg.test_evaluator = evaluators
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)

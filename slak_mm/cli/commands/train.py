@@ -1,4 +1,13 @@
-"""Train a segmentor or detector: ``python tools/train.py CONFIG``."""
+"""Train a segmentor or detector.
+
+The config is a file, or the name of one of this package's. Logs, checkpoints and the config as it was used go to the
+work dir. An interrupted run goes on exactly where it was with --resume.
+
+Examples:
+    slak-mm train upernet_slak_t_ade20k --data-root data/ADEChallengeData2016
+    slak-mm train my_config.py --resume --vis tensorboard
+    torchrun --nproc_per_node 8 -m slak_mm train upernet_slak_t_ade20k --launcher pytorch --amp
+"""
 
 import argparse
 import logging
@@ -78,7 +87,3 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
         text = f'FROM SCRATCH: training starts from RANDOM weights; left out: {left_out}.'
         print_log(text, logger='current', level=logging.WARNING)
     runner.train()
-
-
-if __name__ == '__main__':
-    cli.run_tool(main)
