@@ -306,11 +306,12 @@ def start_tool():
     """Start a tool as a process of its own: ``start_tool('train', *arguments)``."""
     processes = []
 
-    def start(name, *arguments, launcher=(), threads=1):
+    def start(name, *arguments, launcher=(), threads=1, as_module=False):
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=python_path())
         for variable in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
             env.pop(variable, None)
-        command = [sys.executable, '-W', 'ignore', *launcher, str(ROOT / 'tools' / f'{name}.py'), *split(arguments)]
+        tool = ['-m', 'slak_mm', name] if as_module else [str(ROOT / 'tools' / f'{name}.py')]
+        command = [sys.executable, '-W', 'ignore', *launcher, *tool, *split(arguments)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         process = subprocess.Popen(command, text=True, env=env, **pipes)
         processes.append(process)

@@ -21,6 +21,7 @@ from .errors import ConfigOverrideError, reason
 from .schedule import check_schedule, set_max_iters
 from .size import RESIZES, set_crop_size, set_img_scale
 from .sparse import set_sparse, set_sparsity
+from .vis import set_vis
 
 
 def load_config(path: str) -> Config:
@@ -37,7 +38,7 @@ def load_config(path: str) -> Config:
         try:
             path = config_path(path)
         except FileNotFoundError as error:
-            raise ConfigOverrideError(f'There is no config file "{path}".{hint or f" And {error}"}') from error
+            raise ConfigOverrideError(f'There is no config file "{path}".{hint or f" {error}"}') from error
     try:
         with configs_by_name():
             cfg = Config.fromfile(path)
@@ -69,7 +70,7 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
         cfg.work_dir = osp.join('./work_dirs', Path(cfg.filename or args.config).stem)
     changes = (set_data_root, set_max_iters, set_batch_size, set_num_workers, set_crop_size, set_img_scale)
     change: Callable[[Config, Any], None]
-    for change in (*changes, set_sparse, set_sparsity):
+    for change in (*changes, set_sparse, set_sparsity, set_vis):
         value = getattr(args, change.__name__.removeprefix('set_'), None)
         if value is not None:
             change(cfg, value)

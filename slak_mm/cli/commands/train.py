@@ -36,6 +36,8 @@ def parse_args() -> argparse.Namespace:
     add('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch of all processes')
     add('--seed', type=cli.non_negative_int, help='(default: a random one)')
     add('--deterministic', action='store_true', help='deterministic GPU kernels, where there are any; slower')
+    vis = f'log to {", ".join(cli.VIS_BACKENDS)}, too; several are separated by commas, or the option is repeated'
+    add('--vis', type=cli.vis_backends, action='extend', metavar='NAME', help=vis)
     cli.add_override_arguments(parser, training=True)
     return parser.parse_args()
 
@@ -80,6 +82,9 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
             cli.check_weights(cfg, args.config)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
     cli.check_annotations(cfg, ('train_dataloader', 'val_dataloader'))
+
+    if args.vis:
+        cli.place_vis(cfg, resumed is not None)
 
     runner = cli.build_runner(cfg, ['train', 'val'])
     if args.from_scratch and resumed is None:
