@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 from . import __version__, cli
-from ._config import config_folder
+from ._config import config_names
 
 # Commands by topic: the module in `slak_mm.cli.commands` and what it does.
 COMMANDS = {
@@ -35,7 +35,7 @@ def manual() -> str:
     lines = ['usage: slak-mm COMMAND [ARGUMENT ...]', '', 'Large-kernel backbones for OpenMMLab.']
     for topic, commands in COMMANDS.items():
         lines += ['', f'{topic}:', *(f'  {name:<12}{what}' for name, (_, what) in commands.items())]
-    names = ', '.join(sorted(path.stem for path in config_folder().glob('*.py')))
+    names = ', '.join(config_names())
     lines += ['', 'Configs by name:', textwrap.fill(names, 100, initial_indent='  ', subsequent_indent='  ')]
     lines += ['', '"slak-mm COMMAND --help" says more; "slak-mm --version" gives the version. In several processes:']
     lines += ['  torchrun --nproc_per_node N -m slak_mm train CONFIG --launcher pytorch']

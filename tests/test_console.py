@@ -118,5 +118,7 @@ def test_a_config_inherits_from_one_by_name(config_path, tmp_path):
     path.write_text("_base_ = ['slak_mm::upernet_slak_x']")
     with pytest.raises(cli.ConfigOverrideError, match='slak_mm has no config "upernet_slak_x".*Did you mean'):
         cli.load_config(str(path))
-    path.write_text("_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'")  # the framework's own spelling goes on working
+    path.write_text(
+        "_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'"
+    )  # the framework's own spelling goes on working
     assert cli.load_config(str(path)).model.type == 'RetinaNet'

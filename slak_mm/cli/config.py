@@ -12,7 +12,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from slak_mm._config import config_path, configs_by_name, datasets_of, framework, model_of, type_name, walk
+from slak_mm._config import config_path, datasets_of, framework, model_of, type_name, walk
 
 from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
@@ -40,8 +40,7 @@ def load_config(path: str) -> Config:
         except FileNotFoundError as error:
             raise ConfigOverrideError(f'There is no config file "{path}".{hint or f" {error}"}') from error
     try:
-        with configs_by_name():
-            cfg = Config.fromfile(path)
+        cfg = Config.fromfile(path)
     except KeyboardInterrupt:
         raise
     except ImportError as error:

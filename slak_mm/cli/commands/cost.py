@@ -20,7 +20,7 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from slak_mm import cli
-from slak_mm._config import config_folder
+from slak_mm._config import config_names
 from slak_mm._tables import table
 from slak_mm.checkpoints import CONVENTIONS, ZOO
 from slak_mm.cli import ConfigOverrideError
@@ -51,7 +51,7 @@ def main() -> None:
         raise ConfigOverrideError('--checkpoint belongs to one network: name its config.')
     networks = args.networks or [
         *(info.name for info in ZOO.values() if info.task == 'classification'),
-        *(str(path) for path in sorted(config_folder().glob('*.py'))),
+        *config_names(),
     ]
     # What replaces SyncBN and the like is of no concern here.
     MMLogger.get_current_instance().setLevel('WARNING')
