@@ -133,8 +133,8 @@ setup(
             'regex',
             'numpy<2',
         ],
-        'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11'],
-        # tools/export.py --format onnx
+        'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11', 'tensorboard>=2.15'],
+        # slak-mm export --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],
     },
 )

@@ -119,7 +119,7 @@ def without_annotations(node: Any) -> Any:
 
 
 def build_pipeline(cfg: Config) -> Compose:
-    """The pipeline that ``tools/test.py`` reads with; its errors are :class:`DataError`."""
+    """The pipeline that ``slak-mm test`` reads with; its errors are :class:`DataError`."""
     for _, dataset in cli.datasets_of(cfg, ('test_dataloader', 'val_dataloader')):
         pipeline = Compose(without_annotations(dataset.get('pipeline')))
         check_loads(pipeline)
@@ -171,7 +171,7 @@ def main() -> int:
     images = find_images(args.images)
     scope = cli.framework(cfg)
     if scope not in ('mmseg', 'mmdet'):
-        raise cli.ConfigOverrideError(f'infer.py knows configs of mmseg and mmdet, this one is of "{scope}".')
+        raise cli.ConfigOverrideError(f'infer knows configs of mmseg and mmdet, this one is of "{scope}".')
     if importlib.util.find_spec(scope) is None:
         raise cli.ConfigOverrideError(f'"{scope}" is not installed.')
     model, classes = build_model(cfg, args)
