@@ -50,6 +50,7 @@ MARKED = {
         'tests/test_cli/test_overrides.py::test_batch_size_and_workers',
         'tests/test_cli/test_overrides.py::test_img_scale_reaches_',
         'tests/test_configs.py::test_detector_is_built_',
+        'tests/test_cost.py::test_a_config_called_like_its_checkpoint_is_counted',
         'tests/test_cost.py::test_detectors_of_the_framework',
         'tests/test_cost.py::test_published_figures[cascade_',
         'tests/test_engine/test_detection_data.py',

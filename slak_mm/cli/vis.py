@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,15 +55,21 @@ def place_vis(cfg: Config, resumed: bool) -> None:
     folder = Path(cfg.work_dir, 'vis')
     earlier = sorted(path for path in folder.glob('*') if path.is_dir()) if resumed else []
     run = earlier[-1] if earlier else folder / time.strftime('%Y%m%d_%H%M%S')
-    name = f'{Path(cfg.work_dir).absolute().name}_{run.name}'
+    work = Path(cfg.work_dir).absolute().name
+    name = f'{work}_{run.name}'
+    server = os.environ.get('MLFLOW_TRACKING_URI')
+    place = dict(tracking_uri=f'sqlite:///{run.absolute()}/mlflow.db', artifact_location=str(run.absolute()))
     settings: dict[str, dict[str, Any]] = dict(
+        TensorboardVisBackend={},
+        # mmengine's default, a folder of files, is refused by MLflow from version 3.
+        MLflowVisBackend=dict(exp_name=work, **(dict(tracking_uri=server) if server else place)),
         # The config of a resumed run says so, which is another config.
-        WandbVisBackend=dict(id=name, name=name, resume='allow', allow_val_change=True),
+        WandbVisBackend=dict(init_kwargs=dict(id=name, name=name, resume='allow', allow_val_change=True)),
         # 0: iterations count on from where the checkpoint is.
-        ClearMLVisBackend=dict(task_name=name, continue_last_task=0 if earlier else False),
+        ClearMLVisBackend=dict(init_kwargs=dict(task_name=name, continue_last_task=0 if earlier else False)),
     )
     for backend in cfg.visualizer.vis_backends:
-        if type_name(backend) in VIS_BACKENDS.values():
-            backend.setdefault('save_dir', str(run))
-            if type_name(backend) in settings:
-                backend.init_kwargs = dict(settings[type_name(backend)], **(backend.get('init_kwargs') or {}))
+        if type_name(backend) in settings:
+            for key, value in dict(settings[type_name(backend)], save_dir=str(run)).items():
+                theirs = backend.get(key)
+                backend[key] = {**value, **(theirs or {})} if isinstance(value, dict) else theirs or value

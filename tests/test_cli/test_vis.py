@@ -70,3 +70,15 @@ def test_a_resumed_run_goes_on_in_the_folder_of_the_run_before(tmp_path):
         third, again, clearml = place('3', resumed=True, project='mine')
         assert (third, again) == (second, wandb)
         assert (clearml['task_name'], clearml['continue_last_task']) == ('work_2', 0)
+
+
+@pytest.mark.parametrize('server', ['', 'http://server:5000'])
+def test_mlflow_writes_a_data_base_or_to_the_server_of_its_variable(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', server)
+    cfg = Config(dict(work_dir=str(tmp_path / 'work')))
+    set_vis(cfg, ['mlflow'])
+    cli.place_vis(cfg, resumed=False)
+    backend = cfg.visualizer.vis_backends[1]
+    assert backend.exp_name == 'work'
+    assert backend.tracking_uri == (server or f'sqlite:///{backend.save_dir}/mlflow.db')
+    assert backend.get('artifact_location') == (None if server else backend.save_dir)
