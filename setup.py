@@ -59,9 +59,8 @@ class BuildPy(build_py):
         names += [
             path for pattern in ('configs/**/*.py', 'configs/*.yml', 'tools/**/*.py') for path in ROOT.glob(pattern)
         ]
-        # Set-up and benchmarks of a checkout have no place in an installed package.
-        checkout_only = ('setup_env.py', 'benchmark.py')
-        return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name not in checkout_only]
+        # Set-up of a checkout has no place in an installed package.
+        return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name != 'setup_env.py']
 
 
 def read_version():
@@ -108,6 +107,7 @@ setup(
     include_package_data=True,
     zip_safe=False,
     cmdclass={'build_py': BuildPy},
+    entry_points={'console_scripts': ['slak-mm = slak_mm.__main__:main']},
     install_requires=[],
     # Ranges that are known to work; the exact versions of the default environment are in
     # requirements/. pip builds onedl-mmcv without its compiled operators, which segmentation does
@@ -135,8 +135,8 @@ setup(
         ],
         # hf://owner/repo/file, and the format that most files of the hub are in
         'hub': ['huggingface-hub>=0.20', 'safetensors>=0.4'],
-        'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11'],
-        # tools/export.py --format onnx
+        'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11', 'tensorboard>=2.15'],
+        # slak-mm export --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],
     },
 )

@@ -5,8 +5,18 @@ Importing this package registers everything:
 """
 
 from . import engine, models
+from ._config import config_path
 from .checkpoints import CheckpointMismatch, LoadReport, load_pretrained
 from .models import switch_to_deploy
 from .version import __version__
 
-__all__ = ['CheckpointMismatch', 'LoadReport', '__version__', 'engine', 'load_pretrained', 'models', 'switch_to_deploy']
+__all__ = [
+    'CheckpointMismatch',
+    'LoadReport',
+    '__version__',
+    'config_path',
+    'engine',
+    'load_pretrained',
+    'models',
+    'switch_to_deploy',
+]

@@ -1,16 +1,60 @@
-"""Nodes of an mmengine config: its model, data sets and hooks."""
+"""Configs by name, and nodes of an mmengine config: its model, data sets and hooks."""
 
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyAttr, LazyObject
 
+from .bases import own_folder
+
+#: Folder of this package's configs.
+CONFIGS = own_folder() / 'configs'
+
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 EVALUATORS = ('val_evaluator', 'test_evaluator')
 
+_of_frameworks = Config._get_cfg_path
+
 # Classes that are registered under another name.
 _REGISTERED_AS = {'PretrainedInit': 'Pretrained', 'SyncBatchNorm': 'SyncBN'}
+
+
+def config_names() -> list[str]:
+    """Names of this package's configs."""
+    return sorted(path.stem for path in CONFIGS.glob('*.py'))
+
+
+def config_path(name: str) -> str:
+    """Path of one of this package's configs by its name, with or without ``.py``.
+
+    A config of yours inherits from it, in tools that do not import this package before they read it, by
+    ``_base_ = __import__('slak_mm').config_path(NAME)``.
+
+    Raises:
+        FileNotFoundError: There is none of that name; says which are like it.
+    """
+    path = CONFIGS / f'{name.removesuffix(".py")}.py'
+    if path.is_file():
+        return str(path)
+    close = difflib.get_close_matches(path.stem, config_names(), 3)
+    hint = f'Did you mean {" or ".join(close)}?' if close else f'Its configs are in {CONFIGS}.'
+    raise FileNotFoundError(f'slak_mm has no config "{name}". {hint}')
+
+
+def register_configs() -> None:
+    """Have mmengine read ``slak_mm::NAME`` in ``_base_`` of a config as :func:`config_path`.
+
+    Its own ``package::`` knows a fixed list of packages, and only configs that are in a folder of theirs. Called when
+    this package is imported.
+    """
+    Config._get_cfg_path = staticmethod(_find_config)
+
+
+def _find_config(path: str, filename: str) -> tuple[str, str | None]:
+    package, _, name = path.partition('::')
+    return (config_path(name), None) if package == 'slak_mm' else _of_frameworks(path, filename)
 
 
 def type_name(node: Any) -> str:

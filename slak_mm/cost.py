@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm import cli
-from slak_mm._config import framework, type_name
+from slak_mm._config import config_names, framework, type_name
 from slak_mm.checkpoints import CONVENTIONS, PUBLISHED, ZOO, Published, prepare_checkpoint, read_checkpoint
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.models import LargeKernelBackbone, LargeKernelLayer
@@ -211,13 +211,12 @@ def count(
     cfg = None
     # Checkpoints are fitted to a model that has values.
     device = torch.device('meta' if checkpoint is None else 'cpu')
-    if name in ZOO:
-        info = ZOO[name]
-        if info.task != 'classification':
-            raise ConfigOverrideError(
-                f'{name} is the checkpoint of a whole model: give its config instead'
-                + (f', configs/{info.config}.' if info.config else '.')
-            )
+    info = ZOO.get(name)
+    # Some checkpoints are called like their config.
+    if info is not None and info.task != 'classification' and name not in config_names():
+        config = f', {Path(info.config).stem}' if info.config else ''
+        raise ConfigOverrideError(f'{name} is the checkpoint of a whole model: give its config instead{config}.')
+    if info is not None and info.task == 'classification':
         task, key = 'classification', name
         with device:
             model: Any = _Classifier(dict(info.backbone, norm_cfg=dict(type='BN')))

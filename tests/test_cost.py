@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm import cost as module
-from slak_mm.checkpoints import CONVENTIONS, PUBLISHED
+from slak_mm.checkpoints import CONVENTIONS, PUBLISHED, ZOO
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.cost import Cost, count
 from slak_mm.models.base import num_masked
@@ -107,6 +107,11 @@ def test_variants_have_the_figures_of_their_config():
     assert count(str(CONFIGS / 'upernet_slak_t_ade20k_80k.py')).published is PUBLISHED['upernet_slak_t_ade20k']
     other = count(str(CONFIGS / 'upernet_slak_t_ade20k.py'), (512, 512))
     assert other.published is None and other.size == (512, 512)
+
+
+def test_a_config_called_like_its_checkpoint_is_counted():
+    name = 'cascade_mask_rcnn_slak_t_coco_1x'
+    assert name in ZOO and count(name).published == PUBLISHED[name.removesuffix('_1x')]
 
 
 def test_a_fourth_channel_costs_its_share_of_the_stem(tmp_path):
@@ -263,7 +268,7 @@ def test_the_sparsity_of_the_config_is_taken():
 def test_errors(tmp_path):
     with pytest.raises(ConfigOverrideError, match='There is no config file "nothing.py"'):
         count('nothing.py')
-    with pytest.raises(ConfigOverrideError, match=r'configs/upernet_slak_t_ade20k\.py'):
+    with pytest.raises(ConfigOverrideError, match=r'its config instead, upernet_slak_t_ade20k\.'):
         count('upernet_slak_t_ade20k_160k')
     with pytest.raises(ConfigOverrideError, match='--sparsity must be from 0 to below 1, got 1.5'):
         count('slak_t_in1k_300e', sparsity=1.5)

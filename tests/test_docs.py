@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import load_tool
 
+from slak_mm import config_path
+from slak_mm.__main__ import MODULES
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
 
@@ -32,11 +35,16 @@ def test_commands_are_understood_by_their_tools(line, monkeypatch):
     words = shlex.split(line, comments=True)
     while '=' in words[0]:  # variables in front of a command
         words.pop(0)
-    tool = next((word for word in words if re.fullmatch(r'tools/\w+\.py', word)), None)
-    if tool is not None:
-        arguments = words[words.index(tool) + 1 :]
-        monkeypatch.setattr(sys, 'argv', [tool, *arguments])
-        load_tool(Path(tool).stem).parse_args()
+    place = next((i for i, word in enumerate(words) if re.fullmatch(r'tools/\w+\.py|slak-mm|slak_mm', word)), None)
+    if place is not None and words[place].endswith('.py'):
+        monkeypatch.setattr(sys, 'argv', words[place:])
+        load_tool(Path(words[place]).stem).parse_args()
+    elif place is not None:
+        command, *arguments = words[place + 1 :]
+        if not {'--help', '--version'} & {command, *arguments}:
+            monkeypatch.setattr(sys, 'argv', [command, *arguments])
+            config = getattr(load_tool(MODULES[command]).parse_args(), 'config', '')
+            assert not re.fullmatch('[a-z0-9_]+', config) or config_path(config)
     elif words[0] == 'make':
         targets = [word for word in words[1:] if '=' not in word]
         assert all(re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE) for target in targets)

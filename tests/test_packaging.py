@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_configs_and_tools_are_where_mim_looks(source, contents):
     paths = [source / 'model-index.yml', *source.glob('configs/*.yml'), *source.glob('configs/**/*.py')]
     paths += source.glob('tools/**/*.py')
     expected = {f'slak_mm/.mim/{path.relative_to(source)}' for path in paths}
-    expected -= {'slak_mm/.mim/tools/setup_env.py', 'slak_mm/.mim/tools/benchmark.py'}
+    expected -= {'slak_mm/.mim/tools/setup_env.py'}
     assert {name for name in contents if '/.mim/' in name} == expected
     for name in ('configs/upernet_slak_t_ade20k.py', *index['Import']):
         assert contents[f'slak_mm/.mim/{name}'] == (ROOT / name).read_text()
@@ -161,19 +162,56 @@ def test_installing_replaces_nothing(source, tmp_path):
     assert installed == ['slak-mm']
 
 
-def test_the_installed_package_is_complete(wheel_path, tmp_path):
-    """Imports, version and a config's inheritance, from a folder without the checkout."""
-    target = tmp_path / 'site'
-    pip('install --no-deps --no-index --target', target, wheel_path)
-    code = """
-from pathlib import Path
-import slak_mm
-from slak_mm.bases import own_folder
-from mmengine.config import Config
-from mmengine.registry import MODELS
-assert own_folder() == Path(slak_mm.__path__[0]) / '.mim'
-config = Config.fromfile(own_folder() / 'configs' / 'upernet_slak_t_ade20k.py')
-print(MODELS.get(config.model.backbone.type).__module__, slak_mm.__path__[0], slak_mm.__version__)
-"""
-    output = run('-W', 'ignore', '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(target)})
-    assert output.splitlines()[-1] == f'slak_mm.models.slak {target / "slak_mm"} {__version__}'
+@pytest.fixture(scope='module')
+def installed(wheel_path, tmp_path_factory):
+    """Runs what the wheel installs in a new environment, outside of the checkout: ``installed('slak-mm', *words)``.
+
+    The environment has this one's packages, without what this one has of slak_mm, which comes behind.
+    """
+    folder = tmp_path_factory.mktemp('environment')
+    run('-m', 'venv', '--without-pip', folder / 'venv')
+    (site,) = folder.glob('venv/lib/python*/site-packages')
+    pip(f'--python {folder / "venv" / "bin" / "python"} install --no-deps --no-index', wheel_path)
+    (site / 'others.pth').write_text('\n'.join(sysconfig.get_paths()[name] for name in ('purelib', 'platlib')))
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
+
+    def call(name, *words):
+        command = [folder / 'venv' / 'bin' / name, *map(str, words)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    call.folder, call.site = folder, site
+    return call
+
+
+def test_imports_and_version_of_the_installed_package(installed):
+    code = 'import slak_mm; print(slak_mm.__file__, slak_mm.config_path("upernet_slak_t_ade20k"))'
+    package = installed.site / 'slak_mm'
+    paths = f'{package}/__init__.py {package}/.mim/configs/upernet_slak_t_ade20k.py\n'
+    assert installed('python', '-W', 'ignore', '-c', code) == paths
+    assert installed('slak-mm', '--version') == f'{__version__}\n'
+
+
+def test_installed_commands_train_and_test_a_config_of_the_user(installed, tiny, small, demo_data):
+    config = installed.folder / 'mine.py'
+    config.write_text("_base_ = 'slak_mm::upernet_slak_t_ade20k.py'\ndefault_hooks = dict(logger=dict(interval=1))\n")
+    options = ['--cfg-options', *tiny]
+    log = installed('slak-mm', 'train', 'mine.py', *small, '--from-scratch', '--max-iters', 2, *options)
+    assert 'Iter(train) [2/2]' in log
+    checkpoint = installed.folder / 'work_dirs' / 'mine' / 'iter_2.pth'
+    data = ['--data-root', demo_data, '--num-workers', 0, '--crop-size', 64]
+    assert 'mIoU' in installed('slak-mm', 'test', 'upernet_slak_t_ade20k', checkpoint, *data, *options)
+    assert (installed.folder / 'work_dirs' / 'upernet_slak_t_ade20k').is_dir()
+    image = next(Path(demo_data).glob('images/validation/*.jpg'))
+    installed('slak-mm', 'infer', 'mine.py', checkpoint, image, '--crop-size', 64, *options)
+    assert (installed.folder / 'infer_results' / f'{image.stem}.png').is_file()
+
+
+def test_installed_commands_that_need_no_data(installed):
+    assert '| upernet_slak_t_ade20k |' in installed('slak-mm', 'cost', 'upernet_slak_t_ade20k')
+    words = 'model --size 64x64 --networks SLaK-T --repeats 1 --no-memory'.split()
+    assert 'SLaK-T' in installed('slak-mm', 'benchmark', *words)
+    # The frameworks' commands find the tools, too.
+    tool = installed.site / 'slak_mm' / '.mim' / 'tools' / 'checkpoint.py'
+    assert installed('python', '-W', 'ignore', tool, 'zoo') == installed('slak-mm', 'checkpoint', 'zoo')

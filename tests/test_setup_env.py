@@ -40,6 +40,9 @@ def setup(tmp_path, monkeypatch):
             shutil.rmtree(module.VENV, ignore_errors=True)
             module.VENV.mkdir()
             (module.VENV / 'pyvenv.cfg').write_text('home = /usr/bin\nprompt = slak_mm\n')
+        elif step == ' -e ':
+            (module.VENV / 'bin').mkdir()
+            (module.VENV / 'bin' / 'slak-mm').touch()
         elif step == 'pip wheel':
             shutil.copy(module.wheel, command[-1])
         elif step == '.whl':

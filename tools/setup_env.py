@@ -168,7 +168,7 @@ def update(uv: Path, ops: bool, check: bool) -> bool:
         pins = [f'-r{PINS}/{name}.txt' for name in ('torch', 'build', 'runtime', 'dev')]
         install('--only-binary=:all:', *pins, f'-c{PINS}/constraints.txt', f'-c{PINS}/setup.txt')
         install('--no-deps', '--build-constraints', PINS / 'build.txt', '-r', PINS / 'openmmlab.txt')
-        if fresh:
+        if not (VENV / 'bin' / 'slak-mm').exists():
             install('--no-deps', '--no-build-isolation', '-e', ROOT)
         wheel = user_wheel()
         operators = any(VENV.glob('lib/python*/site-packages/mmcv/_ext.*'))

@@ -113,7 +113,7 @@ def resolve(source: str | os.PathLike) -> Path:
     hint = f' Did you mean the zoo name {" or ".join(close)}?' if close else ''
     raise CheckpointNotFound(
         f'There is no file {text} and no published checkpoint of that name.'
-        f'{hint} `tools/checkpoint.py zoo` lists the published ones.'
+        f'{hint} `slak-mm checkpoint zoo` lists the published ones.'
     )
 
 

@@ -5,6 +5,8 @@ from slak_mm._config import datasets_of, framework, model_of, type_name
 
 from .annotations import check_annotations
 from .arguments import (
+    CONFIG_HELP,
+    EXIT_CODES,
     ArgumentParser,
     KeyValuePairs,
     add_cfg_options,
@@ -30,4 +32,5 @@ from .run import leave_process_group, run_tool
 from .schedule import set_max_iters
 from .size import set_crop_size, set_img_scale
 from .sparse import SPARSE_CHOICES, masks_from_scratch, set_sparse, set_sparsity
+from .vis import VIS_BACKENDS, place_vis, vis_backends
 from .weights import check_weights, named_weights, prepare_resume, remove_weights

@@ -10,13 +10,52 @@ from mmengine.config import DictAction
 
 from .errors import ConfigOverrideError
 
+EXIT_CODES = """Exit codes:
+    0    done
+    1    what the last line on stderr says
+    2    wrong usage
+    130  interrupted
+    141  nobody reads the output any more, as after "| head"
+"""
+
+
+class _Commands(argparse._SubParsersAction):
+    """Sub-commands, each with its lines of the examples in the help of all."""
+
+    examples = ''
+
+    def add_parser(self, name: str, **arguments: Any) -> Any:
+        """Add a sub-command."""
+        arguments.setdefault('description', arguments.get('help'))
+        own = [line for line in self.examples.splitlines() if f' {name} ' in f'{line} ']
+        return super().add_parser(name, examples='\n'.join(own), **arguments)
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser with ``--debug``, which :func:`slak_mm.cli.run_tool` looks for; so have its sub-commands."""
+    """A parser whose help reads like a manual page.
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    It has ``--debug``, which :func:`slak_mm.cli.run_tool` looks for; so have its sub-commands.
+
+    Args:
+        description: Docstring of a module; what follows "Examples:" goes behind the options.
+        examples: Lines of examples.
+        **arguments: Those of argparse.
+    """
+
+    def __init__(self, description: str | None = None, examples: str = '', **arguments: Any) -> None:
+        arguments.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
+        text, _, more = (description or '').replace('``', '').partition('Examples:\n')
+        self.examples = (examples or more).rstrip()
+        epilog = f'Examples:\n{self.examples}\n\n' if self.examples else ''
+        super().__init__(description=text, epilog=epilog + EXIT_CODES, **arguments)
+        self.register('action', 'parsers', _Commands)
         self.add_argument('--debug', action='store_true', help='show tracebacks (also: SLAK_MM_DEBUG=1)')
+
+    def add_subparsers(self, **arguments: Any) -> Any:
+        """Add sub-commands."""
+        commands: Any = super().add_subparsers(**arguments)
+        commands.examples = self.examples
+        return commands
 
 
 class KeyValuePairs(DictAction):
@@ -32,6 +71,9 @@ class KeyValuePairs(DictAction):
                 f'{option_string} takes key=value pairs with numbers, words, lists or tuples as values '
                 f'(a dict is set by its keys, a.b=1 a.c=2), got: {" ".join(values)}'
             )
+
+
+CONFIG_HELP = "config file, or the name of one of this package's"
 
 
 def positive_int(text: str) -> int:
@@ -138,7 +180,7 @@ def add_cfg_options(parser: argparse._ActionsContainer) -> None:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what training and testing take: the config, its options, the work dir, the launcher, compilation."""
     add = parser.add_argument
-    add('config', help='config file')
+    add('config', help=CONFIG_HELP)
     add('--work-dir', type=output_folder, help='for logs and results (default: ./work_dirs/<name of the config>)')
     add_cfg_options(parser)
     launchers = ['none', 'pytorch', 'slurm', 'mpi']

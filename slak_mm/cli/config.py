@@ -12,7 +12,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from slak_mm._config import datasets_of, framework, model_of, type_name, walk
+from slak_mm._config import config_path, datasets_of, framework, model_of, type_name, walk
 
 from .arguments import check_output
 from .data import set_batch_size, set_data_root, set_num_workers
@@ -21,10 +21,11 @@ from .errors import ConfigOverrideError, reason
 from .schedule import check_schedule, set_max_iters
 from .size import RESIZES, set_crop_size, set_img_scale
 from .sparse import set_sparse, set_sparsity
+from .vis import set_vis
 
 
 def load_config(path: str) -> Config:
-    """Read a config.
+    """Read a config: a file, or one of this package's by name; its ``_base_`` may have ``slak_mm::NAME``.
 
     Raises:
         ConfigOverrideError: The file is missing or cannot be read, or the framework it is for is not installed.
@@ -34,7 +35,10 @@ def load_config(path: str) -> Config:
         names = [name for name in os.listdir(folder) if name.endswith('.py')] if osp.isdir(folder) else []
         close = difflib.get_close_matches(osp.basename(path), names, 3)
         hint = f' Did you mean {" or ".join(osp.join(folder, name) for name in close)}?' if close else ''
-        raise ConfigOverrideError(f'There is no config file "{path}".{hint}')
+        try:
+            path = config_path(path)
+        except FileNotFoundError as error:
+            raise ConfigOverrideError(f'There is no config file "{path}".{hint or f" {error}"}') from error
     try:
         cfg = Config.fromfile(path)
     except KeyboardInterrupt:
@@ -62,10 +66,10 @@ def apply_overrides(cfg: Config, args: argparse.Namespace) -> None:
     if getattr(args, 'work_dir', None) is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = osp.join('./work_dirs', Path(args.config).stem)
+        cfg.work_dir = osp.join('./work_dirs', Path(cfg.filename or args.config).stem)
     changes = (set_data_root, set_max_iters, set_batch_size, set_num_workers, set_crop_size, set_img_scale)
     change: Callable[[Config, Any], None]
-    for change in (*changes, set_sparse, set_sparsity):
+    for change in (*changes, set_sparse, set_sparsity, set_vis):
         value = getattr(args, change.__name__.removeprefix('set_'), None)
         if value is not None:
             change(cfg, value)

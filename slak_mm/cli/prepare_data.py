@@ -157,7 +157,7 @@ def hint(data_set: Mapping[str, Any]) -> str:
         # The configs' roots are the folder of the data set, or VOCdevkit above it.
         ends = (f for f in (known.folder, known.folder.partition('/')[0]) if f'/{root}'.endswith(f'/{f}'))
         above = next((root.removesuffix(folder).rstrip('/') or '.' for folder in ends), 'data')
-        return f' To download it: python tools/prepare_data.py {name} --root {above}'
+        return f' To download it: slak-mm data {name} --root {above}'
     return ''
 
 

@@ -1,5 +1,7 @@
 """What mmengine finds registered: hooks, a loop, layer decay, reproducible sampling, checks of samples."""
 
+from slak_mm._config import register_configs
+
 from .checkpoint_hook import AtomicCheckpointHook
 from .epoch_loop import ResumableEpochLoop
 from .hooks import StrictCheckpointHook
@@ -27,3 +29,4 @@ __all__ = [
 
 register_schemes()
 register_models()
+register_configs()

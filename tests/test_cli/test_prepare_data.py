@@ -412,7 +412,7 @@ def test_parts(server, tmp_path):
     ],
 )
 def test_hint(data_set, command):
-    expected = f' To download it: python tools/prepare_data.py {command}' if command else ''
+    expected = f' To download it: slak-mm data {command}' if command else ''
     assert hint(data_set) == expected
 
 
@@ -425,7 +425,7 @@ def test_a_config_without_data_says_the_command(config, tmp_path, monkeypatch):
     path = Path(__file__).parents[2] / 'configs' / f'{config}.py'
     cfg = Config.fromfile(path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(cli.ConfigOverrideError, match=f'prepare_data.py {WANTED[config]} --root data$'):
+    with pytest.raises(cli.ConfigOverrideError, match=f'slak-mm data {WANTED[config]} --root data$'):
         cli.check_data(cfg)
 
 

@@ -228,14 +228,34 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_two_processes_on_the_cpu(start_tool, config_path, small, tiny, tmp_path):
+@pytest.mark.parametrize('as_module', [False, True])
+def test_two_processes_on_the_cpu(start_tool, config_path, small, tiny, tmp_path, as_module):
     arguments = [config_path, *small, '--from-scratch --max-iters 2 --launcher pytorch', '--work-dir', tmp_path / 'w']
     launcher = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}']
     options = ['--cfg-options', *tiny, 'train_cfg.val_interval=2']
-    process = start_tool('train', *arguments, *options, launcher=launcher)
+    process = start_tool('train', *arguments, *options, launcher=launcher, as_module=as_module)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     # Both processes share the two validation images.
     assert 'Iter(train) [2/2]' in output and 'Iter(val) [1/1]' in output
     assert 'mIoU' in output
     assert (tmp_path / 'w' / 'iter_2.pth').is_file()
+
+
+def test_tensorboard_has_one_run_across_a_resumption(train, tmp_path):
+    """Both halves write to one folder, and a new run in the same work dir does not."""
+    reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    options = ['default_hooks.logger.interval=1', 'default_hooks.checkpoint.interval=2']
+
+    def steps(folder):
+        events = reader.EventAccumulator(str(folder))
+        events.Reload()
+        return [event.step for event in events.Scalars('loss')]
+
+    train('--from-scratch --max-iters 2 --vis tensorboard', options=options, code=0)
+    (run,) = (tmp_path / 'work' / 'vis').iterdir()
+    assert steps(run) == [1, 2]
+    train('--resume --max-iters 4 --vis tensorboard', options=options, code=0)
+    assert steps(run) == [1, 2, 3, 4]
+    train('--from-scratch --max-iters 1 --vis tensorboard', options=options, code=0)
+    assert sorted(len(steps(folder)) for folder in (tmp_path / 'work' / 'vis').iterdir()) == [1, 4]

@@ -1,7 +1,7 @@
 """CPU backend: PyTorch's own kernels, each in the memory layout where it is fast.
 
 Three facts about PyTorch's depthwise convolution on CPU (oneDNN) decide the speed of a large
-kernel. They were measured with float32 on x86 with AVX-512 (``tools/benchmark.py op``
+kernel. They were measured with float32 on x86 with AVX-512 (``slak-mm benchmark op``
 repeats the measurement):
 
 * In NCHW a kernel wider than 14 columns, or one whose padding exceeds the width of the map,

@@ -35,8 +35,8 @@ class BenchmarkError(ConfigOverrideError):
 
 def add_command(commands: Any, module: Any, summary: str) -> argparse.ArgumentParser:
     """Add a module's sub-command, which has its last name, to the result of ``ArgumentParser.add_subparsers``."""
-    name, raw = module['__name__'].rpartition('.')[2], argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, help=summary, description=module['__doc__'], formatter_class=raw)
+    name = module['__name__'].rpartition('.')[2]
+    parser = commands.add_parser(name, help=summary, description=module['__doc__'])
     parser.set_defaults(run=module['run'])
     return parser
 

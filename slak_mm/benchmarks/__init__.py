@@ -1,4 +1,4 @@
-"""The sub-commands of ``tools/benchmark.py``, one module each, and what they share.
+"""The sub-commands of ``slak-mm benchmark``, one module each, and what they share.
 
 A sub-command is a module with two functions::
 
@@ -6,5 +6,5 @@ A sub-command is a module with two functions::
     run(args) -> Iterator[str]      measures, and yields the lines of its report as they come
 
 What a user can cause, and a result that disagrees with its reference, is a
-:class:`~benchmarks.common.BenchmarkError`.
+:class:`~slak_mm.benchmarks.common.BenchmarkError`.
 """

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     """Add the sub-command."""
     parser = common.add_command(commands, globals(), 'everything that matters on a GPU, in some minutes')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for results.jsonl and table.md')
-    parser.add_argument('--config', default='configs/upernet_slak_t_ade20k.py', help='of the segmentor')
+    parser.add_argument('--config', default='upernet_slak_t_ade20k', help='of the segmentor')
     common.add_measurement_arguments(parser, dtypes=('bfloat16', 'float32'), batches=(), memory=False)
     parser.set_defaults(device='cuda')
 
@@ -154,6 +154,7 @@ def operator(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def host_time(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time until a call returns, of a map so small that the GPU waits for the host."""
     dtype = common.DTYPES[args.dtype]
+    operator: Any = cross_dwconv2d
     x, tall, wide, small = (
         torch.randn(*shape, device=args.device).to(dtype).requires_grad_()
         for shape in ((1, 8, 16, 16), (8, 13, 5), (8, 5, 13), (8, 5, 5))
@@ -161,10 +162,10 @@ def host_time(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
-            return list(cross_dwconv2d(x, tall, wide, small))
+            return list(operator(x, tall, wide, small))
 
     def both() -> Any:
-        return torch.autograd.grad(sum(y.sum() for y in cross_dwconv2d(x, tall, wide, small)), (x, tall, wide, small))
+        return torch.autograd.grad(sum(y.sum() for y in operator(x, tall, wide, small)), (x, tall, wide, small))
 
     for name, call in (('forward', forward), ('forward and backward', both)):
         times = []

@@ -29,7 +29,7 @@ CONTENDERS = ('ours', 'official', 'heads')
 def add_parser(commands: Any) -> None:
     """Add the sub-command to the result of ``ArgumentParser.add_subparsers``."""
     parser = common.add_command(commands, globals(), "a segmentor's training step beside the official backbone")
-    config = 'configs/upernet_slak_t_ade20k.py'
+    config = 'upernet_slak_t_ade20k'
     what = 'config of a segmentor with one of our backbones (default: %(default)s)'
     parser.add_argument('config', nargs='?', default=config, help=what)
     cli.add_cfg_options(parser)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, the config has no such backbone, or
+        BenchmarkError: What :func:`~common.check_arguments` refuses, the config has no such backbone, or
             the contenders disagree.
         ConfigOverrideError: The config cannot be read or built.
     """

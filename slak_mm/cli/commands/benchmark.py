@@ -1,0 +1,35 @@
+"""Measure what this package computes against what it replaces, side by side in one run.
+
+No figure is printed for a result that disagrees with the reference.
+
+Examples:
+    slak-mm benchmark op --family slak --size 512x512
+    slak-mm benchmark op --family shiftwise --stages 0 1 --json out.json --plot out.png
+    slak-mm benchmark model --size 800x1344 --batch 1 2
+    slak-mm benchmark segmentor upernet_slak_t_ade20k --size 256x256
+    slak-mm benchmark gpu --out results
+    slak-mm benchmark sparse --size 512x512 --batch 1 2 --mode rigl
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from slak_mm import cli
+from slak_mm.benchmarks import gpu, model, op, segmentor, sparse
+
+COMMANDS = (op, model, segmentor, sparse, gpu)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for line in args.run(args):
+        print(line, flush=True)
