@@ -17,9 +17,10 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
-from .checkpoints import convert_state_dict, load_pretrained, read_checkpoint, unwrap
+from .checkpoints import convert_state_dict, join_head, load_pretrained, read_checkpoint, unwrap
 from .models import LargeKernelBackbone, registered_backbones
 from .models.base import prepare_images
 from .models.layers import LayerNorm2d, RecomputableBlock
@@ -75,7 +76,10 @@ class Classifier(LargeKernelBackbone):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the parameters' names that timm's layer-wise learning rates count from the image on."""
-        blocks = [(r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), (r'^norm', (99999,))]
+        blocks: list[tuple[str, tuple[int, ...] | None]]
+        blocks = [(r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None)]
+        if self.family.head == 'norm, pool':
+            blocks.append((r'^norm', MATCH_PREV_GROUP))  # else it counts as the head
         return dict(stem=r'^downsample_layers\.0', blocks=r'^(?:stages|downsample_layers)\.(\d+)' if coarse else blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -215,12 +219,15 @@ class _Features(FeatureGetterNet):
         """Load tensors by the names of this module, of the classifier or of official checkpoints."""
         if any(key.startswith('model.') for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
-        return self.model.load_state_dict(checkpoint_filter_fn(state_dict, self.model), strict, assign)
+        own = self.model.state_dict()
+        weights = checkpoint_filter_fn(state_dict, self.model)
+        weights = {k: v for k, v in weights.items() if k in own or not k.startswith(('norm.', 'head.'))}
+        return self.model.load_state_dict(weights, strict, assign)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
     """Turn an official or own checkpoint, wrapped or not, into a state dict by the names of :class:`Classifier`."""
-    return convert_state_dict(unwrap(checkpoint).state_dict)[0]
+    return convert_state_dict(join_head(unwrap(checkpoint).state_dict))[0]
 
 
 def register(backbone: type[LargeKernelBackbone]) -> None:
