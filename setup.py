@@ -122,6 +122,8 @@ setup(
             'numpy<2',
         ],
         'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11'],
+        # timm.create_model('slak_tiny'), tools/imagenet.py
+        'timm': ['timm>=1.0', 'tqdm'],
         # tools/export.py --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],
     },

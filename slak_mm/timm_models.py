@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,10 @@ from .models.layers import LayerNorm2d, RecomputableBlock
 
 #: Defaults of each model as timm's ``register_model`` looks for them, by the model's name.
 default_cfgs: dict[str, Any] = {}
+#: Class and arguments of each network, by its name in timm without a tag.
+NETWORKS: dict[str, tuple[type[Classifier], Mapping[str, Any]]] = {}
+#: Names in timm of the published checkpoints, by their zoo names.
+NAMES: dict[str, str] = {}
 __all__ = ['Classifier', 'checkpoint_filter_fn', 'register']
 
 for _layer in (RecomputableBlock, LayerNorm2d):
@@ -232,9 +235,9 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module | None 
 
 def register(backbone: type[LargeKernelBackbone]) -> None:
     """Make the networks of a backbone known to timm: its named architectures, and those that have weights."""
-    family, module = backbone.family, sys.modules[__name__]
+    family = backbone.family
     kind = type(f'{backbone.__name__}Classifier', (Classifier, backbone), {'__module__': __name__})
-    setattr(module, kind.__name__, kind)  # where pickle looks for it
+    globals()[kind.__name__] = kind  # where pickle looks for it
     networks: dict[str, dict[str, Any]] = {
         f'{family.name}_{arch}'.lower(): dict(arch=arch) for arch in backbone.arch_settings
     }
@@ -244,38 +247,36 @@ def register(backbone: type[LargeKernelBackbone]) -> None:
             continue
         name, tag = re.fullmatch(r'(.+?)_(in\d+k.*|[^_]*)', info.name).groups()  # type: ignore[union-attr]
         arguments = _beyond_defaults(backbone, info.backbone)
-        arch = arguments.get('arch')
-        if arguments.keys() == {'arch'} and isinstance(arch, str):
-            name = f'{family.name}_{arch}'.lower()
-        elif not name.startswith(f'{family.name}_'):
-            continue  # another family's network, which timm may have itself
+        if arguments.keys() == {'arch'}:
+            name = f'{family.name}_{arguments["arch"]}'.lower()
         networks[name] = arguments
+        NAMES[info.name] = f'{name}.{tag}'
         cfgs[f'{name}.{tag}'] = _cfg(file=info.name, custom_load=True, origin_url=info.url, **info.evaluation)
     weighted = {name.partition('.')[0] for name in cfgs}
     default_cfgs.update(generate_default_cfgs({**cfgs, **{n: _cfg() for n in networks.keys() - weighted}}))
     for name, arguments in networks.items():
-        _register(kind, name, {**family.imagenet, **arguments})
+        NETWORKS[name] = kind, {**family.imagenet, **arguments}
+        _register(name)
 
 
 def _beyond_defaults(backbone: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """``arch``, and the arguments of a zoo entry that are not the backbone's defaults."""
     own, common = (inspect.signature(kind).parameters for kind in (backbone, LargeKernelBackbone))
-    defaults = {**common, **own}
-    return {
-        key: value
-        for key, value in arguments.items()
-        if key != 'type' and (key == 'arch' or value != defaults[key].default)
-    }
+    defaults = {name: parameter.default for name, parameter in {**common, **own}.items()}
+    given = {'arch': defaults['arch'], **arguments}
+    return {name: v for name, v in given.items() if name == 'arch' or (name != 'type' and v != defaults[name])}
 
 
 def _cfg(**entries: Any) -> dict[str, Any]:
-    """The ``pretrained_cfg`` of a model; images are those of ConvNeXt's recipe, which all families share."""
+    """The ``pretrained_cfg`` of a model; images of 224 pixels unless a checkpoint says otherwise."""
     size = entries.setdefault('input_size', (3, 224, 224))
     recipe = dict(crop_pct=0.875, interpolation='bicubic', num_classes=1000, pool_size=(size[1] // 32, size[2] // 32))
     return {**recipe, 'first_conv': 'downsample_layers.0.0', 'classifier': 'head', **entries}
 
 
-def _register(kind: type, name: str, arguments: Mapping[str, Any]) -> None:
+def _register(name: str) -> None:
+    kind, arguments = NETWORKS[name]
+
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         features = dict(out_indices=(0, 1, 2, 3), feature_cls=_Features)
         return build_model_with_cfg(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 timm = pytest.importorskip('timm')
 
 from slak_mm import _with_timm, checkpoints, load_pretrained, timm_models  # noqa: E402
-from slak_mm.checkpoints import CheckpointMismatch, CheckpointNotFound, to_official  # noqa: E402
+from slak_mm.checkpoints import ZOO, CheckpointMismatch, CheckpointNotFound, to_official  # noqa: E402
 from slak_mm.cost import count  # noqa: E402
 
 BACKBONES = {'slak_tiny': 'SLaK', 'shiftwise_tiny': 'ShiftWise'}
