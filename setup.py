@@ -135,6 +135,8 @@ setup(
         ],
         # hf://owner/repo/file, and the format that most files of the hub are in
         'hub': ['huggingface-hub>=0.20', 'safetensors>=0.4'],
+        # timm.create_model('slak_tiny'), slak-mm imagenet
+        'timm': ['timm>=1.0', 'tqdm'],
         'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11', 'tensorboard>=2.15'],
         # slak-mm export --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],

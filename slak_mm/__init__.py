@@ -4,7 +4,7 @@ Importing this package registers everything:
 ``custom_imports = dict(imports=['slak_mm'], allow_failed_imports=False)``.
 """
 
-from . import engine, models
+from . import _with_timm, engine, models
 from ._config import config_path
 from .checkpoints import CheckpointMismatch, LoadReport, load_pretrained
 from .models import switch_to_deploy
@@ -20,3 +20,5 @@ __all__ = [
     'models',
     'switch_to_deploy',
 ]
+
+_with_timm.register_when_imported()

@@ -18,6 +18,7 @@ COMMANDS = {
     },
     'Data and weights': {
         'data': ('prepare_data', 'download, unpack and verify data sets'),
+        'imagenet': ('imagenet', 'ImageNet accuracy of a checkpoint with its head, beside the published one'),
         'checkpoint': ('checkpoint', 'look into checkpoints, convert their names, list the published ones'),
         'export': ('export', 'write ONNX, TorchScript or an exported program'),
     },

@@ -25,7 +25,7 @@ from .load import (
     prepare_state_dict,
 )
 from .reader import cache_dir, cached_path, read_checkpoint
-from .unwrap import unwrap, unwrap_model
+from .unwrap import join_head, unwrap, unwrap_model
 from .variants import Cause, Sizes, Variant, differs, likely_causes
 from .writer import convert_checkpoint, write_checkpoint
 from .zoo import CONVENTIONS, PUBLISHED, ZOO, Convention, ModelInfo, Published, find_model, normalize_url, zoo_table
@@ -64,6 +64,7 @@ __all__ = [
     'find_model',
     'find_roots',
     'hashes_of',
+    'join_head',
     'known_backbones',
     'likely_causes',
     'load_foreign',

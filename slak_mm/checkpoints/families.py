@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from .variants import Variant
 from .zoo import CONVENTIONS, PUBLISHED, ZOO, Convention, ModelInfo, Published
@@ -51,6 +51,10 @@ class Family:
         models: Published checkpoints.
         published: Parameters and FLOPs of further networks by the stem of their config.
         conventions: Ways to count which the published figures follow.
+        head: What the classifiers have between the last stage and the linear layer ``head``, in order: 'pool, norm'
+            is a LayerNorm ``norm`` of the pooled features, 'norm, pool' a batch norm ``norm`` of the map, and 'pool'
+            neither.
+        imagenet: Arguments of the backbone on ImageNet, where the defaults are those of downstream configs.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Family:
     models: tuple[ModelInfo, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict)
     conventions: Mapping[str, Convention] = field(default_factory=dict)
+    head: Literal['pool, norm', 'norm, pool', 'pool'] = 'pool, norm'
+    imagenet: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, spelling: str) -> list[tuple[str, str]]:
         """``(ours, theirs)`` of one spelling, in the order of the table."""

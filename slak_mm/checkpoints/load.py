@@ -20,7 +20,7 @@ from .errors import CheckpointError, CheckpointMismatch
 from .families import FamilyMember, describe, find_roots, known_backbones
 from .formats import ConversionNotes, convert_state_dict, with_metadata
 from .reader import log_report, read_checkpoint
-from .unwrap import Unwrapped, unwrap, unwrap_model
+from .unwrap import Unwrapped, join_head, unwrap, unwrap_model
 from .values import check_dense, check_values
 from .variants import Variant, likely_causes
 
@@ -384,6 +384,8 @@ class _Planner:
 
     def _source(self, taken: Unwrapped, prefix: str | None) -> tuple[dict[str, Tensor], list[str]]:
         source, dropped = taken.state_dict, self.report.dropped
+        if 'head.weight' in self.expected:
+            source = join_head(source)
         if prefix is not None:
             prefix = prefix if prefix.endswith('.') or not prefix else prefix + '.'
             inside = _below(source, prefix)

@@ -196,6 +196,15 @@ _COMMON = (
         'the checkpoint takes images of {theirs.in_channels} channels, the model of {ours.in_channels}; '
         'set in_channels',
     ),
+    Cause(
+        lambda theirs, ours: bool(ours.num_classes and not theirs.num_classes),
+        'the checkpoint has no classification head; set num_classes=0',
+    ),
+    Cause(
+        lambda theirs, ours: bool(ours.num_classes and theirs.num_classes and theirs.num_classes != ours.num_classes),
+        'the head of the checkpoint is for {theirs.num_classes} classes, that of the model for {ours.num_classes}; '
+        'set num_classes={theirs.num_classes}',
+    ),
 )
 
 

@@ -29,6 +29,9 @@ class ModelInfo:
             (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
+        evaluation: How a classifier was evaluated, in the words of timm's ``pretrained_cfg``, where it differs from
+            1000 classes and the center of images of 224 pixels: ``input_size``, ``crop_pct``, ``crop_mode``,
+            ``interpolation``, ``mean``, ``std``, ``num_classes``.
     """
 
     name: str
@@ -40,6 +43,7 @@ class ModelInfo:
     figures: Mapping[str, float] = field(default_factory=dict)
     counted: str = 'all'
     sha256: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

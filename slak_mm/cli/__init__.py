@@ -25,7 +25,7 @@ from .arguments import (
 )
 from .config import apply_overrides, load_config, tests_boxes_alone, use_test_time_augmentation
 from .data import check_data, dataset_class, set_batch_size, set_data_root, set_num_workers
-from .device import adapt_to_device, set_amp, set_compile
+from .device import adapt_to_device, set_amp, set_compile, usable_device
 from .errors import ConfigOverrideError, reason
 from .launch import build_model, build_runner, init_distributed, own_work_dir
 from .run import leave_process_group, run_tool

@@ -53,6 +53,21 @@ def adapt_to_device(cfg: Config, has_gpu: Callable[[], bool] = torch.cuda.is_ava
         cfg.model_wrapper_cfg = wrapper_cfg
 
 
+def usable_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ConfigOverrideError: It cannot be used here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigOverrideError(f'The device "{name}" cannot be used here: {why}') from error
+    return device
+
+
 def set_amp(cfg: Config) -> None:
     """Train in mixed precision.
 

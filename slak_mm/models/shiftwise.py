@@ -598,6 +598,7 @@ FAMILY = register_family(
         ),
         variant=ShiftWiseVariant,
         official=_official,
+        imagenet=dict(layer_scale_init_value=1e-6),
         models=(
             ModelInfo(
                 'shiftwise_t_in1k_300e',

@@ -425,6 +425,7 @@ FAMILY = register_family(
         finish=_finish,
         official=_official,
         models=_MODELS,
+        imagenet=dict(layer_scale_init_value=1e-6),
         conventions=dict(
             nonzero=Convention(
                 'non-zero weights. Here every layer is equally sparse; the published masks are not '

@@ -88,12 +88,7 @@ def build_model(cfg: Config, args: argparse.Namespace) -> tuple[Any, dict]:
     """The model with its weights, and names and colors of its classes."""
     checkpoint = read_checkpoint(args.checkpoint)
     cli.adapt_to_device(cfg)
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise cli.ConfigOverrideError(f'The device "{args.device}" cannot be used here: {why}') from error
+    device = cli.usable_device(args.device)
     model = cli.build_model(cfg, cfg.model)
     load_whole_model(model, checkpoint, args.checkpoint)
     meta = checkpoint.get('meta') or {}
