@@ -206,13 +206,15 @@ class Classifier(LargeKernelBackbone):
         Raises:
             CheckpointError: The weights are missing, unreadable or do not fit.
         """
-        weights = checkpoint_filter_fn(read_checkpoint(source))
-        own = {f'head.{key}': value for key, value in self.head.state_dict().items()}
-        theirs = weights.get('head.weight')
-        if own and theirs is not None and len(theirs) != self.num_classes:
-            weights.update(own)
-            print_log(f'The head for {self.num_classes} classes is new: that of {source} has {len(theirs)}.', 'current')
-        load_pretrained(self, weights)
+        if self.num_classes not in (0, self.default_cfg['num_classes']):
+            weights = checkpoint_filter_fn(read_checkpoint(source))
+            print_log(f'The head for {self.num_classes} classes is new: {source} has another.', 'current')
+            source = {**weights, **{f'head.{key}': value for key, value in self.head.state_dict().items()}}
+        load_pretrained(self, source)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of the backbone; and mmpretrain's classifiers, whose head stands beside the backbone."""
+        return super().load_state_dict(join_head(state_dict), strict, assign)
 
 
 class _Features(FeatureGetterNet):
@@ -275,21 +277,19 @@ def _cfg(**entries: Any) -> dict[str, Any]:
 
 
 def _register(name: str) -> None:
-    kind, arguments = NETWORKS[name]
-
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
-        features = dict(out_indices=(0, 1, 2, 3), feature_cls=_Features)
+        kind, arguments = NETWORKS[name]
         return build_model_with_cfg(
             kind,
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=features,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls=_Features),
             **{**arguments, **options},
         )
 
     create.__name__, create.__module__ = name, __name__
-    create.__doc__ = f'{kind.__name__} with {arguments}.'
+    create.__doc__ = f'{NETWORKS[name][0].__name__} with {NETWORKS[name][1]}.'
     register_model(create)
 
 

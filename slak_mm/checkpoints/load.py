@@ -385,7 +385,7 @@ class _Planner:
     def _source(self, taken: Unwrapped, prefix: str | None) -> tuple[dict[str, Tensor], list[str]]:
         source, dropped = taken.state_dict, self.report.dropped
         if 'head.weight' in self.expected:
-            source = join_head(source)
+            source = dict(join_head(source))
         if prefix is not None:
             prefix = prefix if prefix.endswith('.') or not prefix else prefix + '.'
             inside = _below(source, prefix)

@@ -114,9 +114,9 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def join_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def join_head(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Put the backbone and the head of mmpretrain's classifiers on one level, and leave others as they are."""
-    if not {key.partition('.')[0] for key in state_dict} == {'backbone', 'head'}:
+    if {key.partition('.')[0] for key in state_dict} != {'backbone', 'head'}:
         return state_dict
     return {key.removeprefix('backbone.'): value for key, value in state_dict.items()}
 

@@ -76,16 +76,21 @@ def load_network(source: str, name: str | None = None, use_ema: bool = False) ->
     checkpoint = read_checkpoint(source)
     weights = unwrap(checkpoint, 'ema' if use_ema else 'model').state_dict
     variant = describe(convert_state_dict(join_head(weights))[0])
-    if not variant.num_classes:
-        raise ConfigOverrideError(f'{source} has no classification head: give an ImageNet checkpoint.')
     name = name or _network_of(variant)
-    if name is None:
+    if variant.family != 'unknown' and not variant.num_classes:
+        raise ConfigOverrideError(f'{source} has no classification head: give an ImageNet checkpoint.')
+    if name is None or variant.family == 'unknown':
         raise ConfigOverrideError(
             f'{source} is of none of the known networks, but {variant}. If timm has it, name it with --model.'
         )
     model = _create(name, num_classes=variant.num_classes, deploy=variant.deploy)
     load_pretrained(model, checkpoint, use_ema=use_ema)
-    infos = [ZOO[zoo] for zoo, tagged in timm_models.NAMES.items() if tagged.partition('.')[0] == name]
+    network = timm_models.NETWORKS[name.partition('.')[0]]
+    infos = [
+        ZOO[zoo]
+        for zoo, tagged in timm_models.NAMES.items()
+        if timm_models.NETWORKS[tagged.partition('.')[0]] == network
+    ]
     figures = {i.name: i.figures['top1_percent'] for i in ([info] if info else infos) if 'top1_percent' in i.figures}
     return Network(model, name, figures)
 
@@ -97,8 +102,8 @@ def _published_as(name: str) -> ModelInfo | None:
 
 
 def _network_of(variant: Variant) -> str | None:
-    """Name in timm of the network that tensors are of."""
-    for name, (kind, arguments) in timm_models.NETWORKS.items():
+    """Name in timm of the network that tensors are of, the shortest."""
+    for name, (kind, arguments) in sorted(timm_models.NETWORKS.items(), key=lambda item: len(item[0])):
         if kind.family.name == variant.family and variant.arch in (None, arguments['arch']):
             with torch.device('meta'):
                 network = kind(**arguments, num_classes=variant.num_classes or 0, deploy=variant.deploy)

@@ -81,6 +81,7 @@ FAMILY = register_family(
             ('stages.{i}.{j}.mix.', 'levels.{i}.blocks.{j}.pw.'),
             ('stages.{i}.{j}.gate', 'levels.{i}.blocks.{j}.gate'),
             ('norm{i}.', '='),
+            ('norm.', 'last_norm.'),
             ('head.', 'classifier.'),
         ),
         formats=(
@@ -88,6 +89,8 @@ FAMILY = register_family(
             ('ours', r'stages\.\d+\.\d+\.large_kernel\.conv\.weight$', ()),
         ),
         variant=ToyVariant,
+        head='norm, pool',
+        imagenet=dict(layer_scale_init_value=1e-6),
         models=(
             ModelInfo(
                 'toy_t_in1k',
@@ -96,6 +99,7 @@ FAMILY = register_family(
                 dict(type='Toy'),
                 'the paper, table 1',
                 figures=dict(top1_percent=12.0, params_m=0.01, flops_g=0.1),
+                evaluation=dict(input_size=(3, 96, 96), crop_pct=1.0),
             ),
         ),
     )

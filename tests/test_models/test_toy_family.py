@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -31,10 +32,15 @@ REGISTRIES = (
 @pytest.fixture(scope='module', autouse=True)
 def toy():
     """The family, until this module's tests are done."""
-    before = [dict(registry) for registry in REGISTRIES]
+    if importlib.util.find_spec('timm'):
+        timm_models = importlib.import_module('slak_mm.timm_models')
+        registries = [*REGISTRIES, timm_models.NAMES, timm_models.NETWORKS, timm_models.default_cfgs]
+    else:
+        registries = REGISTRIES
+    before = [dict(registry) for registry in registries]
     yield importlib.import_module('toy_family')
     del sys.modules['toy_family']
-    for registry, content in zip(REGISTRIES, before):
+    for registry, content in zip(registries, before):
         registry.clear()
         registry.update(content)
 
@@ -110,6 +116,38 @@ def test_layer_decay():
     # 3 + ceil(2 / 3) layers: the stem has number 0, the output norms 5.
     assert rates[id(model.downsample_layers[0][0].weight)] == 0.5**5
     assert rates[id(model.norm3.weight)] == 1
+
+
+def test_classifies_in_timm():
+    """Batch norm, average, linear layer, by official names; the images are those of the published accuracy."""
+    timm = pytest.importorskip('timm')
+    model = random_(timm.create_model('toy_tiny')).eval()
+    assert model.layer_scale_init_value == 1e-6
+    official = to_official(model.state_dict())
+    assert {'last_norm.running_var', 'classifier.bias', 'levels.0.blocks.0.dw.weight'} <= official.keys()
+    twin = timm.create_model('toy_tiny').eval()
+    report = load_pretrained(twin, {'model': official})
+    assert not report.dropped and not report.newly_initialized
+    backbone = MODELS.build(dict(type='Toy', out_norm=False)).eval()
+    load_pretrained(backbone, {'model': official})
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        norm = [official[f'last_norm.{key}'] for key in ('running_mean', 'running_var', 'weight', 'bias')]
+        last = torch.nn.functional.batch_norm(backbone(images)[-1], *norm, eps=1e-5)
+        scores = last.mean((2, 3)) @ official['classifier.weight'].T + official['classifier.bias']
+        torch.testing.assert_close(twin(images), scores)
+        torch.testing.assert_close(twin.forward_features(images), last)
+        torch.testing.assert_close(twin.forward_intermediates(images, 1, norm=True, intermediates_only=True)[0], last)
+    cfg = timm.get_pretrained_cfg('toy_tiny')
+    assert (cfg.tag, cfg.file, cfg.input_size, cfg.pool_size, cfg.crop_pct) == (
+        'in1k',
+        'toy_t_in1k',
+        (3, 96, 96),
+        (3, 3),
+        1.0,
+    )
+    groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups['norm.weight'] == groups['stages.3.0.mix.weight'] < groups['head.weight']
 
 
 def test_masks():
