@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildPy(build_py):
-    """Adds the configs, their index and the tools as ``slak_mm/.mim``, where OpenMMLab's packages have theirs.
+    """Adds benchmarks, configs, their index and the tools as ``slak_mm/.mim``, where OpenMMLab's packages have theirs.
 
     They are copied into the build folder. An editable install gets links to those of the checkout.
     """
@@ -49,7 +49,7 @@ class BuildPy(build_py):
     def _link():
         folder = ROOT / 'slak_mm' / '.mim'
         folder.mkdir(exist_ok=True)
-        for name in ('configs', 'model-index.yml', 'tools'):
+        for name in ('benchmarks', 'configs', 'model-index.yml', 'tools'):
             (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(Path('..', '..', name))
 
@@ -57,7 +57,9 @@ class BuildPy(build_py):
     def _mim_files():
         names = [ROOT / 'model-index.yml']
         names += [
-            path for pattern in ('configs/**/*.py', 'configs/*.yml', 'tools/**/*.py') for path in ROOT.glob(pattern)
+            path
+            for pattern in ('benchmarks/*.py', 'configs/**/*.py', 'configs/*.yml', 'tools/**/*.py')
+            for path in ROOT.glob(pattern)
         ]
         # Set-up of a checkout has no place in an installed package.
         return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name != 'setup_env.py']

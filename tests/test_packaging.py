@@ -125,7 +125,7 @@ def test_modules_and_type_marker(source, contents):
 def test_configs_and_tools_are_where_mim_looks(source, contents):
     index = yaml.safe_load(contents['slak_mm/.mim/model-index.yml'])
     paths = [source / 'model-index.yml', *source.glob('configs/*.yml'), *source.glob('configs/**/*.py')]
-    paths += source.glob('tools/**/*.py')
+    paths += [*source.glob('tools/**/*.py'), *source.glob('benchmarks/*.py')]
     expected = {f'slak_mm/.mim/{path.relative_to(source)}' for path in paths}
     expected -= {'slak_mm/.mim/tools/setup_env.py'}
     assert {name for name in contents if '/.mim/' in name} == expected
@@ -138,7 +138,7 @@ def test_an_editable_install_finds_the_files_of_the_checkout(source, tmp_path):
     pip('install --no-deps --no-build-isolation --no-index --target', tmp_path / 'site', '--editable', source)
     mim = source / 'slak_mm' / '.mim'
     try:
-        for name in ('configs', 'tools', 'model-index.yml'):
+        for name in ('benchmarks', 'configs', 'tools', 'model-index.yml'):
             assert (mim / name).is_symlink() and (mim / name).resolve() == source / name
         code = 'from slak_mm.bases import own_folder; print(own_folder())'
         output = run('-W', 'ignore', '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(source)})

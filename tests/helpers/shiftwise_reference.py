@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slak_mm.benchmarks.shifted_sum import activation_space, shift_and_add
+from benchmarks.shifted_sum import activation_space, shift_and_add
 
 __all__ = ['activation_space', 'draw_tables', 'shift_and_add']
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slak_mm.benchmarks import op
-from slak_mm.benchmarks.common import plot_bars, worst_difference
-from slak_mm.benchmarks.peak import measure_peak
+from benchmarks import op
+from benchmarks.common import plot_bars, worst_difference
+from benchmarks.peak import measure_peak
 from slak_mm.ops import BACKENDS
 
 

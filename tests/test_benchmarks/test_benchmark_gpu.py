@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import TINY_ARCH
 
-from slak_mm.benchmarks import gpu, model, op
+from benchmarks import gpu, model, op
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from conftest import TINY_ARCH
 from mmengine.registry import MODELS
 
-from slak_mm.benchmarks import model
-from slak_mm.benchmarks.peak import measure_peak
+from benchmarks import model
+from benchmarks.peak import measure_peak
 from slak_mm.models.shiftwise import ShiftWiseConv
 
 OURS = [name for name in model.NETWORKS if name.startswith(('SLaK', 'ShiftWise'))]

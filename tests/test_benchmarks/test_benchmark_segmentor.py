@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slak_mm.benchmarks import segmentor
-from slak_mm.benchmarks.model import OfficialSLaK
+from benchmarks import segmentor
+from benchmarks.model import OfficialSLaK
 
 pytest.importorskip('mmseg')
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slak_mm.benchmarks import sparse
+from benchmarks import sparse
 from slak_mm.models import ShiftWise, SLaK
 from slak_mm.sparsity import SparseTraining
 

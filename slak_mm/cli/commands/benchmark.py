@@ -14,9 +14,14 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import sys
 
 from slak_mm import cli
-from slak_mm.benchmarks import gpu, model, op, segmentor, sparse
+from slak_mm.bases import own_folder
+
+# The measurements stand beside the configs: in the checkout, or in `.mim` of an installed package.
+sys.path.insert(0, str(own_folder()))
+from benchmarks import gpu, model, op, segmentor, sparse  # noqa: E402
 
 COMMANDS = (op, model, segmentor, sparse, gpu)
 

@@ -187,7 +187,7 @@ class Case:
 
 
 def peak_step(*, contender: str, size: Sequence[int], **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~peak.measure_peak` measures: a contender, with further arguments of :class:`Case`."""
+    """What :func:`~benchmarks.peak.measure_peak` measures: a contender, with further arguments of :class:`Case`."""
     Case(contender, (64, 64), **{**options, 'batch': 2}).step()
     return Case(contender, size, **options).step
 
@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~common.check_arguments` refuses, or timm is not installed; or, after
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, or timm is not installed; or, after
             everything else, a network disagreed.
     """
     common.check_arguments(args)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~common.check_arguments` refuses, the config has no such backbone, or
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses, the config has no such backbone, or
             the contenders disagree.
         ConfigOverrideError: The config cannot be read or built.
     """

@@ -218,7 +218,7 @@ def matrix_product_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def peak_step(*, contender: str, passing: str, **options: Any) -> Callable[[], list[Tensor]]:
-    """What :func:`~peak.measure_peak` measures: a contender's pass, with arguments of :class:`Case`."""
+    """What :func:`~benchmarks.peak.measure_peak` measures: a contender's pass, with arguments of :class:`Case`."""
     Case(**{**options, 'size': (128, 128), 'batch': 1, 'channels': 8}).step(contender, passing)()
     return Case(**options).step(contender, passing)
 
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """Measure, and yield the lines of the report.
 
     Raises:
-        BenchmarkError: What :func:`~common.check_arguments` refuses;
+        BenchmarkError: What :func:`~benchmarks.common.check_arguments` refuses;
             or, after everything else, a contender disagreed with the reference.
     """
     common.check_arguments(args)

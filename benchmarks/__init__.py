@@ -6,5 +6,5 @@ A sub-command is a module with two functions::
     run(args) -> Iterator[str]      measures, and yields the lines of its report as they come
 
 What a user can cause, and a result that disagrees with its reference, is a
-:class:`~slak_mm.benchmarks.common.BenchmarkError`.
+:class:`~benchmarks.common.BenchmarkError`.
 """
