@@ -18,7 +18,7 @@ COMMANDS = {
     },
     'Data and weights': {
         'data': ('prepare_data', 'download, unpack and verify data sets'),
-        'imagenet': ('imagenet', 'ImageNet accuracy of a checkpoint with its head, beside the published one'),
+        'imagenet': ('imagenet', 'measure the ImageNet accuracy of a checkpoint, beside the published one'),
         'checkpoint': ('checkpoint', 'look into checkpoints, convert their names, list the published ones'),
         'export': ('export', 'write ONNX, TorchScript or an exported program'),
     },
@@ -49,7 +49,7 @@ def main() -> None:
     if name == 'help' and arguments:
         name, arguments = arguments[0], ['--help']
     if name in ('help', '-h', '--help'):
-        print(manual())
+        cli.run_tool(lambda: print(manual()))
     elif name == '--version':
         print(__version__)
     elif name not in MODULES:

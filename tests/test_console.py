@@ -41,7 +41,7 @@ def test_every_tool_is_a_command_and_every_command_a_tool():
 
 def test_help_has_a_line_for_each_command_and_names_the_configs(call):
     code, out, _ = call('--help')
-    assert code is None and call()[1] == call('help')[1] == out
+    assert code == 0 and call()[1] == call('help')[1] == out
     assert [len(re.findall(f'^  {name} +[a-z].{{10}}', out, re.MULTILINE)) for name in COMMANDS] == [1] * len(COMMANDS)
     assert max(map(len, out.splitlines())) <= 100
     assert {path.stem for path in (ROOT / 'configs').glob('*.py')} <= set(re.findall(r'\w+', out))

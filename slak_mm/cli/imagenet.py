@@ -46,7 +46,7 @@ ALL_IMAGES = 50_000
 class Network:
     """A classifier with its weights, and what is published about it."""
 
-    model: nn.Module
+    model: Any
     name: str  # in timm
     published: dict[str, float] = field(default_factory=dict)  # top-1 in percent, by the zoo names that it may be
 
