@@ -230,7 +230,8 @@ def assert_same(ours, theirs, place=''):
 
 
 def load_tool(name):
-    """The module with the body of a tool."""
+    """The module with the body of a tool, made anew: what a test replaces in the package is in it."""
+    sys.modules.pop(f'slak_mm.cli.commands.{name}', None)
     return importlib.import_module(f'slak_mm.cli.commands.{name}')
 
 
