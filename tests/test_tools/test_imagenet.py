@@ -176,7 +176,7 @@ def small(monkeypatch, tmp_path, **content):
     from slak_mm import timm_models
 
     kind, _ = timm_models.NETWORKS['slak_tiny']
-    arguments = {key: SMALL[key] for key in ('arch', 'kernel_sizes', 'small_kernel', 'width_factor')}
+    arguments = dict(arch=SMALL['arch'], kernel_sizes=(13, 11, 9, 7), small_kernel=3, width_factor=1.0)
     monkeypatch.setitem(timm_models.NETWORKS, 'slak_tiny', (kind, arguments))
     return random_(kind(**arguments, **content)).eval()
 
