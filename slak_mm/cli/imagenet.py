@@ -248,7 +248,7 @@ def evaluate(
         ``images``, ``correct1`` and ``correct5`` as numbers, ``top1`` and ``top5`` in percent, ``images_per_second``.
     """
     model = model.to(device).eval()
-    if device.type == 'cpu':
+    if device.type == 'cpu' and not isinstance(model, LargeKernelBackbone):  # whose operators choose their own layouts
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = create_loader(
         images,
