@@ -137,6 +137,11 @@ def test_folders_that_do_not_fit(data, tmp_path):
             imagenet.LabelledImages(root, 1000)
 
 
+def test_data_are_looked_for_before_weights(monkeypatch):
+    with pytest.raises(imagenet.ConfigOverrideError, match=r'There is no missing/val\.'):
+        run(monkeypatch, 'slak_t_in1k_300e', '--data', 'missing/val')
+
+
 def test_a_damaged_image_is_named(data, tmp_path):
     """It is not passed over, as timm's own data set does: the accuracy would be that of other images."""
     (tmp_path / 'n01440764').mkdir()
