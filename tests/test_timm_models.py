@@ -22,7 +22,7 @@ from slak_mm.cost import count  # noqa: E402
 
 BACKBONES = {'slak_tiny': 'SLaK', 'shiftwise_tiny': 'ShiftWise'}
 NAMES = list(BACKBONES)
-ARCH = {key: SMALL[key] for key in ('arch', 'kernel_sizes', 'small_kernel', 'width_factor')}
+ARCH = dict(arch=SMALL['arch'], kernel_sizes=(13, 11, 9, 7), small_kernel=3, width_factor=1.0)
 DIMS = list(ARCH['arch']['dims'])
 
 
@@ -94,7 +94,7 @@ def test_forward_and_backward(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_is_an_average_a_norm_and_a_linear_layer(name):
     model = create(name, num_classes=5)
-    plain = MODELS.build(dict(type=BACKBONES[name], **SMALL, out_norm=False)).eval()
+    plain = MODELS.build(dict(type=BACKBONES[name], **ARCH, out_norm=False)).eval()
     load_pretrained(plain, model.state_dict())
     x = images(h=70)
     with torch.no_grad():

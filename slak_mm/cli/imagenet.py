@@ -29,6 +29,7 @@ from slak_mm.checkpoints import (
     find_model,
     join_head,
     likely_causes,
+    load_foreign,
     load_pretrained,
     read_checkpoint,
     unwrap,
@@ -67,14 +68,15 @@ def load_network(source: str, name: str | None = None, use_ema: bool = False) ->
     info = None if is_file else find_model(source) or _published_as(source)
     if not is_file and info is None and timm.is_model(source.partition('.')[0]):
         return Network(_create(source, pretrained=True), source)
-    if is_file and name and name.partition('.')[0] not in timm_models.NETWORKS:
-        return Network(_create(name, checkpoint_path=source), name)
     if info is not None:
         if info.name not in timm_models.NAMES:
             raise ConfigOverrideError(f'{info.name} is a checkpoint for {info.task}, without an ImageNet classifier.')
         source, name = info.name, timm_models.NAMES[info.name]
-    checkpoint = read_checkpoint(source)
-    weights = unwrap(checkpoint, 'ema' if use_ema else 'model').state_dict
+    weights = unwrap(read_checkpoint(source), 'ema' if use_ema else 'model').state_dict
+    if name and name.partition('.')[0] not in timm_models.NETWORKS:
+        model = _create(name)
+        load_foreign(model, dict(state_dict=weights), source)
+        return Network(model, name)
     variant = describe(convert_state_dict(join_head(weights))[0])
     name = name or _network_of(variant)
     if variant.family != 'unknown' and not variant.num_classes:
@@ -84,7 +86,7 @@ def load_network(source: str, name: str | None = None, use_ema: bool = False) ->
             f'{source} is of none of the known networks, but {variant}. If timm has it, name it with --model.'
         )
     model = _create(name, num_classes=variant.num_classes, deploy=variant.deploy)
-    load_pretrained(model, checkpoint, use_ema=use_ema)
+    load_pretrained(model, source, use_ema=use_ema)
     network = timm_models.NETWORKS[name.partition('.')[0]]
     infos = [
         ZOO[zoo]
@@ -246,7 +248,7 @@ def evaluate(
         ``images``, ``correct1`` and ``correct5`` as numbers, ``top1`` and ``top5`` in percent, ``images_per_second``.
     """
     model = model.to(device).eval()
-    if device.type == 'cpu':
+    if device.type == 'cpu' and not isinstance(model, LargeKernelBackbone):  # whose operators choose their own layouts
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = create_loader(
         images,

@@ -137,6 +137,11 @@ def test_folders_that_do_not_fit(data, tmp_path):
             imagenet.LabelledImages(root, 1000)
 
 
+def test_data_are_looked_for_before_weights(monkeypatch):
+    with pytest.raises(imagenet.ConfigOverrideError, match=r'There is no missing/val\.'):
+        run(monkeypatch, 'slak_t_in1k_300e', '--data', 'missing/val')
+
+
 def test_a_damaged_image_is_named(data, tmp_path):
     """It is not passed over, as timm's own data set does: the accuracy would be that of other images."""
     (tmp_path / 'n01440764').mkdir()
@@ -176,7 +181,7 @@ def small(monkeypatch, tmp_path, **content):
     from slak_mm import timm_models
 
     kind, _ = timm_models.NETWORKS['slak_tiny']
-    arguments = {key: SMALL[key] for key in ('arch', 'kernel_sizes', 'small_kernel', 'width_factor')}
+    arguments = dict(arch=SMALL['arch'], kernel_sizes=(13, 11, 9, 7), small_kernel=3, width_factor=1.0)
     monkeypatch.setitem(timm_models.NETWORKS, 'slak_tiny', (kind, arguments))
     return random_(kind(**arguments, **content)).eval()
 

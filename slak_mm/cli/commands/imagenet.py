@@ -57,6 +57,9 @@ def main() -> None:
     except ImportError as error:
         raise ConfigOverrideError(f'This needs timm and tqdm, pip install "slak-mm[timm]": {error}.') from error
     device = cli.usable_device(args.device)
+    for path in filter(None, (args.data, args.labels)):  # before a download
+        if not Path(path).exists():
+            raise ConfigOverrideError(f'There is no {path}.')
     network = imagenet.load_network(args.checkpoint, args.model, args.use_ema)
     labels = Path(args.labels) if args.labels else None
     images = imagenet.LabelledImages(Path(args.data), network.model.num_classes, labels)
