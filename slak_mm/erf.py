@@ -286,7 +286,7 @@ def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str
     Args:
         maps: Contributions (H, W) by the name of the network, at least one.
         official: Draw what the published rule looks at, and its squares. Defaults to False.
-        title: Written above. Defaults to nothing.
+        title: Written above what the squares are. Defaults to nothing.
 
     Returns:
         RGB image (H, W, 3), uint8.
@@ -303,7 +303,7 @@ def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str
     shown = {name: np.log10(1 + scores) if official else scores for name, scores in maps.items()}
     maxima = {name: float(scores.max()) for name, scores in shown.items()}
     rows = 1 if len(maps) == 1 else 2
-    figure = Figure(figsize=(3.1 * len(maps) + 0.9, 3.5 * rows + 0.6), dpi=100, layout='constrained')
+    figure = Figure(figsize=(3 * len(maps) + 0.9, 3.2 * rows + 0.85), dpi=100, layout='constrained')
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(maps), squeeze=False)
     image = None
@@ -311,26 +311,23 @@ def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str
         image = axis.imshow(scores / (maxima[name] or 1), norm=scale(1), cmap='magma')
         row, column = (double / 2 for double in _double_center(scores, official))
         texts = []
-        for threshold, square in zip(THRESHOLDS, area_ratios(maps[name], official=official)):
-            if square is None:
-                texts.append(f'{threshold:.0%}: –')
-                continue
-            side, ratio = square
-            texts.append(f'{threshold:.0%}: {ratio:.1%}')
+        for square in area_ratios(maps[name], official=official):
+            texts.append('–' if square is None else f'{square[1]:.1%}')
+            side = square[0] if square else 0
             corner = column - side / 2, row - side / 2
-            axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor='white', linewidth=0.8, alpha=0.9))
+            axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor='white', linewidth=0.9))
         axis.set_title(name, fontsize=11)
-        axis.set_xlabel('area of  ' + ',  '.join(texts), fontsize=7)
-    _color_bar(figure, image, axes[0], 'log10(x + 1), ' * official + "fraction of each map's maximum")
+        axis.set_xlabel(f'area of squares: {", ".join(texts)}', fontsize=8)
+    _color_bar(figure, image, axes[0], 'log10(x + 1), ' * official + 'fraction of own maximum')
     if rows > 1:
         for scores, axis in zip(shown.values(), axes[1]):
             image = axis.imshow(scores, norm=scale(max(maxima.values())), cmap='magma')
-        _color_bar(figure, image, axes[1], 'log10(x + 1), one scale' if official else 'share of the contributions')
+        _color_bar(figure, image, axes[1], 'log10(x + 1), one scale' if official else 'share per pixel, one scale')
     for axis in axes.ravel():
         axis.set_xticks([])
         axis.set_yticks([])
-    if title:
-        figure.suptitle(title, fontsize=11)
+    thresholds = ', '.join(f'{threshold:.0%}' for threshold in THRESHOLDS)
+    figure.suptitle(f'{title}\nSquares hold {thresholds} of all contributions.'.strip(), fontsize=10)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

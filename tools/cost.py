@@ -9,14 +9,17 @@ Examples:
     python tools/cost.py configs/upernet_slak_t_ade20k.py --size 512x512
     python tools/cost.py slak_t_in1k_300e --sparsity 0.4 --distribution erk
     python tools/cost.py configs/upernet_slak_t_ade20k.py --checkpoint work_dirs/iter_160000.pth
+    python tools/cost.py scaling --plot scaling.png         # against the kernel size; see scaling --help
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mmengine.logging import MMLogger
 
@@ -30,6 +33,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def parse_args() -> argparse.Namespace:
+    if sys.argv[1:2] == ['scaling']:
+        return scaling().parse_args(sys.argv[2:])
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     what = 'config files, or zoo names of ImageNet checkpoints (default: all)'
@@ -47,8 +52,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def scaling() -> Any:
+    """The module that counts and measures against the kernel size, which only a checkout has."""
+    root = str(CONFIGS.parent)
+    sys.path[:0] = [root] if root not in sys.path else []
+    try:
+        from benchmarks import scaling as module
+    except ImportError as error:
+        raise ConfigOverrideError('"scaling" needs a checkout of the project, with its benchmarks.') from error
+    return module
+
+
 def main() -> None:
     args = parse_args()
+    if sys.argv[1:2] == ['scaling']:
+        MMLogger.get_current_instance().setLevel('WARNING')
+        for line in scaling().run(args):
+            print(line, flush=True)
+        return
     if args.checkpoint and len(args.networks) != 1:
         raise ConfigOverrideError('--checkpoint belongs to one network: name its config.')
     networks = args.networks or [
