@@ -104,10 +104,16 @@ def _strided_layers(model: nn.Module) -> Iterator[_Strided]:
     found: _Strided = []
 
     def note(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        found.append((inputs[0].shape[-2:], output.shape[-2:], layer))
+        if inputs:
+            found.append((inputs[0].shape[-2:], output.shape[-2:], layer))
 
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, kinds)]
+    def is_strided(layer: Any) -> bool:
+        if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            return False
+        return layer.stride not in (1, (1, 1))
+
+    # Others stay without hooks, with which backbones of this package would not use their own operator.
+    handles = [layer.register_forward_hook(note) for layer in model.modules() if is_strided(layer)]
     try:
         yield found
     finally:
@@ -135,7 +141,7 @@ def _cell_center(strided: _Strided, axis: int, size: int, cells: int, index: int
         )
         reach = dilation * (kernel - 1) + 1
         # TensorFlow's kind of padding depends on the size, with the odd pixel behind.
-        padding = padding or max((behind - 1) * step + reach - length, 0) // 2
+        padding = padding if padding and padding != 'valid' else max((behind - 1) * step + reach - length, 0) // 2
         offset += stride * ((reach - 1) / 2 - padding)
         stride *= step
         length = behind

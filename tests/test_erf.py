@@ -1,12 +1,13 @@
 """Effective receptive fields, against results of the published scripts, identities and slow ways."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_helpers import SMALL, random_
+from backbone_helpers import SMALL, build, random_
 from reference import Goldens, input_for, weight_for
 from torch import nn
 
@@ -202,7 +203,7 @@ def test_errors():
     with pytest.raises(ValueError, match='one size'):
         contribution_map(nn.Conv2d(3, 4, 3), [torch.rand(3, 32, 32), torch.rand(3, 32, 40)])
     with pytest.raises(ValueError, match='all 1 images were left out'):
-        contribution_map(nn.Conv2d(3, 4, 3), torch.full((1, 3, 32, 32), torch.nan))
+        contribution_map(nn.Sequential(nn.GELU(), nn.Conv2d(3, 4, 3)), torch.full((1, 3, 32, 32), torch.nan))
     for wrong in (np.ones(3), -np.ones((3, 3)), np.full((3, 3), np.nan)):
         with pytest.raises(ValueError, match=r'shape \(H, W\)'):
             area_ratios(wrong)
@@ -217,3 +218,14 @@ def test_picture(official):
     assert one.dtype == np.uint8 and one.shape[2] == 3
     assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] > 1.5 * one.shape[1]
     assert draw_maps(dict(empty=np.zeros((8, 8))), official).any()
+
+
+@pytest.mark.parametrize('name', ['slak', 'shiftwise2'])
+def test_large_kernels_are_computed_by_the_operator(name, monkeypatch):
+    """They are not where a layer has a hook, which is many times slower."""
+    calls = []
+    module = sys.modules[type(build(name)).__module__]
+    operator = module.cross_dwconv2d
+    monkeypatch.setattr(module, 'cross_dwconv2d', lambda *args, **kwargs: calls.append(1) or operator(*args, **kwargs))
+    contribution_map(build(name), torch.rand(1, 3, 64, 64))
+    assert len(calls) == sum(SMALL['arch']['depths'])

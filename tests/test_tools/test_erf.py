@@ -127,7 +127,7 @@ def test_official_images_are_those_of_image_folder(folder):
         ([TINY, TINY], 'Two networks are named tiny'),
         ([TINY + ' in_channels=4'], 'tiny cannot be evaluated on an RGB image of 64x64'),
         ([TINY, '--images', 'nowhere'], 'There is no image or folder "nowhere"'),
-        ([TINY, '--images', 'docs'], '"docs" has no images'),
+        ([TINY, '--images', 'configs'], '"configs" has no images'),
     ],
 )
 def test_errors(run, arguments, message):
