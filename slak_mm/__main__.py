@@ -24,6 +24,7 @@ COMMANDS = {
     },
     'Measure': {
         'cost': ('cost', 'parameters and FLOPs, beside the published ones'),
+        'erf': ('erf', 'effective receptive fields, as pictures and area ratios'),
         'benchmark': ('benchmark', 'time and memory beside what this package replaces'),
     },
     'Try': {'demo': ('demo', 'train, test and draw on a small generated data set')},

@@ -1,7 +1,10 @@
 """Where an installed OpenMMLab framework keeps its base configs, and this package its own."""
 
+import importlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 
 def own_folder() -> Path:
@@ -13,6 +16,13 @@ def own_folder() -> Path:
     package = Path(__file__).resolve().parent
     index = package / '.mim' / 'model-index.yml'  # in an editable install, a link to that of the checkout
     return index.resolve().parent if index.is_file() else package.parent
+
+
+def benchmark(name: str) -> ModuleType:
+    """Import a module of ``benchmarks``, which is beside the configs."""
+    if str(own_folder()) not in sys.path:
+        sys.path.insert(0, str(own_folder()))
+    return importlib.import_module(f'benchmarks.{name}')
 
 
 def framework_configs(package: str, *names: str) -> list[str]:

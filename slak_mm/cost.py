@@ -29,7 +29,7 @@ from slak_mm.cli import ConfigOverrideError
 from slak_mm.models import LargeKernelBackbone, LargeKernelLayer
 from slak_mm.models.base import num_masked
 
-__all__ = ['DEFAULT_SIZES', 'Cost', 'count']
+__all__ = ['DEFAULT_SIZES', 'Cost', 'count', 'count_backbone', 'saved_for_backward']
 
 #: Height and width of the image by task, as published.
 DEFAULT_SIZES = dict(classification=(224, 224), segmentation=(512, 2048), detection=(800, 1280))
@@ -251,6 +251,42 @@ def count(
             f'{type(model).__name__} does not compute its heads from the features alone, or '
             f'needs values ({cli.reason(error)}).'
         ) from error
+
+
+def count_backbone(
+    backbone: Mapping[str, Any], size: tuple[int, int] = DEFAULT_SIZES['classification'], *, sparsity: float = 0.0
+) -> Cost:
+    """Count a backbone of this package by its arguments, with the head of ImageNet classification.
+
+    Args:
+        backbone: Arguments and ``type``.
+        size: Height and width of the image. Default: (224, 224).
+        sparsity: Fraction of masked weights, the same in every layer. Default: 0.
+
+    Raises:
+        ConfigOverrideError: The sparsity is not from 0 to below 1.
+    """
+    with torch.device('meta'):
+        model = _Classifier(dict(backbone, norm_cfg=dict(type='BN'))).eval()
+    masks = f'sparsity {sparsity:g}, uniform' if sparsity else 'none'
+    return _measure(Cost(backbone['type'], size, masks=masks), model, _drawn_masks(model.backbone, sparsity, 'uniform'))
+
+
+def saved_for_backward(model: nn.Module, image: Tensor) -> int:
+    """Bytes of the tensors that a forward pass in training mode keeps for the backward pass, without the weights."""
+    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}  # references, or an address could be another storage's later on
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = model.train()(image)
+        del result
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _zeros_of(model: nn.Module, source: str | os.PathLike) -> dict[str, int | Tensor]:

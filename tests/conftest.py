@@ -28,6 +28,7 @@ MARKED = {
         'tests/test_swap.py',
         'tests/test_checkpoints/test_reader.py::test_every_process_hears_of_a_failure',
         'tests/test_cost.py',
+        'tests/test_erf.py::test_published_contributions',
         'tests/test_cli/test_prepare_data.py',
         'tests/test_metafiles.py',
         'tests/test_checkpoints/test_reader.py::test_small_files_that_ask_for_much',

@@ -1,12 +1,14 @@
-"""Condense the reference results of the official code into {slak,shiftwise,sparse}_goldens.npz.
+"""Condense the reference results of the official code into {slak,shiftwise,sparse,erf}_goldens.npz.
 
-Usage: python tests/data/make_goldens.py REFERENCE_FOLDER
+Usage: python tests/data/make_goldens.py REFERENCE_FOLDER [SECOND_REFERENCE_FOLDER]
 
 The reference folder holds outputs of the official implementations (github.com/VITA-Group/SLaK at
 44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b), run in float64 with weights and inputs given
 by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
 and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
 names and shapes of its networks a hash. The results of sparse training are small and kept whole.
+The second folder has those of the published scripts for effective receptive fields
+(github.com/DingXiaoH/RepLKNet-pytorch at b76808a), run on synthetic maps and on networks.
 """
 
 import hashlib
@@ -76,7 +78,23 @@ def sparse_training(reference: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def main(reference: Path) -> None:
+def receptive_fields(reference: Path) -> dict[str, np.ndarray]:
+    """Contributions of networks, their sum, and sides and ratios by RepLKNet's rule, -1 where there is none."""
+    condensed = condense(reference, 'erf_*.npz')
+    for file in sorted((reference / 'goldens').glob('erf_*.npz')):
+        source = np.load(file)
+        condensed[f'{file.stem}/total'] = source['total']
+        condensed[f'{file.stem}/squares'] = np.stack([source['side:replknet'], source['ratio:replknet']], 1)
+    synthetic = json.loads((reference / 'goldens' / 'erf_synthetic.json').read_text())['maps']
+    for name, entry in synthetic.items():
+        # (height, width, offset of the center, kind, amplitude, deviations, noise, seed)
+        condensed[f'{name}/formula'] = np.array([str(value) for value in entry['params']])
+        squares = [square or (-1, -1) for square in entry['side_and_ratio']['replknet']]
+        condensed[f'{name}/squares'] = np.array(squares, np.float64)
+    return condensed
+
+
+def main(reference: Path, second: Path | None = None) -> None:
     arrays = {
         'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
         'shiftwise': {
@@ -92,10 +110,12 @@ def main(reference: Path) -> None:
         },
         'sparse': sparse_training(reference),
     }
+    if second is not None:
+        arrays['erf'] = receptive_fields(second)
     for family, condensed in arrays.items():
         path = Path(__file__).with_name(f'{family}_goldens.npz')
         np.savez_compressed(path, **condensed)
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

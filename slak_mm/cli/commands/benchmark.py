@@ -14,23 +14,18 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import sys
 
 from slak_mm import cli
-from slak_mm.bases import own_folder
+from slak_mm.bases import benchmark
 
-# The measurements stand beside the configs: in the checkout, or in `.mim` of an installed package.
-sys.path.insert(0, str(own_folder()))
-from benchmarks import gpu, model, op, segmentor, sparse  # noqa: E402
-
-COMMANDS = (op, model, segmentor, sparse, gpu)
+COMMANDS = ('op', 'model', 'segmentor', 'sparse', 'gpu')
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for name in COMMANDS:
+        benchmark(name).add_parser(commands)
     return parser.parse_args()
 
 

@@ -8,12 +8,14 @@ Examples:
     slak-mm cost upernet_slak_t_ade20k --size 512x512
     slak-mm cost slak_t_in1k_300e --sparsity 0.4 --distribution erk
     slak-mm cost upernet_slak_t_ade20k --checkpoint work_dirs/iter_160000.pth
+    slak-mm cost scaling --plot scaling.png         # against the kernel size; see scaling --help
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,12 +24,15 @@ from mmengine.logging import MMLogger
 from slak_mm import cli
 from slak_mm._config import config_names
 from slak_mm._tables import table
+from slak_mm.bases import benchmark
 from slak_mm.checkpoints import CONVENTIONS, ZOO
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.cost import Cost, count
 
 
 def parse_args() -> argparse.Namespace:
+    if sys.argv[1:2] == ['scaling']:
+        return benchmark('scaling').parse_args(sys.argv[2:])
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     what = 'config files, or zoo names of ImageNet checkpoints (default: all)'
@@ -47,14 +52,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    # What replaces SyncBN and the like is of no concern here.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    if sys.argv[1:2] == ['scaling']:
+        for line in benchmark('scaling').run(args):
+            print(line, flush=True)
+        return
     if args.checkpoint and len(args.networks) != 1:
         raise ConfigOverrideError('--checkpoint belongs to one network: name its config.')
     networks = args.networks or [
         *(info.name for info in ZOO.values() if info.task == 'classification'),
         *config_names(),
     ]
-    # What replaces SyncBN and the like is of no concern here.
-    MMLogger.get_current_instance().setLevel('WARNING')
     masks = dict(checkpoint=args.checkpoint, sparsity=args.sparsity, distribution=args.distribution)
     costs = [count(name, args.size, **masks) for name in networks]
     notes = [key for key in CONVENTIONS if any(cost.published and cost.published.counted == key for cost in costs)]
