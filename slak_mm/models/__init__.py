@@ -3,6 +3,7 @@
 from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, registered_backbones, switch_to_deploy
 from .shiftwise import ShiftWise
 from .slak import SLaK
+from .unireplknet import UniRepLKNet
 
 __all__ = [
     'KernelCost',
@@ -10,6 +11,7 @@ __all__ = [
     'LargeKernelLayer',
     'SLaK',
     'ShiftWise',
+    'UniRepLKNet',
     'registered_backbones',
     'switch_to_deploy',
 ]

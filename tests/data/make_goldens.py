@@ -1,12 +1,13 @@
-"""Condense the reference results of the official code into {slak,shiftwise,sparse}_goldens.npz.
+"""Condense the reference results of the official code into {slak,shiftwise,sparse,unireplknet}_goldens.npz.
 
-Usage: python tests/data/make_goldens.py REFERENCE_FOLDER
+Usage: python tests/data/make_goldens.py REFERENCE_FOLDER REFERENCE_FOLDER_2
 
-The reference folder holds outputs of the official implementations (github.com/VITA-Group/SLaK at
-44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b), run in float64 with weights and inputs given
-by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
-and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
-names and shapes of its networks a hash. The results of sparse training are small and kept whole.
+The reference folders hold outputs of the official implementations (github.com/VITA-Group/SLaK at
+44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b; in the second github.com/AILab-CVC/UniRepLKNet
+at b5677d8), run in float64 with weights and inputs given by formula (tests/helpers/reference.py). Of
+each array this keeps at most LIMIT values at equal distances, and the mean and standard deviation of
+all of them; of the index tables of ShiftWise and of the names and shapes of networks a hash. The
+results of sparse training and JSON files are small and kept whole.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 300
+WHOLE = ('out', 'kernel', 'bias')  # arrays that are not strided in the reference
 
 
 def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
@@ -27,7 +29,7 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
         names = [
             n
             for n in source.files
-            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n == 'out'
+            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n in WHOLE
         ]
         for name in names:
             values = source[name].reshape(-1)
@@ -43,7 +45,7 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
 
 
 def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
-    """Hashes of index tables, ghost channels, and names and shapes of whole networks."""
+    """Hashes of index tables and ghost channels."""
     condensed: dict[str, np.ndarray] = {}
     tables = json.loads((reference / 'goldens' / 'tables.json').read_text())
     condensed['tables'] = np.array(
@@ -60,11 +62,25 @@ def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
             for t in tables['ghost']
         ]
     )
-    for file in sorted((reference / 'manifests').glob('shiftwise_*.json')):
+    return condensed
+
+
+def manifests(reference: Path, pattern: str) -> dict[str, np.ndarray]:
+    """Hashes of names and shapes of whole networks."""
+    condensed: dict[str, np.ndarray] = {}
+    for file in sorted((reference / 'manifests').glob(pattern)):
         manifest = json.loads(file.read_text())
         lines = sorted(f'{key} {shape}' for key, shape, _ in manifest['state_dict'])
         condensed[f'manifest/{file.stem}'] = np.array(hashlib.sha256('\n'.join(lines).encode()).hexdigest())
     return condensed
+
+
+def entries(reference: Path, name: str, family: str) -> np.ndarray:
+    """The entries of a JSON file that begin with the name of a family, as bytes."""
+    content = json.loads((reference / 'goldens' / f'{name}.json').read_text())
+    content = content.get('groups', content)
+    kept = {key: value for key, value in content.items() if key.startswith(family)}
+    return np.frombuffer(json.dumps(kept).encode(), np.uint8)
 
 
 def sparse_training(reference: Path) -> dict[str, np.ndarray]:
@@ -76,7 +92,7 @@ def sparse_training(reference: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def main(reference: Path) -> None:
+def main(reference: Path, reference2: Path) -> None:
     arrays = {
         'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
         'shiftwise': {
@@ -89,8 +105,16 @@ def main(reference: Path) -> None:
                 'equivalent_conv_*',
             ),
             **shiftwise_hashes(reference),
+            **manifests(reference, 'shiftwise_*.json'),
         },
         'sparse': sparse_training(reference),
+        'unireplknet': {
+            **condense(
+                reference2, 'feat_unireplknet*', 'logits_unireplknet*', 'block_train_unireplknet*', 'merged_dilated_*'
+            ),
+            **manifests(reference2, 'unireplknet_*.json'),
+            **{name: entries(reference2, name, 'unireplknet') for name in ('layer_ids', 'merged_stats')},
+        },
     }
     for family, condensed in arrays.items():
         path = Path(__file__).with_name(f'{family}_goldens.npz')
@@ -98,4 +122,4 @@ def main(reference: Path) -> None:
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
