@@ -142,7 +142,7 @@ _ARCHS = {
     'xlarge': dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),
 }
 # Published kernel sizes by depths; the blocks of a stage repeat its row.
-_PATTERNS = {
+_PATTERNS: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {
     (2, 2, 6, 2): ((3,), (13,), (13,), (13,)),
     (2, 2, 8, 2): ((3,), (13,), (13,), (13,)),
     (3, 3, 18, 3): ((3,), (13,), (13, 3), (13,)),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from reference import (
     load_part,
     official_weights,
     training_step,
+    weight_for,
 )
 from torch import nn
 
@@ -118,11 +120,16 @@ def test_merged_kernels(kernel_size, monkeypatch):
     monkeypatch.setitem(DILATED, 5, ((3, 1), (3, 2)))
     case = f'merged_dilated_c4_K{kernel_size}'
     layer = DilatedReparamConv(4, kernel_size, BN)
-    load_part(layer, 'unireplknet', 'eq/', 'stages.0.0.large_kernel.', 'stages.0.0.dwconv.')
+    weights = {}
+    for key, value in layer.state_dict().items():
+        official = key.replace('large.conv', 'lk_origin').replace('large.bn', 'origin_bn')
+        official = re.sub(r'k(\d)_r(\d)\.(conv|bn)', r'dil_\3_k\1_\2', official)
+        weights[key] = weight_for(official, value.shape, 'eq/')
+    layer.load_state_dict(weights)
     layer.double().eval()
     for name, got in zip(('kernel', 'bias'), layer.merged(), strict=True):
         GOLDENS.assert_close(case, name, got, 1e-6)
-    x = input_for((2, 4, 11, 7), 9).double()
+    x = input_for((2, 4, 21, 18) if kernel_size > 13 else (2, 4, 11, 7), 9).double()
     with torch.no_grad():
         GOLDENS.assert_close(case, 'out', layer(x), 1e-6)
         layer.switch_to_deploy()
