@@ -23,6 +23,7 @@ CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
     SLaK=['type=SLaK', 'width_factor=1.0', 'kernel_sizes=(13,11,9,7)', 'small_kernel=3'],
     ShiftWise=['type=ShiftWise', 'kernel_sizes=(13,11,9,7)'],
+    UniRepLKNet=['type=UniRepLKNet', 'kernel_sizes=(3,13,13,13)'],
 )
 # In place of `arch=tiny` and its widths.
 SMALL = ['model.backbone.arch.depths=[1,1,1,1]', f'model.backbone.arch.dims={CHANNELS}']

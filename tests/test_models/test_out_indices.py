@@ -78,8 +78,8 @@ def test_stages_that_are_not_built_explain_nothing(family):
         with pytest.raises(CheckpointMismatch, match='ends with stage 1') as error:
             load(whole, to_official(part.state_dict()))
         assert len(error.value.causes) == 1
-        part = build(family, out_indices=1, branch_norm=False)
-        with pytest.raises(CheckpointMismatch, match='set branch_norm=True') as error:
+        part = build(family, out_indices=1, layer_scale_init_value=0)
+        with pytest.raises(CheckpointMismatch, match='has layer scale') as error:
             load(part, to_official(whole.state_dict()))
         assert len(error.value.causes) == 1
         part = build(family, out_indices=1)
