@@ -232,10 +232,11 @@ def count(
     if not hasattr(model, 'backbone') or not hasattr(model, 'extract_feat'):
         raise ConfigOverrideError(f'{name} describes a {type(model).__name__}, which has no backbone to be counted.')
     model.eval()
-    cost = Cost(name, size or DEFAULT_SIZES[task])
-    if cost.size == DEFAULT_SIZES[task]:
-        # Variants of a config, such as another schedule, have the figures of the config.
-        cost.published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0]) if stem in PUBLISHED), None)
+    # Variants of a config, such as another schedule, have the figures of the config.
+    published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0]) if stem in PUBLISHED), None)
+    usual = published.size if published and published.size else DEFAULT_SIZES[task]
+    cost = Cost(name, size or usual)
+    cost.published = published if cost.size == usual else None
     if checkpoint is not None:
         masked = _zeros_of(model, checkpoint)
         cost.masks = f'zeros of {checkpoint}'

@@ -114,7 +114,7 @@ def register_family(family: Family) -> Family:
         ZOO[info.name] = info
         if 'flops_g' in info.figures:
             PUBLISHED[Path(info.config).stem or info.name] = Published(
-                info.figures['params_m'], info.figures['flops_g'], info.counted, info.source
+                info.figures['params_m'], info.figures['flops_g'], info.counted, info.source, info.size
             )
     return family
 

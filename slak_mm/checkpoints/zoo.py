@@ -28,6 +28,7 @@ class ModelInfo:
             ``box_ap_percent``, ``mask_ap_percent``, ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
+        size: Height and width of the image that the FLOPs are for; None for the usual ones of the task.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelInfo:
     figures: Mapping[str, float] = field(default_factory=dict)
     counted: str = 'all'
     sha256: str | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Published:
     flops_g: float  # multiply-adds, 10^9
     counted: str  # how they were counted, a key of CONVENTIONS
     source: str  # where they are from
+    size: tuple[int, int] | None = None  # of the image; None for the usual one of the task
 
 
 #: Every published checkpoint of the registered families by its name.

@@ -1,10 +1,10 @@
-"""Condense the reference results of the official code into {slak,shiftwise,sparse}_goldens.npz.
+"""Condense the reference results of the official code into {slak,shiftwise,sparse,replknet}_goldens.npz.
 
-Usage: python tests/data/make_goldens.py REFERENCE_FOLDER
+Usage: python tests/data/make_goldens.py REFERENCE_FOLDER REFERENCE_FOLDER_2
 
-The reference folder holds outputs of the official implementations (github.com/VITA-Group/SLaK at
-44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b), run in float64 with weights and inputs given
-by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
+The reference folders hold outputs of the official implementations (the first of github.com/VITA-Group/SLaK at
+44b4aab and github.com/lidc54/shift-wiseConv at 2202e6b, the second of github.com/DingXiaoH/RepLKNet-pytorch at
+b76808a), run in float64 with weights and inputs given by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
 and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
 names and shapes of its networks a hash. The results of sparse training are small and kept whole.
 """
@@ -43,7 +43,7 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
 
 
 def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
-    """Hashes of index tables, ghost channels, and names and shapes of whole networks."""
+    """Hashes of index tables and ghost channels."""
     condensed: dict[str, np.ndarray] = {}
     tables = json.loads((reference / 'goldens' / 'tables.json').read_text())
     condensed['tables'] = np.array(
@@ -60,11 +60,23 @@ def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
             for t in tables['ghost']
         ]
     )
-    for file in sorted((reference / 'manifests').glob('shiftwise_*.json')):
+    return condensed
+
+
+def manifests(reference: Path, pattern: str) -> dict[str, np.ndarray]:
+    """Hashes of names and shapes of whole networks."""
+    condensed: dict[str, np.ndarray] = {}
+    for file in sorted((reference / 'manifests').glob(pattern)):
         manifest = json.loads(file.read_text())
         lines = sorted(f'{key} {shape}' for key, shape, _ in manifest['state_dict'])
         condensed[f'manifest/{file.stem}'] = np.array(hashlib.sha256('\n'.join(lines).encode()).hexdigest())
     return condensed
+
+
+def merged_kernels(reference: Path, network: str) -> dict[str, np.ndarray]:
+    """Mean, deviation and first value of each merged kernel and bias."""
+    stats = json.loads((reference / 'goldens' / 'merged_stats.json').read_text())[network]
+    return {f'merged/{name}': np.array(values[1:]) for name, values in stats.items() if 'lkb_reparam' in name}
 
 
 def sparse_training(reference: Path) -> dict[str, np.ndarray]:
@@ -76,7 +88,7 @@ def sparse_training(reference: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def main(reference: Path) -> None:
+def main(reference: Path, reference2: Path) -> None:
     arrays = {
         'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
         'shiftwise': {
@@ -89,8 +101,14 @@ def main(reference: Path) -> None:
                 'equivalent_conv_*',
             ),
             **shiftwise_hashes(reference),
+            **manifests(reference, 'shiftwise_*.json'),
         },
         'sparse': sparse_training(reference),
+        'replknet': {
+            **condense(reference2, 'feat_replknet*', 'block_train_replknet*'),
+            **manifests(reference2, 'replknet_*.json'),
+            **merged_kernels(reference2, 'replknet_31b structural_reparam'),
+        },
     }
     for family, condensed in arrays.items():
         path = Path(__file__).with_name(f'{family}_goldens.npz')
@@ -98,4 +116,4 @@ def main(reference: Path) -> None:
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -19,6 +19,7 @@ from backbone_helpers import forward_with_stages
 from torch import Tensor
 
 SLAK_GOLDENS = Path(__file__).parents[1] / 'data' / 'slak_goldens.npz'
+REPLKNET_GOLDENS = Path(__file__).parents[1] / 'data' / 'replknet_goldens.npz'
 SHIFTWISE_GOLDENS = Path(__file__).parents[1] / 'data' / 'shiftwise_goldens.npz'
 
 
