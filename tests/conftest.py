@@ -36,6 +36,7 @@ MARKED = {
         'tests/test_models/test_graphs.py',
         'tests/test_models/test_layers.py',
         'tests/test_models/test_out_indices.py',
+        'tests/test_models/test_replknet_parity.py',
         'tests/test_models/test_shiftwise_parity.py',
         'tests/test_models/test_slak_parity.py',
         'tests/test_ops/test_cpu_native.py',

@@ -124,8 +124,8 @@ class RepLKNetVariant(Variant):
     causes = (
         Cause(
             differs('fused'),
-            'all batch norms of the checkpoint are folded into convolutions (deep_fuse_BN), which cannot be undone: use '
-            'the checkpoint in training form, or with merged kernels only (structural_reparam)',
+            'the batch norms of all convolutions are folded (deep_fuse_BN), which cannot be undone: use the checkpoint in '
+            'training form, or with merged kernels only (structural_reparam)',
             is_final=True,
         ),
         Cause(
@@ -206,7 +206,9 @@ def _upernet(name: str, drive: str, miou: float, params: float, flops: float, co
     return _whole(f'upernet_replknet_{name}', 'segmentation', config, drive, figures, **size)
 
 
-def _cascade(name: str, drive: str, box: float, mask: float, params: float, flops: float, config: str = '') -> ModelInfo:
+def _cascade(
+    name: str, drive: str, box: float, mask: float, params: float, flops: float, config: str = ''
+) -> ModelInfo:
     figures = dict(box_ap_percent=box, mask_ap_percent=mask, params_m=params, flops_g=flops)
     return _whole(f'cascade_mask_rcnn_replknet_{name}_coco_3x', 'detection', config, drive, figures)
 

@@ -4,9 +4,9 @@ Usage: python tests/data/make_goldens.py REFERENCE_FOLDER REFERENCE_FOLDER_2
 
 The reference folders hold outputs of the official implementations (the first of github.com/VITA-Group/SLaK at
 44b4aab and github.com/lidc54/shift-wiseConv at 2202e6b, the second of github.com/DingXiaoH/RepLKNet-pytorch at
-b76808a), run in float64 with weights and inputs given by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
-and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
-names and shapes of its networks a hash. The results of sparse training are small and kept whole.
+b76808a), run in float64 with weights and inputs given by formula (tests/reference.py). Of each array this keeps at
+most LIMIT values at equal distances, and the mean and standard deviation of all of them; of the index tables of
+ShiftWise and of the names and shapes of networks a hash. The results of sparse training are small and kept whole.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from slak_mm import switch_to_deploy
-from slak_mm.models import ShiftWise, SLaK
+from slak_mm.models import RepLKNet, ShiftWise, SLaK
 from slak_mm.ops import shift_tables
 
 every_backbone = pytest.mark.parametrize('name', BACKBONES)
@@ -40,10 +40,13 @@ def test_parameters():
         (ShiftWise, dict(arch='small', version=1), 51_504_288),
         (ShiftWise, dict(arch='base', version=1), 90_302_750),
         (ShiftWise, dict(num_paths=1), 30_360_390),
+        (RepLKNet, dict(), 78_837_120),
+        (RepLKNet, dict(arch='31L'), 171_130_944),
+        (RepLKNet, dict(arch='XL'), 333_382_656),
     ):
         with torch.device('meta'):
-            model = cls(**arguments)
-        assert sum(p.numel() for p in model.parameters()) - 2 * sum(model.dims) == parameters, (cls, arguments)
+            model = cls(**arguments, out_norm=False)
+        assert sum(p.numel() for p in model.parameters()) == parameters, (cls, arguments)
 
 
 def test_width_is_truncated():
@@ -56,8 +59,8 @@ def test_width_is_truncated():
 @every_backbone
 @pytest.mark.parametrize('height, width', [(64, 64), (33, 47), (32, 100), (95, 63)])
 def test_any_size(name, height, width):
-    """Sizes are rounded up by version 2 of ShiftWise, else down; maps may be smaller than the kernels."""
-    up = int(name == 'shiftwise2')
+    """Sizes are rounded up by RepLKNet and version 2 of ShiftWise, else down; maps may be smaller than the kernels."""
+    up = int(name in ('shiftwise2', 'replknet'))
     h, w = (height + up) // 2, (width + up) // 2
     for out, channels in zip(outputs(build(name), images(1, height, width)), DIMS, strict=True):
         h, w = (h + up) // 2, (w + up) // 2
@@ -112,6 +115,8 @@ SLAK_FORMS = [
     dict(branch_norm=False, conv_bias=True),
     dict(layer_scale_init_value=0),
 ]
+REPLKNET_FORMS = [dict(), dict(small_kernel=None), dict(dw_ratio=1.5, out_norm=False), dict(out_indices=(1, 2))]
+FORMS = dict(slak=SLAK_FORMS, replknet=REPLKNET_FORMS)
 SHIFTWISE_FORMS = [
     dict(),
     dict(branch_norm=False),
@@ -127,9 +132,7 @@ SHIFTWISE_FORMS = [
 
 
 @pytest.mark.parametrize(
-    'name, options',
-    [(name, options) for name in BACKBONES for options in (SLAK_FORMS if name == 'slak' else SHIFTWISE_FORMS)],
-    ids=str,
+    'name, options', [(name, options) for name in BACKBONES for options in FORMS.get(name, SHIFTWISE_FORMS)], ids=str
 )
 def test_deploy_equals_eval(name, options):
     model = random_(build(name, **options)).double()
@@ -140,7 +143,11 @@ def test_deploy_equals_eval(name, options):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
     keys = list(model.state_dict())
-    folded = ('.bn', '.small.', 'filters', 'shifts', 'picks', 'ffn.norm', 'grn.beta')
+    folded = (
+        ('large_kernel.square.bn', '.small.')
+        if name == 'replknet'
+        else (('.bn', '.small.', 'filters', 'shifts', 'picks', 'ffn.norm', 'grn.beta'))
+    )
     assert not any(part in key for key in keys for part in folded)
     if name == 'shiftwise2':
         assert not any(key.startswith('stages') and key.endswith(('.norm.weight', '0.gamma')) for key in keys)
@@ -224,7 +231,7 @@ def test_drop_path_rises_linearly():
     assert torch.equal(outputs(model, images())[0], outputs(model, images())[0])
 
 
-@pytest.mark.parametrize('cls', [SLaK, ShiftWise])
+@pytest.mark.parametrize('cls', [SLaK, ShiftWise, RepLKNet])
 def test_registered_for_every_framework(cls):
     """The frameworks' registries fall back on mmengine's root."""
     mmseg = pytest.importorskip('mmseg.registry')
@@ -294,6 +301,10 @@ WRONG = [
     (SLaK, dict(width_factor=0.1), 'leave 0 channels to a stage'),
     (SLaK, dict(out_indices=()), 'out_indices must name stages 0 to 3'),
     (SLaK, dict(init_cfg=TWO_CHECKPOINTS), 'names 2 checkpoints'),
+    (RepLKNet, dict(arch='31S'), "RepLKNet has no arch '31S'; choose from 31B, 31L, XL"),
+    (RepLKNet, dict(arch=dict(layers=(1, 1), channels=(8,))), 'as many depths as dims'),
+    (RepLKNet, dict(small_kernel=7), r'small_kernel \(7\) must be smaller than every entry'),
+    (RepLKNet, dict(dw_ratio=0.1), 'dw_ratio 0.1 leaves no channel'),
     (ShiftWise, dict(version=3), 'version must be 1 or 2, got 3'),
     (ShiftWise, dict(kernel_sizes=(13, 11, 9, 2)), r'kernel_sizes .* not smaller than small_kernel \(3\)'),
     (ShiftWise, dict(kernel_sizes=(13, 11, 9, 7.5)), 'kernel_sizes must be integers'),
@@ -309,7 +320,7 @@ WRONG = [
     *((ShiftWise, dict(num_reps=n), f'num_reps must be a positive integer, got {n}') for n in (0, 1.5)),
     *(
         (cls, arguments, message)
-        for cls in (SLaK, ShiftWise)
+        for cls in (SLaK, ShiftWise, RepLKNet)
         for arguments, message in (
             (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
             (dict(width_factor=0), 'width_factor must be positive, got 0'),
