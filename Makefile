@@ -12,7 +12,7 @@ PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	if "$$python" -c '$(SUPPORTED)' >/dev/null 2>&1; then echo "$$python"; break; fi; done)
 endif
 
-# What these name would mix into .venv, or keep pip and uv from installing into it.
+# These variables would bring packages from outside into .venv, or keep pip and uv from installing into it.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT PIP_REQUIRE_VIRTUALENV UV_CONSTRAINT UV_OVERRIDE
 
 SETUP = @if ! "$(PYTHON)" -c '$(SUPPORTED)' >/dev/null 2>&1; then \

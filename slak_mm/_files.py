@@ -161,7 +161,7 @@ def _notes(part: Path) -> Path:
 
 
 def _validator(part: Path) -> str:
-    """By what the server knows the file that the beginning is from, '' if the beginning is of no use."""
+    """The server's identifier of the file that a partial download belongs to; '' if it cannot be continued."""
     try:
         return json.loads(_notes(part).read_text())['validator'] if part.stat().st_size else ''
     except (OSError, ValueError, KeyError):

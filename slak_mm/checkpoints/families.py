@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from .variants import Variant
 from .zoo import CONVENTIONS, PUBLISHED, ZOO, Convention, ModelInfo, Published
@@ -42,7 +42,8 @@ class Family:
             numbers; a name that ends in a dot stands for everything below it. ``=`` is our name,
             ``-`` means that this spelling has no such tensor.
         formats: ``(format, pattern of a telling key, spellings to read it with)``, the first match
-            decides. No pattern may match the names of a family that was registered before.
+            decides. Of several patterns each has to find a key. They may not match the names of a family that was
+            registered before.
         variant: Reads constructor arguments off the tensors, and knows what may differ.
         finish: Called after names were converted to ours with the state dict, the prefix and the
             :class:`~slak_mm.checkpoints.formats.ConversionNotes`; returns the state dict.
@@ -51,13 +52,17 @@ class Family:
         models: Published checkpoints.
         published: Parameters and FLOPs of further networks by the stem of their config.
         conventions: Ways to count which the published figures follow.
+        head: What the classifiers have between the last stage and the linear layer ``head``, in order: 'pool, norm'
+            is a LayerNorm ``norm`` of the pooled features, 'norm, pool' a batch norm ``norm`` of the map, and 'pool'
+            neither.
+        imagenet: Arguments of the backbone on ImageNet, where the defaults are those of downstream configs.
     """
 
     name: str
     titles: tuple[str, ...]
     spellings: tuple[str, ...]
     table: tuple[tuple[str, ...], ...]
-    formats: tuple[tuple[str, str, tuple[str, ...]], ...]
+    formats: tuple[tuple[str, str | tuple[str, ...], tuple[str, ...]], ...]
     variant: type[Variant] = Variant
     finish: Callable[[dict[str, Any], str, Any], dict[str, Any]] = lambda state_dict, prefix, notes: state_dict
     official: Callable[[dict[str, Any], str, str], tuple[dict[str, Any], str]] = lambda state_dict, prefix, spelling: (
@@ -67,6 +72,8 @@ class Family:
     models: tuple[ModelInfo, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict)
     conventions: Mapping[str, Convention] = field(default_factory=dict)
+    head: Literal['pool, norm', 'norm, pool', 'pool'] = 'pool, norm'
+    imagenet: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, spelling: str) -> list[tuple[str, str]]:
         """``(ours, theirs)`` of one spelling, in the order of the table."""
@@ -166,11 +173,18 @@ def detect_family(state_dict: Mapping[str, Any], prefix: str = '') -> str:
 def _detect(state_dict: Mapping[str, Any], prefix: str) -> tuple[str, str]:
     """Format and family; the family registered last is asked first."""
     for family in reversed(FAMILIES.values()):
-        for name, pattern, _ in family.formats:
-            telling = re.compile((re.escape(prefix) if prefix else r'(?:.*\.)?') + pattern)
-            if any(telling.match(key) for key in state_dict):
+        for name, patterns, _ in family.formats:
+            if all(
+                _finds(pattern, state_dict, prefix)
+                for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            ):
                 return name, family.name
     return 'unknown', 'unknown'
+
+
+def _finds(pattern: str, state_dict: Mapping[str, Any], prefix: str) -> bool:
+    telling = re.compile((re.escape(prefix) if prefix else r'(?:.*\.)?') + pattern)
+    return any(telling.match(key) for key in state_dict)
 
 
 def find_roots(state_dict: Mapping[str, Any]) -> list[str]:

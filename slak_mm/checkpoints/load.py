@@ -65,7 +65,7 @@ _OTHER_CAUSES = (
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of a checkpoint and of a model.
+    """How every tensor of a checkpoint and of a model was used.
 
     Attributes:
         source: Path, address or name the checkpoint came from.

@@ -28,6 +28,9 @@ class ModelInfo:
             ``box_ap_percent``, ``mask_ap_percent``, ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
+        evaluation: How a classifier was evaluated, in the words of timm's ``pretrained_cfg``, where it differs from
+            1000 classes and the center of images of 224 pixels: ``input_size``, ``crop_pct``, ``crop_mode``,
+            ``interpolation``, ``mean``, ``std``, ``num_classes``.
         size: Height and width of the image that the FLOPs are for; None for the usual ones of the task.
     """
 
@@ -40,6 +43,7 @@ class ModelInfo:
     figures: Mapping[str, float] = field(default_factory=dict)
     counted: str = 'all'
     sha256: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] | None = None
 
 
@@ -50,6 +54,7 @@ class Convention:
     text: str  # what is counted, for the table of costs
     count: Callable[[Any], tuple[int, int]]  # parameters and FLOPs of a slak_mm.cost.Cost in this way
     needs_masks: bool = False  # whether a dense network cannot be counted so
+    needs_deploy: bool = False  # whether the deployed form has to be counted as well
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Curves of training runs, from the scalars that mmengine leaves in their work directories."""
+"""Curves of training runs, from the scalars that mmengine writes into their work directories."""
 
 import json
 import math

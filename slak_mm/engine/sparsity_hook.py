@@ -345,8 +345,8 @@ def _refuse_unsupported(runner: Any) -> None:
     others = [hook for hook in runner.hooks if isinstance(hook, SparsityHook)]
     if len(others) > 1:
         raise SparsityError(
-            f'This config has {len(others)} SparsityHooks, whose masks would not know of each '
-            'other: merge them into one with include=[...].'
+            f'This config has {len(others)} SparsityHooks, each of which would '
+            'change masks on its own: merge them into one with include=[...].'
         )
 
 

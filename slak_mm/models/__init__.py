@@ -4,6 +4,7 @@ from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, registered_
 from .replknet import RepLKNet
 from .shiftwise import ShiftWise
 from .slak import SLaK
+from .unireplknet import UniRepLKNet
 
 __all__ = [
     'KernelCost',
@@ -12,6 +13,7 @@ __all__ = [
     'RepLKNet',
     'SLaK',
     'ShiftWise',
+    'UniRepLKNet',
     'registered_backbones',
     'switch_to_deploy',
 ]

@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,6 +29,26 @@ _DEFAULT_INIT = [dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, 
 
 _PRETRAINED_KEYS = ('type', 'checkpoint', 'prefix', 'map_location')
 """Keys of ``init_cfg=dict(type='Pretrained', …)``; the last is mmengine's, and has no effect here."""
+
+
+def prepare_images(x: Tensor, smallest: int, last_stage: int) -> Tensor:
+    """Images as a backbone takes them.
+
+    Args:
+        x: Images of shape (N, C, H, W).
+        smallest: Side of the smallest image, in pixels.
+        last_stage: The stage that needs it.
+
+    Raises:
+        ValueError: They are smaller than that.
+    """
+    if min(x.shape[2:]) < smallest:
+        raise ValueError(
+            f'the image of {x.shape[2]} x {x.shape[3]} pixels is too small: stage '
+            f'{last_stage} needs at least {smallest} x {smallest}'
+        )
+    # Large depthwise kernels, and LayerNorm over channels, are fastest in this layout on a CPU.
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,12 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
     default_init_cfg: ClassVar[list[dict] | None] = _DEFAULT_INIT
     """Initialization without ``init_cfg``; None leaves what PyTorch's layers begin with."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        timm_models = sys.modules.get('slak_mm.timm_models')
+        if timm_models is not None and 'family' in vars(cls):
+            timm_models.register(cls)
+
     def __init__(
         self,
         arch: str | Mapping = 'tiny',
@@ -125,7 +152,7 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
             _check_pretrained(cfg)
         others = [cfg for cfg in cfgs if type_name(cfg) != 'Pretrained']
         super().__init__(init_cfg=others or copy.deepcopy(self.default_init_cfg))
-        self.pretrained_cfg = copy.deepcopy(pretrained[0]) if pretrained else None
+        self.checkpoint_cfg = copy.deepcopy(pretrained[0]) if pretrained else None
         self.arch = arch
         self.depths, dims = self._parse_arch(arch)
         if width_factor <= 0:
@@ -230,15 +257,7 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
         Raises:
             ValueError: The image is too small to be downsampled.
         """
-        if x.device.type == 'cpu':
-            # Large depthwise kernels, and LayerNorm over channels, are fastest in this layout.
-            x = x.contiguous(memory_format=torch.channels_last)
-        smallest = self._smallest_image()
-        if min(x.shape[2:]) < smallest:
-            raise ValueError(
-                f'the image of {x.shape[2]} x {x.shape[3]} pixels is too small: stage '
-                f'{self.out_indices[-1]} needs at least {smallest} x {smallest}'
-            )
+        x = prepare_images(x, self._smallest_image(), self.out_indices[-1])
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))
@@ -260,8 +279,8 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
             CheckpointError: The checkpoint is missing, unreadable or does not fit.
         """
         super().init_weights()
-        if self.pretrained_cfg is not None:
-            load_pretrained(self, self.pretrained_cfg['checkpoint'], prefix=self.pretrained_cfg.get('prefix'))
+        if self.checkpoint_cfg is not None:
+            load_pretrained(self, self.checkpoint_cfg['checkpoint'], prefix=self.checkpoint_cfg.get('prefix'))
 
     def why_unused(self, name: str) -> str:
         """Why a tensor of the whole network is left out: its stage lies behind the last one of ``out_indices``."""

@@ -396,6 +396,7 @@ FAMILY = register_family(
         finish=_finish,
         official=_official,
         models=_MODELS,
+        imagenet=dict(layer_scale_init_value=1e-6),
         published={
             'upernet_convnext_t_ade20k': Published(60, 939, 'all', _CONVNEXT_PAPER),
             'cascade_mask_rcnn_convnext_t_coco': Published(86, 741, 'all', _CONVNEXT_PAPER),

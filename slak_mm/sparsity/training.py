@@ -1,4 +1,4 @@
-"""What a training loop needs for sparse training."""
+"""Sparse training beside any training loop."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Condense the reference results of the official code into {slak,shiftwise,sparse,replknet}_goldens.npz.
+"""Condense the reference results of the official code into a {family}_goldens.npz for each family, and for sparsity.
 
 Usage: python tests/data/make_goldens.py REFERENCE_FOLDER REFERENCE_FOLDER_2
 
-The reference folders hold outputs of the official implementations (the first of github.com/VITA-Group/SLaK at
-44b4aab and github.com/lidc54/shift-wiseConv at 2202e6b, the second of github.com/DingXiaoH/RepLKNet-pytorch at
-b76808a), run in float64 with weights and inputs given by formula (tests/reference.py). Of each array this keeps at
-most LIMIT values at equal distances, and the mean and standard deviation of all of them; of the index tables of
-ShiftWise and of the names and shapes of networks a hash. The results of sparse training are small and kept whole.
+The reference folders hold outputs of the official implementations (github.com/VITA-Group/SLaK at
+44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b; in the second github.com/AILab-CVC/UniRepLKNet
+at b5677d8, github.com/DingXiaoH/RepLKNet-pytorch at b76808a), run in float64 with weights and inputs
+given by formula (tests/helpers/reference.py). Of each array this keeps at most LIMIT values at equal
+distances, and the mean and standard deviation of all of them; of the index tables of ShiftWise and of
+the names and shapes of networks a hash. The results of sparse training and JSON files are small and kept whole.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 300
+WHOLE = ('out', 'kernel', 'bias')  # arrays that are not strided in the reference
 
 
 def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
@@ -27,7 +29,7 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
         names = [
             n
             for n in source.files
-            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n == 'out'
+            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n in WHOLE
         ]
         for name in names:
             values = source[name].reshape(-1)
@@ -73,10 +75,12 @@ def manifests(reference: Path, pattern: str) -> dict[str, np.ndarray]:
     return condensed
 
 
-def merged_kernels(reference: Path, network: str) -> dict[str, np.ndarray]:
-    """Mean, deviation and first value of each merged kernel and bias."""
-    stats = json.loads((reference / 'goldens' / 'merged_stats.json').read_text())[network]
-    return {f'merged/{name}': np.array(values[1:]) for name, values in stats.items() if 'lkb_reparam' in name}
+def entries(reference: Path, name: str, family: str) -> np.ndarray:
+    """The entries of a JSON file that begin with the name of a family, as bytes."""
+    content = json.loads((reference / 'goldens' / f'{name}.json').read_text())
+    content = content.get('groups', content)
+    kept = {key: value for key, value in content.items() if key.startswith(family)}
+    return np.frombuffer(json.dumps(kept).encode(), np.uint8)
 
 
 def sparse_training(reference: Path) -> dict[str, np.ndarray]:
@@ -104,10 +108,17 @@ def main(reference: Path, reference2: Path) -> None:
             **manifests(reference, 'shiftwise_*.json'),
         },
         'sparse': sparse_training(reference),
+        'unireplknet': {
+            **condense(
+                reference2, 'feat_unireplknet*', 'logits_unireplknet*', 'block_train_unireplknet*', 'merged_dilated_*'
+            ),
+            **manifests(reference2, 'unireplknet_*.json'),
+            **{name: entries(reference2, name, 'unireplknet') for name in ('layer_ids', 'merged_stats')},
+        },
         'replknet': {
             **condense(reference2, 'feat_replknet*', 'block_train_replknet*'),
             **manifests(reference2, 'replknet_*.json'),
-            **merged_kernels(reference2, 'replknet_31b structural_reparam'),
+            'merged_stats': entries(reference2, 'merged_stats', 'replknet'),
         },
     }
     for family, condensed in arrays.items():

@@ -204,13 +204,13 @@ def test_transforms_are_those_of_convolutions(name):
     def ours(x, k_v):
         return cross_dwconv2d(x, k_v, k_h, reduce=True)
 
-    def of_x(f):
+    def transformed_in_input(f):
         return TRANSFORMS[name](lambda x: f(x, k_v), x)
 
-    def of_kernel(f):
+    def transformed_in_kernel(f):
         return TRANSFORMS[name](lambda k: f(x, k), k_v)
 
-    for evaluate in (of_x,) if name == 'per_sample' else (of_x, of_kernel):
+    for evaluate in (transformed_in_input,) if name == 'per_sample' else (transformed_in_input, transformed_in_kernel):
         torch.testing.assert_close(evaluate(ours), evaluate(convolutions))
 
 
