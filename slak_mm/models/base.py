@@ -118,8 +118,8 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
 
     arch_settings: ClassVar[Mapping[str, Mapping[str, Sequence[int]]]]
     """``depths`` and ``dims`` of the named architectures."""
-    default_init_cfg: ClassVar[list[dict] | None] = _DEFAULT_INIT
-    """Initialization without ``init_cfg``; None leaves what PyTorch's layers begin with."""
+    default_init_cfg: ClassVar[list[dict]] = _DEFAULT_INIT
+    """Initialization without ``init_cfg``; an empty list leaves what PyTorch's layers begin with."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

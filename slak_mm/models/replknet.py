@@ -124,8 +124,8 @@ class RepLKNetVariant(Variant):
     causes = (
         Cause(
             differs('fused'),
-            'the batch norms of all convolutions are folded (deep_fuse_BN), which cannot be undone: use the checkpoint in '
-            'training form, or with merged kernels only (structural_reparam)',
+            'the batch norms of all convolutions are folded (deep_fuse_BN), which cannot be undone: use the '
+            'checkpoint in training form, or with merged kernels only (structural_reparam)',
             is_final=True,
         ),
         Cause(
@@ -186,12 +186,28 @@ _COST = {  # parameters in millions and FLOPs by architecture and side of the im
 }
 
 
-def _imagenet(name: str, arch: str, size: int, top1: float | None, url: str, source: str = _README) -> ModelInfo:
-    figures: dict[str, float] = {} if top1 is None else dict(top1_percent=top1)
+def _imagenet(name: str, arch: str, side: int, top1: float | None, url: str, source: str = _README) -> ModelInfo:
+    figures = dict(zip(('params_m', 'flops_g'), _COST[arch, side]))
     if top1 is not None:
-        figures |= zip(('params_m', 'flops_g'), _COST[arch, size])
-    backbone = dict(type='RepLKNet', arch=arch)
-    return ModelInfo(f'replknet_{name}', url, 'classification', backbone, source, '', figures, size=(size, size))
+        figures = dict(top1_percent=top1, **figures)
+    evaluation: dict[str, Any] = {} if side == 224 else dict(input_size=(3, side, side))
+    if side == 384:  # images are warped, not cropped
+        evaluation |= dict(crop_pct=1.0, crop_mode='squash')
+    if arch == 'XL':
+        evaluation |= dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    if name.endswith('_in22k'):
+        evaluation |= dict(num_classes=21841)
+    return ModelInfo(
+        f'replknet_{name}',
+        url,
+        'classification',
+        dict(type='RepLKNet', arch=arch),
+        source,
+        figures=figures,
+        counted='deployed',
+        evaluation=evaluation,
+        size=(side, side),
+    )
 
 
 def _whole(name: str, task: str, config: str, drive: str, figures: dict[str, float], **size: Any) -> ModelInfo:
@@ -222,10 +238,10 @@ _MODELS = (
             (('31b_in22k', '31B', 224, None), '1PYJiMszZYNrkZOeYwjccvxX8UHMALB7z'),
             (('31b_in22k_in1k', '31B', 224, 85.2), '1DslZ2voXZQR1QoFY9KnbsHAeF84hzS0s'),
             (('31b_in22k_in1k_384', '31B', 384, 86.0), '1Sc46BWdXXm2fVP-K_hKKU_W8vAB-0duX'),
-            (('31l_in22k', '31L', 384, None), '16jcPsPwo5rko7ojWS9k_W-svHX-iFknY'),
             (('31l_in22k_in1k_384', '31L', 384, 86.6), '1JYXoNHuRvC33QV1pmpzMTKEni1hpWfBl'),
-            (('xl_meg73m', 'XL', 320, None), '1CBHAEUlCzoHfiAQmMIjZhDMAIyHUmAAj'),
+            (('31l_in22k', '31L', 384, None), '16jcPsPwo5rko7ojWS9k_W-svHX-iFknY'),
             (('xl_meg73m_in1k_320', 'XL', 320, 87.8), '1tPC60El34GntXByIRHb-z-Apm4Y5LX1T'),
+            (('xl_meg73m', 'XL', 320, None), '1CBHAEUlCzoHfiAQmMIjZhDMAIyHUmAAj'),
         )
     ),
     # The same weights, with figures of their own.
@@ -315,6 +331,7 @@ FAMILY = register_family(
         finish=_finish,
         official=_official,
         models=_MODELS,
+        head='norm, pool',
     )
 )
 
@@ -346,7 +363,7 @@ class RepLKNet(LargeKernelBackbone):
 
     family = FAMILY
     arch_settings = _ARCHS
-    default_init_cfg = None  # PyTorch's own, as in the official code
+    default_init_cfg = []  # PyTorch's own, as in the official code
 
     def __init__(
         self,
