@@ -11,7 +11,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
@@ -39,21 +40,21 @@ class _Layers(RecomputableBlock):
         return x
 
 
+def _conv(before: int, channels: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, channels, size, stride, padding=size // 2, groups=groups, bias=False)
+
+
 def _downsampling(before: int, channels: int, is_stem: bool, norm_cfg: dict, with_cp: bool) -> _Layers:
     """The stem, or the transition between two stages: convolutions, each with batch norm and ReLU; sizes round up."""
-    depthwise = dict(kernel_size=3, padding=1, groups=channels, bias=False)
-    convs = [nn.Conv2d(before, channels, 1, bias=False), nn.Conv2d(channels, channels, stride=2, **depthwise)]
+    convs = [_conv(channels if is_stem else before, channels, 1), _conv(channels, channels, 3, 2, channels)]
     if is_stem:
-        convs[0] = nn.Conv2d(channels, channels, 1, bias=False)
-        first = nn.Conv2d(before, channels, 3, stride=2, padding=1, bias=False)
-        convs = [first, nn.Conv2d(channels, channels, **depthwise), *convs]
+        convs = [_conv(before, channels, 3, 2), _conv(channels, channels, 3, 1, channels), *convs]
     layers = [layer for conv in convs for layer in (conv, build_branch_norm(norm_cfg, channels), nn.ReLU(inplace=True))]
     return _Layers(layers, with_cp)
 
 
 def _pointwise(before: int, channels: int, norm_cfg: dict) -> nn.Sequential:
-    conv = nn.Conv2d(before, channels, 1, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=build_branch_norm(norm_cfg, channels)))
+    return nn.Sequential(OrderedDict(conv=_conv(before, channels, 1), bn=build_branch_norm(norm_cfg, channels)))
 
 
 class _ResidualBlock(RecomputableBlock):
@@ -231,8 +232,8 @@ def _cascade(
 
 _MODELS = (
     *(
-        _imagenet(*entry, _DRIVE.format(drive))
-        for entry, drive in (
+        _imagenet(name, arch, side, top1, _DRIVE.format(drive))
+        for (name, arch, side, top1), drive in (
             (('31b_in1k', '31B', 224, 83.5), '1azQUiCxK9feYVkkrPqwVPBtNsTzDrX7S'),
             (('31b_in1k_384', '31B', 384, 84.8), '1vo-P3XB6mRLUeDzmgv90dOu73uCeLfZN'),
             (('31b_in22k', '31B', 224, None), '1PYJiMszZYNrkZOeYwjccvxX8UHMALB7z'),
@@ -369,7 +370,7 @@ class RepLKNet(LargeKernelBackbone):
         self,
         arch: str | Mapping = '31B',
         kernel_sizes: Sequence[int] | None = None,
-        small_kernel: int | str | None = 'arch',
+        small_kernel: int | Literal['arch'] | None = 'arch',
         dw_ratio: float | None = None,
         *,
         out_norm: bool = False,
@@ -378,12 +379,12 @@ class RepLKNet(LargeKernelBackbone):
         defaults = _KERNELS_XL if arch == 'XL' else _KERNELS
         kernel_sizes = defaults['kernel_sizes'] if kernel_sizes is None else kernel_sizes
         super().__init__(arch, kernel_sizes, out_norm=out_norm, layer_scale_init_value=0, **common)
-        self.small_kernel = defaults['small_kernel'] if small_kernel == 'arch' else small_kernel
+        self.small_kernel: Any = defaults['small_kernel'] if small_kernel == 'arch' else small_kernel
         self.dw_ratio = defaults['dw_ratio'] if dw_ratio is None else dw_ratio
         check_kernels(self.kernel_sizes, self.small_kernel, decomposed=False)
         if min(self.dims) * self.dw_ratio < 1:
             raise ValueError(f'dw_ratio {self.dw_ratio} leaves no channel to the large kernels of a stage')
-        self._build(self._blocks, lambda *sizes: _downsampling(*sizes, self.norm_cfg, self.with_cp))
+        self._build(self._blocks, partial(_downsampling, norm_cfg=self.norm_cfg, with_cp=self.with_cp))
 
     @classmethod
     def _parse_arch(cls, arch: str | Mapping) -> tuple[tuple[int, ...], tuple[int, ...]]:
