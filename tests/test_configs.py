@@ -16,9 +16,11 @@ from slak_mm.cli import adapt_to_device, datasets_of, model_of, named_weights, r
 
 FOLDER = Path(__file__).resolve().parent.parent / 'configs'
 CONFIGS = sorted(path.name for path in FOLDER.glob('*.py'))
-SEGMENTATION = [name for name in CONFIGS if name.startswith('upernet')]
+# Recipes of their own.
+REPLKNET = [name for name in CONFIGS if '_replknet_' in name]
+SEGMENTATION = [name for name in CONFIGS if name.startswith('upernet') and name not in REPLKNET]
 VOC = [name for name in CONFIGS if name.startswith('faster_rcnn')]
-COCO = [name for name in CONFIGS if name.startswith('cascade_mask_rcnn')]
+COCO = [name for name in CONFIGS if name.startswith('cascade_mask_rcnn') and name not in REPLKNET]
 
 # Widths of SLaK's architectures times 1.3, rounded down; the others as published.
 CHANNELS = dict(
@@ -269,7 +271,31 @@ def test_recipe_of_coco(name):
     assert cfg.test_evaluator.metric == ['bbox', 'segm']
 
 
-@pytest.mark.parametrize('name', VOC + COCO)
+@pytest.mark.parametrize('name', REPLKNET)
+def test_recipe_of_replknet(name):
+    """Drop path, rate, steps and batch of the official configs for RepLKNet-31B from ImageNet-1K."""
+    cfg, is_upernet = read(name), name.startswith('upernet')
+    model = model_of(cfg)
+    assert (model.backbone.type, model.backbone.arch, model.backbone.with_cp) == ('RepLKNet', '31B', True)
+    assert model.backbone.drop_path_rate == (0.5 if is_upernet else 0.6)
+    assert list((model.decode_head if is_upernet else model.neck).in_channels) == [128, 256, 512, 1024]
+    assert 'layer_scale_init_value' not in model.backbone and not cfg.custom_hooks
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 2e-4 if is_upernet else 4e-4, 0.05)
+    assert cfg.optim_wrapper.constructor == 'DefaultOptimWrapperConstructor'
+    assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(norm_decay_mult=0.0)
+    warm_up, rest = cfg.param_scheduler
+    if is_upernet:
+        assert model.test_cfg.to_dict() == dict(mode='whole') and model.auxiliary_head.in_channels == 512
+        assert (warm_up.start_factor, warm_up.end, rest.begin, rest.end) == (1e-6, 400, 400, 40000)
+        assert (cfg.train_cfg.max_iters, cfg.train_dataloader.batch_size) == (40000, 2)
+        assert cfg.auto_scale_lr.base_batch_size == 64 * 2
+    else:
+        assert (warm_up.end, rest.milestones, cfg.train_cfg.max_epochs) == (500, [27, 33], 36)
+        assert cfg.train_dataloader.batch_size == 1
+
+
+@pytest.mark.parametrize('name', VOC + COCO + [name for name in REPLKNET if name.startswith('cascade')])
 def test_detector_is_built_and_its_parts_fit(name):
     pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")
     cfg = read(name)
@@ -287,7 +313,7 @@ def test_detector_is_built_and_its_parts_fit(name):
     rates = [group['lr'] for group in wrapper.optimizer.param_groups]
     assert max(rates) == cfg.optim_wrapper.optimizer.lr
     decay = cfg.optim_wrapper.paramwise_cfg
-    assert min(rates) == pytest.approx(max(rates) * decay.decay_rate ** (decay.get('num_layers', 0) + 1))
+    assert min(rates) == pytest.approx(max(rates) * decay.get('decay_rate', 1) ** (decay.get('num_layers', 0) + 1))
 
 
 def test_missing_framework_is_named(monkeypatch):

@@ -73,7 +73,14 @@ ZOO: dict[str, ModelInfo] = {}
 #: Published parameters and FLOPs by the stem of a config, or the zoo name of a backbone.
 PUBLISHED: dict[str, Published] = {}
 #: What the published figures count, found by comparing them with all ways to count.
-CONVENTIONS: dict[str, Convention] = {'all': Convention('all weights', lambda cost: (cost.parameters, cost.flops))}
+CONVENTIONS: dict[str, Convention] = dict(
+    all=Convention('all weights', lambda cost: (cost.parameters, cost.flops)),
+    deployed=Convention(
+        'all weights of the deployed form',
+        lambda cost: (cost.deployed_parameters, cost.deployed_flops),
+        needs_deploy=True,
+    ),
+)
 
 _DRIVE_ID = re.compile(r'^https?://(?:drive|docs)\.google\.com/(?:file/d/([\w-]+)|(?:open|uc)\?(?:.*&)?id=([\w-]+))')
 _SURF_SHARE = re.compile(r'^(https?://surfdrive\.surf\.nl/files/index\.php/s/\w+)/?$')

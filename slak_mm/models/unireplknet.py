@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slak_mm.checkpoints import Cause, Convention, ConversionNotes, Family, ModelInfo, Sizes, Variant, register_family
+from slak_mm.checkpoints import Cause, ConversionNotes, Family, ModelInfo, Sizes, Variant, register_family
 from slak_mm.ops import cross_dwconv2d
 from slak_mm.ops._context import is_counted
 
@@ -349,13 +349,6 @@ FAMILY = register_family(
         variant=UniRepLKNetVariant,
         finish=_finish,
         models=tuple(_model(file, values) for file, values in _FIGURES.items()),
-        conventions=dict(
-            deployed=Convention(
-                'all weights of the deployed form',
-                lambda cost: (cost.deployed_parameters, cost.deployed_flops),
-                needs_deploy=True,
-            )
-        ),
     )
 )
 

@@ -1,13 +1,13 @@
-"""Condense the reference results of the official code into {slak,shiftwise,sparse,unireplknet}_goldens.npz.
+"""Condense the reference results of the official code into a {family}_goldens.npz for each family, and for sparsity.
 
 Usage: python tests/data/make_goldens.py REFERENCE_FOLDER REFERENCE_FOLDER_2
 
 The reference folders hold outputs of the official implementations (github.com/VITA-Group/SLaK at
 44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b; in the second github.com/AILab-CVC/UniRepLKNet
-at b5677d8), run in float64 with weights and inputs given by formula (tests/helpers/reference.py). Of
-each array this keeps at most LIMIT values at equal distances, and the mean and standard deviation of
-all of them; of the index tables of ShiftWise and of the names and shapes of networks a hash. The
-results of sparse training and JSON files are small and kept whole.
+at b5677d8, github.com/DingXiaoH/RepLKNet-pytorch at b76808a), run in float64 with weights and inputs
+given by formula (tests/helpers/reference.py). Of each array this keeps at most LIMIT values at equal
+distances, and the mean and standard deviation of all of them; of the index tables of ShiftWise and of
+the names and shapes of networks a hash. The results of sparse training and JSON files are small and kept whole.
 """
 
 import hashlib
@@ -114,6 +114,11 @@ def main(reference: Path, reference2: Path) -> None:
             ),
             **manifests(reference2, 'unireplknet_*.json'),
             **{name: entries(reference2, name, 'unireplknet') for name in ('layer_ids', 'merged_stats')},
+        },
+        'replknet': {
+            **condense(reference2, 'feat_replknet*', 'block_train_replknet*'),
+            **manifests(reference2, 'replknet_*.json'),
+            'merged_stats': entries(reference2, 'merged_stats', 'replknet'),
         },
     }
     for family, condensed in arrays.items():

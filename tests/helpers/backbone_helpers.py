@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slak_mm.models import ShiftWise, SLaK, UniRepLKNet
+from slak_mm.models import RepLKNet, ShiftWise, SLaK, UniRepLKNet
 
 DIMS = (8, 12, 16, 20)
 SMALL = dict(arch=dict(depths=(1, 1, 2, 1), dims=DIMS), kernel_sizes=(13, 11, 9, 7), width_factor=1.0)
@@ -15,6 +15,7 @@ BACKBONES = dict(
     shiftwise1=(ShiftWise, dict(version=1)),
     shiftwise2=(ShiftWise, {}),
     unireplknet=(UniRepLKNet, dict(kernel_sizes=(13, 3, 9, 7))),
+    replknet=(RepLKNet, dict(small_kernel=3, out_norm=True)),
 )
 
 

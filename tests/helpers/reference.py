@@ -21,6 +21,7 @@ from torch import Tensor
 from slak_mm.checkpoints import convert_state_dict, to_official
 
 SLAK_GOLDENS = Path(__file__).parents[1] / 'data' / 'slak_goldens.npz'
+REPLKNET_GOLDENS = Path(__file__).parents[1] / 'data' / 'replknet_goldens.npz'
 SHIFTWISE_GOLDENS = Path(__file__).parents[1] / 'data' / 'shiftwise_goldens.npz'
 UNIREPLKNET_GOLDENS = Path(__file__).parents[1] / 'data' / 'unireplknet_goldens.npz'
 

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from slak_mm import switch_to_deploy
-from slak_mm.models import ShiftWise, SLaK, UniRepLKNet
+from slak_mm.models import RepLKNet, ShiftWise, SLaK, UniRepLKNet
 from slak_mm.ops import shift_tables
 
 every_backbone = pytest.mark.parametrize('name', BACKBONES)
@@ -44,10 +44,13 @@ def test_parameters():
         (UniRepLKNet, dict(deploy=True), 30_395_700),
         (UniRepLKNet, dict(arch='atto'), 4_327_420),
         (UniRepLKNet, dict(arch='xlarge'), 386_637_888),
+        (RepLKNet, dict(), 78_837_120),
+        (RepLKNet, dict(arch='31L'), 171_130_944),
+        (RepLKNet, dict(arch='XL'), 333_382_656),
     ):
         with torch.device('meta'):
-            model = cls(**arguments)
-        assert sum(p.numel() for p in model.parameters()) - 2 * sum(model.dims) == parameters, (cls, arguments)
+            model = cls(**arguments, out_norm=False)
+        assert sum(p.numel() for p in model.parameters()) == parameters, (cls, arguments)
 
 
 def test_width_is_truncated():
@@ -60,8 +63,8 @@ def test_width_is_truncated():
 @every_backbone
 @pytest.mark.parametrize('height, width', [(64, 64), (33, 47), (32, 100), (95, 63)])
 def test_any_size(name, height, width):
-    """Sizes are rounded up by UniRepLKNet and version 2 of ShiftWise, else down; kernels may be larger than maps."""
-    up = int(name in ('shiftwise2', 'unireplknet'))
+    """Sizes are halved and rounded down by SLaK and version 1 of ShiftWise, up by others; kernels may exceed maps."""
+    up = int(name not in ('slak', 'shiftwise1'))
     h, w = (height + up) // 2, (width + up) // 2
     for out, channels in zip(outputs(build(name), images(1, height, width)), DIMS, strict=True):
         h, w = (h + up) // 2, (w + up) // 2
@@ -117,6 +120,7 @@ SLAK_FORMS = [
     dict(branch_norm=False, conv_bias=True),
     dict(layer_scale_init_value=0),
 ]
+REPLKNET_FORMS = [dict(), dict(small_kernel=None), dict(dw_ratio=1.5, out_norm=False), dict(out_indices=(1, 2))]
 SHIFTWISE_FORMS = [
     dict(),
     dict(branch_norm=False),
@@ -135,7 +139,13 @@ UNIREPLKNET_FORMS = [
     dict(kernel_sizes=(0, 3, 5, 7)),
     dict(kernel_sizes=(17, 15, (11, 0), 9)),
 ]
-FORMS = dict(slak=SLAK_FORMS, shiftwise1=SHIFTWISE_FORMS, shiftwise2=SHIFTWISE_FORMS, unireplknet=UNIREPLKNET_FORMS)
+FORMS = dict(
+    slak=SLAK_FORMS,
+    shiftwise1=SHIFTWISE_FORMS,
+    shiftwise2=SHIFTWISE_FORMS,
+    replknet=REPLKNET_FORMS,
+    unireplknet=UNIREPLKNET_FORMS,
+)
 
 
 @pytest.mark.parametrize('name, options', [(name, form) for name in BACKBONES for form in FORMS[name]], ids=str)
@@ -148,7 +158,11 @@ def test_deploy_equals_eval(name, options):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
     keys = list(model.state_dict())
-    folded = ('.bn', '.small.', 'filters', 'shifts', 'picks', 'ffn.norm', 'grn.beta')
+    folded = (
+        ('large_kernel.square.bn', '.small.')
+        if name == 'replknet'
+        else (('.bn', '.small.', 'filters', 'shifts', 'picks', 'ffn.norm', 'grn.beta'))
+    )
     assert not any(part in key for key in keys for part in folded)
     if name in ('shiftwise2', 'unireplknet'):
         assert not any(key.startswith('stages') and key.endswith(('.norm.weight', '0.gamma')) for key in keys)
@@ -244,7 +258,7 @@ def test_drop_path_rises_linearly():
     assert torch.equal(outputs(model, images())[0], outputs(model, images())[0])
 
 
-@pytest.mark.parametrize('cls', [SLaK, ShiftWise, UniRepLKNet])
+@pytest.mark.parametrize('cls', [SLaK, ShiftWise, RepLKNet, UniRepLKNet])
 def test_registered_for_every_framework(cls):
     """The frameworks' registries fall back on mmengine's root."""
     mmseg = pytest.importorskip('mmseg.registry')
@@ -314,6 +328,10 @@ WRONG = [
     (SLaK, dict(width_factor=0.1), 'leave 0 channels to a stage'),
     (SLaK, dict(out_indices=()), 'out_indices must name stages 0 to 3'),
     (SLaK, dict(init_cfg=TWO_CHECKPOINTS), 'names 2 checkpoints'),
+    (RepLKNet, dict(arch='31S'), "RepLKNet has no arch '31S'; choose from 31B, 31L, XL"),
+    (RepLKNet, dict(arch=dict(layers=(1, 1), channels=(8,))), 'as many depths as dims'),
+    (RepLKNet, dict(small_kernel=7), r'small_kernel \(7\) must be smaller than every entry'),
+    (RepLKNet, dict(dw_ratio=0.1), 'dw_ratio 0.1 leaves no channel'),
     (ShiftWise, dict(version=3), 'version must be 1 or 2, got 3'),
     (ShiftWise, dict(kernel_sizes=(13, 11, 9, 2)), r'kernel_sizes .* not smaller than small_kernel \(3\)'),
     (ShiftWise, dict(kernel_sizes=(13, 11, 9, 7.5)), 'kernel_sizes must be integers'),
@@ -334,7 +352,7 @@ WRONG = [
     *((ShiftWise, dict(num_reps=n), f'num_reps must be a positive integer, got {n}') for n in (0, 1.5)),
     *(
         (cls, arguments, message)
-        for cls in (SLaK, ShiftWise, UniRepLKNet)
+        for cls in (SLaK, ShiftWise, RepLKNet, UniRepLKNet)
         for arguments, message in (
             (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
             (dict(width_factor=0), 'width_factor must be positive, got 0'),

@@ -31,7 +31,7 @@ def build(name, form='training'):
 
 
 @needs_library
-@pytest.mark.parametrize('name', ['slak', 'shiftwise2', 'unireplknet'])
+@pytest.mark.parametrize('name', ['slak', 'shiftwise2', 'replknet', 'unireplknet'])
 def test_compiled_in_one_graph(name):
     """A training step and inference in deployed form: features, gradients, statistics.
 
@@ -101,6 +101,7 @@ def test_exported_program_of_any_size(name, form):
         ('shiftwise1', 'training', 'none'),
         ('unireplknet', 'training', 'batch'),
         ('unireplknet', 'deployed', 'size'),
+        ('replknet', 'deployed', 'size'),
     ],
 )
 def test_onnx_has_standard_operators(name, form, dynamic, tmp_path):
@@ -116,8 +117,10 @@ def test_onnx_has_standard_operators(name, form, dynamic, tmp_path):
         for node in graph.graph.node
         if node.op_type == 'Conv' and any(a.name == 'group' and a.i > 1 for a in node.attribute)
     ]
-    # Two blocks of three branches; deployed, of two. UniRepLKNet's are one convolution in eval mode.
-    assert len(grouped) == (2 if name == 'unireplknet' else 4 if form == 'deployed' else 6)
+    # Two blocks of three branches, deployed of two; RepLKNet has one, and three in the stem and the transition.
+    # UniRepLKNet's are one convolution in eval mode.
+    branches = dict(replknet=5, unireplknet=2)
+    assert len(grouped) == branches.get(name, 4 if form == 'deployed' else 6)
     assert list(tmp_path.iterdir()) == [path]
 
 
