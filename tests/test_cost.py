@@ -51,12 +51,13 @@ TOLERANCES = {  # of parameters and FLOPs; above 1 % is what the table explains
 
 
 CLASSIFIERS = 'slak_t slak_s slak_b convnext_t'.split()
-SEGMENTORS = 'slak_t slak_b convnext_t shiftwise_t'.split()
+SEGMENTORS = 'slak_t slak_b convnext_t shiftwise_t unireplknet_t unireplknet_b'.split()
 PUBLISHED_NETWORKS = [
     *(f'{name}_in1k_300e' for name in CLASSIFIERS),
     *(f'replknet_{name}' for name in ('31b_in1k', '31b_in1k_384', '31l_in22k_in1k_384', 'xl_meg73m_in1k_320')),
     *(f'upernet_{name}_ade20k' for name in (*SEGMENTORS, 'replknet_31b')),
-    *(f'cascade_mask_rcnn_{name}_coco' for name in ('convnext_t', 'shiftwise_t', 'replknet_31b')),
+    *(f'cascade_mask_rcnn_{name}_coco' for name in ('convnext_t', 'shiftwise_t', 'replknet_31b', 'unireplknet_s')),
+    *(f'unireplknet_{name}' for name in ('a_in1k_224', 'n_in1k_224', 's_in1k_224', 'xl_in22k_to_in1k_384')),
 ]
 
 
