@@ -47,6 +47,10 @@ TOLERANCES = {  # of parameters and FLOPs; above 1 % is what the table explains
     'convnext_t_in1k_300e': (0.03, 0.01),
     'cascade_mask_rcnn_shiftwise_t_coco': (0.02, 0.01),
     'upernet_replknet_31b_ade20k': (0.02, 0.01),
+    'upernet_unireplknet_t_ade20k': (0.02, 0.01),
+    'upernet_unireplknet_b_ade20k': (0.02, 0.01),
+    'unireplknet_a_in1k_224': (0.01, 0.08),  # a figure of one digit
+    'unireplknet_n_in1k_224': (0.01, 0.02),
 }
 
 
