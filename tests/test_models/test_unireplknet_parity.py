@@ -21,12 +21,13 @@ from reference import (
 )
 from torch import nn
 
-from slak_mm import load_pretrained, switch_to_deploy
+from slak_mm import CheckpointMismatch, load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import ZOO, convert_state_dict, describe, to_official
 from slak_mm.engine import LargeKernelLayerDecayConstructor
 from slak_mm.models import UniRepLKNet
 from slak_mm.models.shiftwise import ShiftWiseBlock
 from slak_mm.models.unireplknet import DILATED, DilatedReparamConv
+from slak_mm.sparsity import select_parameters
 
 GOLDENS = Goldens(UNIREPLKNET_GOLDENS)
 ARRAYS = np.load(UNIREPLKNET_GOLDENS)
@@ -249,6 +250,35 @@ def test_files_of_the_first_revisions():
     report = load_pretrained(deployed, bare)
     assert report.converted['stages.1.0.dwconv.weight'] == 'stages.1.0.large_kernel.large.conv.weight'
     assert all(torch.equal(v, deployed.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_networks_without_large_kernels():
+    """Their official names are told from ConvNeXt's and ShiftWise's."""
+    torch.manual_seed(0)
+    source, target = (small(kernel_sizes=(3, 5, (3, 0), 5)) for _ in range(2))
+    report = load_pretrained(target, to_official(source.state_dict()))
+    assert report.format == 'unireplknet' and 'kernels 3/5/3 0/5' in report.variant
+    assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'theirs, ours, message',
+    [
+        ({}, dict(kernel_sizes=(3, 13, 7, 9)), 'have 3/13/7 5/9, those of the model 3/13/7/9; set kernel_sizes'),
+        ({}, dict(width_factor=2), r'another width: .*8/12/16/20 .* 16/24/32/40'),
+        (dict(layer_scale_init_value=0), {}, 'set layer_scale_init_value to 0'),
+        (dict(deploy=True), {}, 'folded for deployment and the model is in training form'),
+    ],
+)
+def test_what_differs_is_named(theirs, ours, message):
+    with pytest.raises(CheckpointMismatch, match=message) as error:
+        load_pretrained(small(**ours), to_official(small(**theirs).state_dict()))
+    assert len(error.value.causes) == 1
+
+
+def test_large_kernels_can_be_masked_alone():
+    names = list(select_parameters(small(), 'large_kernel'))
+    assert names == [f'stages.{block}.large_kernel.large.conv.weight' for block in ('1.0', '2.0', '3.0')]
 
 
 def test_published_models():
