@@ -25,7 +25,8 @@ class ModelInfo:
         source: Where address and figures are from.
         config: The config of this project it belongs to, '' for a bare backbone.
         figures: Published figures, units in the names: ``top1_percent``, ``miou_percent`` (single scale),
-            ``box_ap_percent``, ``mask_ap_percent``, ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
+            ``miou_ms_percent`` (multiple scales and flipping), ``box_ap_percent``, ``mask_ap_percent``, ``params_m``
+            (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
     """
@@ -101,6 +102,7 @@ def zoo_table() -> list[list[str]]:
     units = dict(
         top1_percent='{:g}% top-1',
         miou_percent='{:g}% mIoU ss',
+        miou_ms_percent='{:g}% mIoU ms',
         box_ap_percent='{:g} box AP',
         mask_ap_percent='{:g} mask AP',
         params_m='{:g}M',
