@@ -24,6 +24,9 @@ from slak_mm.checkpoints.reader import read_open_file
 # torch.load refuses to run with both.
 _SWITCHES = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
 
+#: Before the zoo name of a checkpoint, where mmengine loads it.
+ZOO_SCHEME = 'slak_mm://'
+
 _TABLES = {
     'torchvision': get_torchvision_models,
     'modelzoo': get_torchvision_models,
@@ -58,11 +61,12 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
     """Read a checkpoint as :func:`slak_mm.checkpoints.read_checkpoint`, from mmengine's addresses as well.
 
     Args:
-        filename: A path, an address, a zoo name, a name of mmengine's tables such as ``torchvision://resnet50``, or a
-            file of a storage that ``mmengine.fileio`` knows.
+        filename: A path, an address, a zoo name (also behind :data:`ZOO_SCHEME`), a name of mmengine's tables such as
+            ``torchvision://resnet50``, or a file of a storage that ``mmengine.fileio`` knows.
         map_location: Not used: the tensors are on the CPU, and what takes them copies them.
     """
-    scheme, _, name = os.fspath(filename).partition('://')
+    filename = os.fspath(filename).removeprefix(ZOO_SCHEME)
+    scheme, _, name = filename.partition('://')
     if scheme in _TABLES:
         name = get_deprecated_model_names().get(name, name) if 'mmlab' in scheme else name
         address = _TABLES[scheme]().get(name)
@@ -75,10 +79,15 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
             prefix = 'backbone.'
             checkpoint = dict(state_dict={k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
         return checkpoint
-    if not name or scheme.lower() in ('http', 'https', 'file'):
+    if not name or scheme.lower() in ('http', 'https', 'file', 'hf'):
         return read_checkpoint(filename)
     try:
         content = fileio.get(filename)
     except Exception as error:  # whatever a backend raises
         raise CheckpointNotFound(f'{filename} cannot be read ({error}): name a file or an http address.') from error
     return read_open_file(io.BytesIO(content), filename)
+
+
+def register_schemes() -> None:
+    """Have mmengine load ``hf://owner/repo/file`` and ``slak_mm://<zoo name>``, wherever it takes a checkpoint."""
+    CheckpointLoader.register_scheme(('hf://', ZOO_SCHEME), load_from_safe_reader, force=True)
