@@ -19,7 +19,7 @@ class ModelInfo:
 
     Attributes:
         name: The name by which ``load_pretrained`` and ``init_cfg`` know it.
-        url: Direct download address; ``None`` where none was published.
+        url: Direct download address, or ``hf://owner/repo/file``; ``None`` where none was published.
         task: 'classification', 'segmentation' or 'detection'.
         backbone: Arguments of our backbone class that fit the weights.
         source: Where address and figures are from.
@@ -68,6 +68,8 @@ PUBLISHED: dict[str, Published] = {}
 #: What the published figures count, found by comparing them with all ways to count.
 CONVENTIONS: dict[str, Convention] = {'all': Convention('all weights', lambda cost: (cost.parameters, cost.flops))}
 
+#: May stand before a zoo name, where a framework tells names from paths by it.
+ZOO_SCHEME = 'slak_mm://'
 _DRIVE_ID = re.compile(r'^https?://(?:drive|docs)\.google\.com/(?:file/d/([\w-]+)|(?:open|uc)\?(?:.*&)?id=([\w-]+))')
 _SURF_SHARE = re.compile(r'^(https?://surfdrive\.surf\.nl/files/index\.php/s/\w+)/?$')
 

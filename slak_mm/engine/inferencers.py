@@ -10,8 +10,7 @@ from mmengine.infer.infer import BaseInferencer
 
 from slak_mm.bases import own_folder
 from slak_mm.checkpoints import ZOO
-
-from .loader import ZOO_SCHEME
+from slak_mm.checkpoints.zoo import ZOO_SCHEME
 
 _of_frameworks = BaseInferencer._get_models_from_metafile
 

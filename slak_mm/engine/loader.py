@@ -19,13 +19,11 @@ from mmengine.runner.checkpoint import (
 )
 
 from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
-from slak_mm.checkpoints.reader import read_open_file
+from slak_mm.checkpoints.reader import HUB_SCHEME, SCHEMES, read_open_file
+from slak_mm.checkpoints.zoo import ZOO_SCHEME
 
 # torch.load refuses to run with both.
 _SWITCHES = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
-
-#: Before the zoo name of a checkpoint, where mmengine loads it.
-ZOO_SCHEME = 'slak_mm://'
 
 _TABLES = {
     'torchvision': get_torchvision_models,
@@ -61,11 +59,11 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
     """Read a checkpoint as :func:`slak_mm.checkpoints.read_checkpoint`, from mmengine's addresses as well.
 
     Args:
-        filename: A path, an address, a zoo name (also behind :data:`ZOO_SCHEME`), a name of mmengine's tables such as
-            ``torchvision://resnet50``, or a file of a storage that ``mmengine.fileio`` knows.
+        filename: What :func:`read_checkpoint` takes, a name of mmengine's tables such as ``torchvision://resnet50``, or
+            a file of a storage that ``mmengine.fileio`` knows.
         map_location: Not used: the tensors are on the CPU, and what takes them copies them.
     """
-    filename = os.fspath(filename).removeprefix(ZOO_SCHEME)
+    filename = os.fspath(filename)
     scheme, _, name = filename.partition('://')
     if scheme in _TABLES:
         name = get_deprecated_model_names().get(name, name) if 'mmlab' in scheme else name
@@ -79,7 +77,7 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
             prefix = 'backbone.'
             checkpoint = dict(state_dict={k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
         return checkpoint
-    if not name or scheme.lower() in ('http', 'https', 'file', 'hf'):
+    if not name or filename.lower().startswith((*SCHEMES, ZOO_SCHEME)):
         return read_checkpoint(filename)
     try:
         content = fileio.get(filename)
@@ -89,5 +87,5 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
 
 
 def register_schemes() -> None:
-    """Have mmengine load ``hf://owner/repo/file`` and ``slak_mm://<zoo name>``, wherever it takes a checkpoint."""
-    CheckpointLoader.register_scheme(('hf://', ZOO_SCHEME), load_from_safe_reader, force=True)
+    """Have mmengine load ``hf://owner/repo/file`` and ``slak_mm://<zoo name>`` wherever it takes a checkpoint."""
+    CheckpointLoader.register_scheme((HUB_SCHEME, ZOO_SCHEME), load_from_safe_reader, force=True)
