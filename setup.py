@@ -133,6 +133,8 @@ setup(
             'regex',
             'numpy<2',
         ],
+        # hf://owner/repo/file, and the format that most files of the hub are in
+        'hub': ['huggingface-hub>=0.20', 'safetensors>=0.4'],
         'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11'],
         # tools/export.py --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],

@@ -154,7 +154,7 @@ def test_segmentor_by_name_with_its_published_weights(tmp_path, monkeypatch):
     path.parent.mkdir()
     write_checkpoint(convert_checkpoint(dict(state_dict=weights), 'official'), path)
 
-    inferencer = apis.MMSegInferencer('upernet_slak_t_ade20k', device='cpu', show_progress=False)
+    inferencer = apis.MMSegInferencer('upernet_slak_t_ade20k', device='cpu')
     loaded = inferencer.model.state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[key], value) for key, value in weights.items())

@@ -89,7 +89,7 @@ def test_extras(metadata):
         name = re.match(r'[\w-]+', requirement)[0]
         extra = re.search(r'extra == .(\w+).', requirement)[1]
         by_extra.setdefault(extra, set()).add(name)
-    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev', 'export'}
+    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev', 'export', 'hub'}
     onedl = {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     original = {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
     torch = {'torch', 'torchvision'}
@@ -97,6 +97,7 @@ def test_extras(metadata):
     assert original | torch <= by_extra['openmmlab']
     assert not onedl & by_extra['openmmlab']
     assert {'pytest', 'ruff', 'mypy'} <= by_extra['dev']
+    assert by_extra['hub'] == {'huggingface-hub', 'safetensors'}
     assert not (onedl | original | torch) & by_extra['dev']
 
 

@@ -213,7 +213,7 @@ def _download_from_hub(url: str, path: Path, verify: Callable[[Path], None]) -> 
     try:
         kept = Path(huggingface_hub.hf_hub_download(match[1], match[3], revision=match[2] and unquote(match[2])))
     except Exception as error:  # of many kinds, of that package, its transports and its arguments
-        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
         raise CheckpointNotFound(
             f'{url} could not be downloaded ({shown(reason, 300)}). Check owner, repository, revision and file, log in '
             f'if it is not public, or put it at {path}.'

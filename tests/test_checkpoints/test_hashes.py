@@ -239,7 +239,10 @@ def test_the_hub_has_another_file(hub):
 @pytest.mark.parametrize(
     ('source', 'message'),
     [
-        ('hf://o/r/b.pth', r'hf://o/r/b.pth could not be downloaded \(404 Client Error\.\)\. Check owner'),
+        (
+            'hf://o/r/b.pth',
+            r'hf://o/r/b.pth could not be downloaded \(EntryNotFoundError: 404 Client Error\.\)\. Check owner',
+        ),
         ('hf://o/x.pth', 'hf://o/x.pth is no address of a file: write hf://owner/repo/file'),
         ('hf://o/r@/x.pth', 'is no address of a file'),
     ],
