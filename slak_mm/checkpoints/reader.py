@@ -421,7 +421,8 @@ _LARGEST_META = 1 << 23
 def _read_metadata(content: bytes, name: str) -> dict[str, Any]:
     """The ``meta`` that :func:`write_checkpoint` has put into a safetensors file as JSON; {} if there is none."""
     header = content[8 : 8 + int.from_bytes(content[:8], 'little')]
-    text = json.loads(header).get('__metadata__', {}).get(META_KEY) if META_KEY.encode() in header else None
+    texts = json.loads(header).get('__metadata__') if META_KEY.encode() in header else None
+    text = (texts or {}).get(META_KEY)
     if text is None:
         return {}
     try:

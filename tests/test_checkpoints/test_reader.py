@@ -128,6 +128,9 @@ def test_damaged_meta_of_safetensors(tmp_path, meta):
     table = {'__metadata__': {'slak_mm_meta': '{"epoch": 3}'}, 'w': entry(0, 8)}
     (tmp_path / 'x.safetensors').write_bytes(named_bytes(table))
     assert read_checkpoint(tmp_path / 'x.safetensors')['meta'] == {'epoch': 3}
+    for none in ({'slak_mm_meta': entry(0, 8), '__metadata__': None}, {'slak_mm_meta': entry(0, 8)}):
+        (tmp_path / 'x.safetensors').write_bytes(named_bytes(none))
+        assert list(read_checkpoint(tmp_path / 'x.safetensors')) == ['slak_mm_meta']
     table['__metadata__']['slak_mm_meta'] = meta
     (tmp_path / 'x.safetensors').write_bytes(named_bytes(table))
     with pytest.raises(CheckpointUnreadable, match='The meta of .* cannot be read as JSON') as error:
