@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildPy(build_py):
-    """Adds the configs and command-line tools as ``slak_mm/.mim``, where OpenMMLab's packages have theirs.
+    """Adds the configs, their index and the tools as ``slak_mm/.mim``, where OpenMMLab's packages have theirs.
 
-    They are copied into the build folder only, never into the source tree.
+    They are copied into the build folder. An editable install gets links to those of the checkout.
     """
 
     def run(self):
@@ -27,6 +27,7 @@ class BuildPy(build_py):
         target = Path(self.build_lib) / 'slak_mm'
         if getattr(self, 'editable_mode', False):
             super().run()
+            self._link()
             return
         # Files of an earlier build that have since been removed would travel along.
         shutil.rmtree(target, ignore_errors=True)
@@ -45,8 +46,19 @@ class BuildPy(build_py):
         return outputs
 
     @staticmethod
+    def _link():
+        folder = ROOT / 'slak_mm' / '.mim'
+        folder.mkdir(exist_ok=True)
+        for name in ('configs', 'model-index.yml', 'tools'):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(Path('..', '..', name))
+
+    @staticmethod
     def _mim_files():
-        names = [*ROOT.glob('configs/**/*.py'), *ROOT.glob('tools/**/*.py')]
+        names = [ROOT / 'model-index.yml']
+        names += [
+            path for pattern in ('configs/**/*.py', 'configs/*.yml', 'tools/**/*.py') for path in ROOT.glob(pattern)
+        ]
         # Set-up and benchmarks of a checkout have no place in an installed package.
         checkout_only = ('setup_env.py', 'benchmark.py')
         return [(path, path.relative_to(ROOT)) for path in sorted(names) if path.name not in checkout_only]
@@ -121,6 +133,8 @@ setup(
             'regex',
             'numpy<2',
         ],
+        # hf://owner/repo/file, and the format that most files of the hub are in
+        'hub': ['huggingface-hub>=0.20', 'safetensors>=0.4'],
         'dev': ['timm>=1.0', 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.11'],
         # tools/export.py --format onnx
         'export': ['onnx>=1.16', 'onnxscript>=0.5', 'onnxruntime>=1.18'],

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.utils import ManagerMixin
+from web_server import server  # noqa: F401 - a fixture
 
 from slak_mm.checkpoints import to_official
 
@@ -27,6 +28,7 @@ MARKED = {
         'tests/test_checkpoints/test_reader.py::test_every_process_hears_of_a_failure',
         'tests/test_cost.py',
         'tests/test_cli/test_prepare_data.py',
+        'tests/test_metafiles.py',
         'tests/test_checkpoints/test_reader.py::test_small_files_that_ask_for_much',
         'tests/test_engine/test_checkpoint_hook.py',
         'tests/test_engine/test_detection_data.py',
@@ -54,6 +56,7 @@ MARKED = {
         'tests/test_cost.py::test_detectors_of_the_framework',
         'tests/test_cost.py::test_published_figures[cascade_',
         'tests/test_engine/test_detection_data.py',
+        'tests/test_metafiles.py::test_detector_',
         'tests/test_swap.py::test_stock_config[mmdet/',
         'tests/test_tools/test_detection.py',
         'tests/test_tools/test_train.py::test_detection_configs',

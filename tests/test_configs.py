@@ -21,6 +21,7 @@ REPLKNET = [name for name in CONFIGS if '_replknet_' in name]
 SEGMENTATION = [name for name in CONFIGS if name.startswith('upernet') and name not in REPLKNET]
 VOC = [name for name in CONFIGS if name.startswith('faster_rcnn')]
 COCO = [name for name in CONFIGS if name.startswith('cascade_mask_rcnn') and name not in REPLKNET]
+MASK = [name for name in CONFIGS if name.startswith('mask_rcnn')]
 
 # Widths of SLaK's architectures times 1.3, rounded down; the others as published.
 CHANNELS = dict(
@@ -173,6 +174,9 @@ def test_the_expected_detection_configs_are_there():
     assert set(COCO) == {f'cascade_mask_rcnn_{model}_coco.py' for model in CHANNELS if model != 'unireplknet_b'} | {
         f'cascade_mask_rcnn_slak_{size}_coco_1x.py' for size in 'tsb'
     }
+    assert set(MASK) == {
+        f'mask_rcnn_{model}_coco{schedule}.py' for model in ('slak_t', 'shiftwise_t') for schedule in ('', '_1x')
+    }
 
 
 def check_detector(cfg, name):
@@ -260,6 +264,11 @@ def test_recipe_of_coco(name):
     assert cfg.optim_wrapper.optimizer.lr == (1e-4 if variant.startswith(('shiftwise', 'unireplknet')) else 2e-4)
     expected = dict(decay_rate=decay, decay_type='layer_wise', num_layers=layers)
     assert cfg.optim_wrapper.paramwise_cfg.to_dict() == expected
+    check_multi_scale_with_crops(cfg)
+    assert cfg.test_evaluator.metric == ['bbox', 'segm']
+
+
+def check_multi_scale_with_crops(cfg):
     pipeline = cfg.train_dataloader.dataset.pipeline
     expected = 'LoadImageFromFile LoadAnnotations RandomFlip RandomChoice PackDetInputs'
     assert [transform.type for transform in pipeline] == expected.split()
@@ -268,6 +277,30 @@ def test_recipe_of_coco(name):
     assert alone.scales == second.scales == MULTI_SCALE
     assert first.scales == [(400, 1333), (500, 1333), (600, 1333)]
     assert (crop.crop_type, tuple(crop.crop_size), crop.allow_negative_crop) == ('absolute_range', (384, 600), True)
+
+
+@pytest.mark.parametrize('name', MASK)
+def test_recipe_of_mask_rcnn(name):
+    """Of the official ConvNeXt-T Mask R-CNN (3x), and of mmdet's 1x configs; the heads are mmdet's."""
+    cfg = read(name)
+    variant = check_detector(cfg, name)
+    (standard,) = framework_configs('mmdet', 'models/mask-rcnn_r50_fpn.py')
+    standard = Config.fromfile(standard).model
+    assert cfg.model.type == 'MaskRCNN'
+    for part in ('rpn_head', 'roi_head', 'train_cfg', 'test_cfg'):
+        assert cfg.model[part] == standard[part]
+    assert cfg.model.backbone.drop_path_rate == 0.4
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4
+    # Three blocks make a layer of the third stage, which has 9 blocks in SLaK-T and 18 in ShiftWise-T.
+    layers = dict(slak_t=6, shiftwise_t=9)[variant]
+    expected = dict(decay_rate=0.95, decay_type='layer_wise', num_layers=layers)
+    assert cfg.optim_wrapper.paramwise_cfg.to_dict() == expected
+    if '1x' in name:
+        steps = [transform.type for transform in cfg.train_dataloader.dataset.pipeline]
+        assert steps == 'LoadImageFromFile LoadAnnotations Resize RandomFlip PackDetInputs'.split()
+        assert tuple(cfg.train_dataloader.dataset.pipeline[2].scale) == (1333, 800)
+    else:
+        check_multi_scale_with_crops(cfg)
     assert cfg.test_evaluator.metric == ['bbox', 'segm']
 
 
@@ -295,7 +328,7 @@ def test_recipe_of_replknet(name):
         assert cfg.train_dataloader.batch_size == 1
 
 
-@pytest.mark.parametrize('name', VOC + COCO + [name for name in REPLKNET if name.startswith('cascade')])
+@pytest.mark.parametrize('name', VOC + COCO + MASK + [name for name in REPLKNET if name.startswith('cascade')])
 def test_detector_is_built_and_its_parts_fit(name):
     pytest.importorskip('mmcv._ext', reason="detection needs mmcv's compiled operators")
     cfg = read(name)

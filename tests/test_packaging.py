@@ -11,6 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slak_mm.version import __version__
 
@@ -35,7 +36,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp('packaging') / 'source'
     for name in ('configs', 'requirements', 'slak_mm', 'tools'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
-    for name in ('LICENSE', 'MANIFEST.in', 'README.md', 'pyproject.toml', 'setup.py'):
+    for name in ('LICENSE', 'MANIFEST.in', 'README.md', 'model-index.yml', 'pyproject.toml', 'setup.py'):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -88,7 +89,7 @@ def test_extras(metadata):
         name = re.match(r'[\w-]+', requirement)[0]
         extra = re.search(r'extra == .(\w+).', requirement)[1]
         by_extra.setdefault(extra, set()).add(name)
-    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev', 'export'}
+    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev', 'export', 'hub'}
     onedl = {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     original = {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
     torch = {'torch', 'torchvision'}
@@ -96,6 +97,7 @@ def test_extras(metadata):
     assert original | torch <= by_extra['openmmlab']
     assert not onedl & by_extra['openmmlab']
     assert {'pytest', 'ruff', 'mypy'} <= by_extra['dev']
+    assert by_extra['hub'] == {'huggingface-hub', 'safetensors'}
     assert not (onedl | original | torch) & by_extra['dev']
 
 
@@ -120,12 +122,28 @@ def test_modules_and_type_marker(source, contents):
 
 
 def test_configs_and_tools_are_where_mim_looks(source, contents):
-    paths = [*source.glob('configs/**/*.py'), *source.glob('tools/**/*.py')]
+    index = yaml.safe_load(contents['slak_mm/.mim/model-index.yml'])
+    paths = [source / 'model-index.yml', *source.glob('configs/*.yml'), *source.glob('configs/**/*.py')]
+    paths += source.glob('tools/**/*.py')
     expected = {f'slak_mm/.mim/{path.relative_to(source)}' for path in paths}
     expected -= {'slak_mm/.mim/tools/setup_env.py', 'slak_mm/.mim/tools/benchmark.py'}
     assert {name for name in contents if '/.mim/' in name} == expected
-    name = 'configs/upernet_slak_t_ade20k.py'
-    assert contents[f'slak_mm/.mim/{name}'] == (ROOT / name).read_text()
+    for name in ('configs/upernet_slak_t_ade20k.py', *index['Import']):
+        assert contents[f'slak_mm/.mim/{name}'] == (ROOT / name).read_text()
+
+
+def test_an_editable_install_finds_the_files_of_the_checkout(source, tmp_path):
+    """Here and where mim looks; the links are removed, as the other tests' wheels are built from the same folder."""
+    pip('install --no-deps --no-build-isolation --no-index --target', tmp_path / 'site', '--editable', source)
+    mim = source / 'slak_mm' / '.mim'
+    try:
+        for name in ('configs', 'tools', 'model-index.yml'):
+            assert (mim / name).is_symlink() and (mim / name).resolve() == source / name
+        code = 'from slak_mm.bases import own_folder; print(own_folder())'
+        output = run('-W', 'ignore', '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(source)})
+        assert output.splitlines()[-1] == str(source)
+    finally:
+        shutil.rmtree(mim)
 
 
 def test_nothing_else(contents, source):
@@ -148,10 +166,13 @@ def test_the_installed_package_is_complete(wheel_path, tmp_path):
     target = tmp_path / 'site'
     pip('install --no-deps --no-index --target', target, wheel_path)
     code = """
+from pathlib import Path
 import slak_mm
+from slak_mm.bases import own_folder
 from mmengine.config import Config
 from mmengine.registry import MODELS
-config = Config.fromfile(slak_mm.__path__[0] + '/.mim/configs/upernet_slak_t_ade20k.py')
+assert own_folder() == Path(slak_mm.__path__[0]) / '.mim'
+config = Config.fromfile(own_folder() / 'configs' / 'upernet_slak_t_ade20k.py')
 print(MODELS.get(config.model.backbone.type).__module__, slak_mm.__path__[0], slak_mm.__version__)
 """
     output = run('-W', 'ignore', '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(target)})

@@ -5,7 +5,8 @@ Examples:
     python tools/checkpoint.py inspect slak_t_in1k_300e.pth --picture sparsity.png
     python tools/checkpoint.py finalize work_dirs/upernet_slak_t_ade20k/iter_160000.pth slak_t.pth
     python tools/checkpoint.py convert ours.pth official.pth --to official
-    python tools/checkpoint.py zoo
+    python tools/checkpoint.py convert slak_t.pth slak_t.safetensors
+    python tools/checkpoint.py zoo --verify
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from slak_mm.sparsity.picture import LayerSparsity, draw_sparsity, layer_sparsit
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.split('\n\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    source = dict(help='path, address or zoo name')
+    source = dict(help='path, address (http, hf://owner/repo/file) or zoo name')
     out = dict(type=cli.output_file, help='file to write; .safetensors writes that format')
     force = dict(action='store_true', help='replace an existing file')
     what = 'what a checkpoint holds: format, variant, shapes and zeros per layer'
@@ -53,6 +54,8 @@ def parse_args() -> argparse.Namespace:
     final.add_argument('--force', **force)
     final.set_defaults(run=run_finalize)
     zoo = commands.add_parser('zoo', help='published checkpoints, and which are in the cache')
+    verify = 'hash every file of the cache and compare it with its first use and with the zoo'
+    zoo.add_argument('--verify', action='store_true', help=verify)
     zoo.set_defaults(run=run_zoo)
     return parser.parse_args()
 
@@ -147,12 +150,36 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_zoo(args: argparse.Namespace) -> None:
-    """Print the table of published checkpoints."""
+    """Print the table of published checkpoints, or of what became of the files in the cache."""
+    if args.verify:
+        verify_cache()
+        return
     rows = checkpoints.zoo_table()
     cached = ['in the cache', *('yes' if checkpoints.cached_path(name).is_file() else 'no' for name in checkpoints.ZOO)]
     print(table([[row[0], here, *row[1:]] for row, here in zip(rows, cached)]))
     print('\nFigures as published by the source; none of them was measured here.')
     print(f'Cache: {checkpoints.cache_dir()}\nA file fetched by hand goes there as <name>.pth.')
+
+
+def verify_cache() -> None:
+    """Hash the files of the cache and print what became of them.
+
+    Raises:
+        CheckpointError: Some are other files than they were.
+    """
+    rows, changed = [['file', 'MB', 'sha256', 'is']], 0
+    for path in checkpoints.cached_files(checkpoints.cache_dir()):
+        hashes = checkpoints.hashes_of(path, path, checkpoints.ZOO.get(path.stem))
+        megabytes = f'{path.stat().st_size / 1e6:.1f}' if hashes.found else '-'
+        rows.append([path.name, megabytes, hashes.found or '-', hashes.verdict])
+        changed += bool(hashes.found) and not hashes.is_same
+    print(table(rows) if rows[1:] else 'The cache is empty.')
+    print(f'\nCache: {checkpoints.cache_dir()}')
+    if changed:
+        raise CheckpointError(
+            f'{changed} of {len(rows) - 1} files are not what they were: delete them to get them again, or, for a file '
+            'that you have replaced on purpose, its .sha256.'
+        )
 
 
 def main() -> None:

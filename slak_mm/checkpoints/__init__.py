@@ -14,6 +14,7 @@ from .families import (
     register_family,
 )
 from .formats import ConversionNotes, convert_state_dict, to_official
+from .hashes import Hashes, cached_files, hashes_of
 from .load import (
     LoadReport,
     convert_on_load,
@@ -43,6 +44,7 @@ __all__ = [
     'ConversionNotes',
     'Family',
     'FamilyMember',
+    'Hashes',
     'LoadReport',
     'ModelInfo',
     'Published',
@@ -50,6 +52,7 @@ __all__ = [
     'UnsafeCheckpoint',
     'Variant',
     'cache_dir',
+    'cached_files',
     'cached_path',
     'convert_checkpoint',
     'convert_on_load',
@@ -60,6 +63,7 @@ __all__ = [
     'find_backbones',
     'find_model',
     'find_roots',
+    'hashes_of',
     'known_backbones',
     'likely_causes',
     'load_foreign',

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,13 +21,15 @@ from mmengine.dist import all_gather_object, get_local_rank, get_rank, is_distri
 from mmengine.logging import print_log
 from mmengine.utils import digit_version
 
-from slak_mm._files import DownloadError, cache_folder, download
+from slak_mm._files import DownloadError, cache_folder, download, replacing
 
 from ._pickle_check import PickleCheck, safe_names
 from .errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, shown
-from .zoo import ModelInfo, find_model, normalize_url, similar_names
+from .hashes import check_hash
+from .zoo import ZOO_SCHEME, find_model, normalize_url, similar_names
 
-_SCHEMES = ('http://', 'https://', 'file://')
+HUB_SCHEME = 'hf://'
+SCHEMES = ('http://', 'https://', 'file://', HUB_SCHEME)
 _PROGRESS_EVERY = 5  # seconds
 
 # Pairs of an object and its name in torch's list of safe names came with torch 2.6.
@@ -61,10 +65,11 @@ def read_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
     built, so that a small file cannot ask for much memory. Several threads may read at once.
 
     Args:
-        source: A path, an ``http(s)://`` or ``file://`` address, a zoo name (:data:`slak_mm.checkpoints.ZOO`), or a
-            checkpoint already read, which is copied (the dict, not the tensors). An address or a zoo name is
-            downloaded once, to :func:`cached_path`; when the default process group exists, by one process per node,
-            and then every process has to make this call.
+        source: A path, an ``http(s)://`` or ``file://`` address, ``hf://owner/repo/file`` or
+            ``hf://owner/repo@revision/file`` of the Hugging Face hub, a zoo name (:data:`slak_mm.checkpoints.ZOO`), or
+            a checkpoint already read, which is copied (the dict, not the tensors). An address or a zoo name is
+            downloaded once, to :func:`cached_path`, and compared with its hash at every later use; when the default
+            process group exists, by one process per node, and then every process has to make this call.
 
     Returns:
         The content of the file, wrappers and all, with its tensors on the CPU.
@@ -87,8 +92,8 @@ def resolve(source: str | os.PathLike) -> Path:
         CheckpointNotFound: No such file, or it could not be downloaded.
         CheckpointUnreadable: A folder, or a download that failed its check.
     """
-    text = os.fspath(source)
-    is_local = not text.lower().startswith(_SCHEMES)
+    text = os.fspath(source).removeprefix(ZOO_SCHEME)
+    is_local = not text.lower().startswith(SCHEMES)
     path = Path(text)
     try:
         path = path.expanduser()
@@ -151,8 +156,7 @@ def _fetch_here(source: str) -> Path:
     path = cached_path(source)
     url = info.url if info is not None else source
     if path.is_file():
-        if info is not None:
-            _verify(path, info, str(path))
+        check_hash(path, path, info)
         return path
     if url is None:
         assert info is not None  # for mypy
@@ -164,8 +168,7 @@ def _fetch_here(source: str) -> Path:
         with open(part, 'rb') as file:
             head = file.read(4096)
         _refuse_other_content(head, f'What {url} sent', f' Fetch it with a browser and put it at {path}.')
-        if info is not None:
-            _verify(part, info, url)
+        check_hash(part, path, info, url)
 
     from filelock import FileLock  # a tenth of a second, and few calls come here
 
@@ -173,7 +176,10 @@ def _fetch_here(source: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent.with_suffix('.lock')):
-            download([normalize_url(url)], path, verify=verify, report=_Progress())
+            if not url.lower().startswith(HUB_SCHEME):
+                download([normalize_url(url)], path, verify=verify, report=_Progress())
+            elif not path.is_file():
+                _download_from_hub(url, path, verify)
     except DownloadError as error:
         raise CheckpointNotFound(str(error)) from error
     except OSError as error:
@@ -182,6 +188,42 @@ def _fetch_here(source: str) -> Path:
             f'({error}). Set SLAK_MM_CACHE to a folder that can.'
         ) from error
     return path
+
+
+def _download_from_hub(url: str, path: Path, verify: Callable[[Path], None]) -> None:
+    """Get a file of the Hugging Face hub; that package resumes, retries and logs in.
+
+    Raises:
+        CheckpointNotFound: It is not there, or the package is not here.
+        CheckpointUnreadable: It is another file than before.
+    """
+    match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)', url)
+    if match is None:
+        raise CheckpointNotFound(
+            f'{url} is no address of a file: write hf://owner/repo/file or hf://owner/repo@revision/file.'
+        )
+    from urllib.parse import unquote
+
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointNotFound(
+            f'{url} needs the package of the Hugging Face hub: pip install huggingface_hub, or put the file at {path}.'
+        ) from error
+    try:
+        kept = Path(huggingface_hub.hf_hub_download(match[1], match[3], revision=match[2] and unquote(match[2])))
+    except Exception as error:  # of many kinds, of that package, its transports and its arguments
+        reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise CheckpointNotFound(
+            f'{url} could not be downloaded ({shown(reason, 300)}). Check owner, repository, revision and file, log in '
+            f'if it is not public, or put it at {path}.'
+        ) from error
+    verify(kept)
+    with replacing(path) as part:  # its cache has links and names of its own; where it can, the bytes are shared
+        try:
+            os.link(kept.resolve(), part)
+        except OSError:
+            shutil.copyfile(kept, part)
 
 
 class _Progress:
@@ -198,21 +240,6 @@ class _Progress:
             amount = f'{done / 1e6:.0f}' + (f' of {total / 1e6:.0f}' if total else '')
             print_log(f'{amount} MB of {what}, {speed / 1e6:.1f} MB/s{left}', logger='current')
             self.shown, self.before = time.monotonic(), done
-
-
-def _verify(path: Path, info: ModelInfo, source: str) -> None:
-    """Compare a file with the hash in the zoo table, where it has one."""
-    if info.sha256 is None:
-        return
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != info.sha256:
-        raise CheckpointUnreadable(
-            f'{source} has sha256 {digest.hexdigest()}, {info.name} has {info.sha256}: the file is damaged or another '
-            'one. Delete it and get it again.'
-        )
 
 
 def _refuse_other_content(head: bytes, name: str, remedy: str = '') -> None:
@@ -377,9 +404,38 @@ def _read_safetensors(file: BinaryIO, name: str) -> dict[str, Any]:
     try:
         # Checked by the package: the table fits the file, without gaps or overlaps. The bytes are our own: tensors
         # that map the file would change with it.
-        return dict(load(file.read()))
+        content = file.read()
+        weights: dict[str, Any] = dict(load(content))
     except Exception as error:  # the package's own exception class derives from Exception alone
         raise CheckpointUnreadable(f'{name} is not an intact safetensors file ({shown(str(error))}).') from error
+    meta = _read_metadata(content, name)
+    return dict(state_dict=weights, meta=meta) if meta else weights
+
+
+#: Key of the meta among the texts of a safetensors file.
+META_KEY = 'slak_mm_meta'
+# That of a training checkpoint, with its whole config, has some tens of thousands of characters.
+_LARGEST_META = 1 << 23
+
+
+def _read_metadata(content: bytes, name: str) -> dict[str, Any]:
+    """The ``meta`` that :func:`write_checkpoint` has put into a safetensors file as JSON; {} if there is none."""
+    header = content[8 : 8 + int.from_bytes(content[:8], 'little')]
+    texts = json.loads(header).get('__metadata__') if META_KEY.encode() in header else None
+    text = (texts or {}).get(META_KEY)
+    if text is None:
+        return {}
+    try:
+        if len(text) > _LARGEST_META:
+            raise ValueError(f'it has {len(text)} characters')
+        meta = json.loads(text)
+        if not isinstance(meta, dict):
+            raise ValueError('it is no dict')
+    except (ValueError, RecursionError) as error:
+        raise CheckpointUnreadable(
+            f'The meta of {name} cannot be read as JSON ({shown(str(error))}): write the file again without it.'
+        ) from error
+    return meta
 
 
 def log_report(text: str, level: int = logging.INFO) -> None:

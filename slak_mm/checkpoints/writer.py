@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from slak_mm._files import replacing
 from .errors import CheckpointError, shown
 from .families import find_roots, known_backbones
 from .formats import convert_state_dict, refuse_unrecognized, to_official
+from .reader import META_KEY, log_report
 from .unwrap import unwrap
 
 
@@ -58,7 +60,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike, ove
 
     Args:
         checkpoint: As :func:`convert_checkpoint` returns it.
-        path: The file, which is returned. '.safetensors' gets the tensors alone, in that format.
+        path: The file, which is returned. '.safetensors' gets the weights in that format, and of ``meta`` what JSON can
+            hold.
         overwrite: Whether an existing file may be replaced. Defaults to ``False``.
 
     Raises:
@@ -93,4 +96,19 @@ def _write_safetensors(checkpoint: Mapping[str, Any], path: Path) -> None:
     except ImportError as error:
         raise CheckpointError('Writing a .safetensors file needs that package: pip install safetensors.') from error
     tensors = unwrap(checkpoint).state_dict
-    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, str(path))
+    metadata = {'format': 'pt'}  # as other programs expect it of PyTorch's
+    given = checkpoint.get('meta') or {}
+    meta = {key: value for key, value in given.items() if _is_json({key: value})}
+    if lost := given.keys() - meta.keys():
+        log_report(f'Left out of the meta, as JSON cannot hold it: {", ".join(sorted(map(shown, lost)))}.')
+    if meta:
+        metadata[META_KEY] = json.dumps(meta)
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, str(path), metadata)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

@@ -19,13 +19,14 @@ class ModelInfo:
 
     Attributes:
         name: The name by which ``load_pretrained`` and ``init_cfg`` know it.
-        url: Direct download address; ``None`` where none was published.
+        url: Direct download address, or ``hf://owner/repo/file``; ``None`` where none was published.
         task: 'classification', 'segmentation' or 'detection'.
         backbone: Arguments of our backbone class that fit the weights.
         source: Where address and figures are from.
         config: The config of this project it belongs to, '' for a bare backbone.
         figures: Published figures, units in the names: ``top1_percent``, ``miou_percent`` (single scale),
-            ``box_ap_percent``, ``mask_ap_percent``, ``params_m`` (millions), ``flops_g`` (multiply-adds, 10^9).
+            ``miou_ms_percent`` (multiple scales and flipping), ``box_ap_percent``, ``mask_ap_percent``, ``params_m``
+            (millions), ``flops_g`` (multiply-adds, 10^9).
         counted: How parameters and FLOPs were counted, a key of :data:`CONVENTIONS`.
         sha256: Hash of the file, where published; a download is compared with it.
         evaluation: How a classifier was evaluated, in the words of timm's ``pretrained_cfg``, where it differs from
@@ -82,6 +83,8 @@ CONVENTIONS: dict[str, Convention] = dict(
     ),
 )
 
+#: May stand before a zoo name, where a framework tells names from paths by it.
+ZOO_SCHEME = 'slak_mm://'
 _DRIVE_ID = re.compile(r'^https?://(?:drive|docs)\.google\.com/(?:file/d/([\w-]+)|(?:open|uc)\?(?:.*&)?id=([\w-]+))')
 _SURF_SHARE = re.compile(r'^(https?://surfdrive\.surf\.nl/files/index\.php/s/\w+)/?$')
 
@@ -116,6 +119,7 @@ def zoo_table() -> list[list[str]]:
     units = dict(
         top1_percent='{:g}% top-1',
         miou_percent='{:g}% mIoU ss',
+        miou_ms_percent='{:g}% mIoU ms',
         box_ap_percent='{:g} box AP',
         mask_ap_percent='{:g} mask AP',
         params_m='{:g}M',

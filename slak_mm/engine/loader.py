@@ -19,7 +19,8 @@ from mmengine.runner.checkpoint import (
 )
 
 from slak_mm.checkpoints import CheckpointNotFound, read_checkpoint
-from slak_mm.checkpoints.reader import read_open_file
+from slak_mm.checkpoints.reader import HUB_SCHEME, SCHEMES, read_open_file
+from slak_mm.checkpoints.zoo import ZOO_SCHEME
 
 # torch.load refuses to run with both.
 _SWITCHES = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
@@ -58,11 +59,12 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
     """Read a checkpoint as :func:`slak_mm.checkpoints.read_checkpoint`, from mmengine's addresses as well.
 
     Args:
-        filename: A path, an address, a zoo name, a name of mmengine's tables such as ``torchvision://resnet50``, or a
-            file of a storage that ``mmengine.fileio`` knows.
+        filename: What :func:`read_checkpoint` takes, a name of mmengine's tables such as ``torchvision://resnet50``, or
+            a file of a storage that ``mmengine.fileio`` knows.
         map_location: Not used: the tensors are on the CPU, and what takes them copies them.
     """
-    scheme, _, name = os.fspath(filename).partition('://')
+    filename = os.fspath(filename)
+    scheme, _, name = filename.partition('://')
     if scheme in _TABLES:
         name = get_deprecated_model_names().get(name, name) if 'mmlab' in scheme else name
         address = _TABLES[scheme]().get(name)
@@ -75,10 +77,15 @@ def load_from_safe_reader(filename: str, map_location: Any = None) -> dict[str, 
             prefix = 'backbone.'
             checkpoint = dict(state_dict={k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
         return checkpoint
-    if not name or scheme.lower() in ('http', 'https', 'file'):
+    if not name or filename.lower().startswith((*SCHEMES, ZOO_SCHEME)):
         return read_checkpoint(filename)
     try:
         content = fileio.get(filename)
     except Exception as error:  # whatever a backend raises
         raise CheckpointNotFound(f'{filename} cannot be read ({error}): name a file or an http address.') from error
     return read_open_file(io.BytesIO(content), filename)
+
+
+def register_schemes() -> None:
+    """Have mmengine load ``hf://owner/repo/file`` and ``slak_mm://<zoo name>`` wherever it takes a checkpoint."""
+    CheckpointLoader.register_scheme((HUB_SCHEME, ZOO_SCHEME), load_from_safe_reader, force=True)

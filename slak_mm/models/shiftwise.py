@@ -554,7 +554,18 @@ def _with_filters(cost: Any) -> tuple[int, int]:
 _BLOCK = 'stages.{i}.{j}.'
 _LARGE = 'stages.{i}.{j}.large_kernel.'
 _PAPER = 'ShiftWise, tables of ADE20K and COCO'
-_SIZES = dict(kernel_sizes=(51, 49, 47, 13), small_kernel=3)
+# The official code gives no accuracy of its segmentors and detectors.
+_SUMMARIES = "two independent summaries of the ShiftWise paper (CVPR 2025), not the paper's own table"
+
+
+def _shiftwise(arch: str) -> dict[str, Any]:
+    sizes = dict(kernel_sizes=(51, 49, 47, 13), small_kernel=3)
+    return dict(type='ShiftWise', arch=arch, version=2, **sizes, ghost_ratio=0.23, num_paths=2, num_reps=4)
+
+
+def _downstream(name: str, task: str, arch: str, schedule: str, **figures: float) -> ModelInfo:
+    return ModelInfo(f'{name}_{schedule}', None, task, _shiftwise(arch), _SUMMARIES, f'{name}.py', figures)
+
 
 # `LoRA` is the official code's form after it has merged the filter paths. Names below `ffn` exist
 # in version 2 only, `pwconv1` and `pwconv2` of ours in version 1 only.
@@ -593,9 +604,28 @@ FAMILY = register_family(
                 'shiftwise_t_in1k_300e',
                 'https://drive.google.com/file/d/1U4DOZv5V9_7wJdqdicjp0tCmNIdRNJOc/view',
                 'classification',
-                dict(type='ShiftWise', arch='tiny', version=2, **_SIZES, ghost_ratio=0.23, num_paths=2, num_reps=4),
+                _shiftwise('tiny'),
                 'https://github.com/lidc54/shift-wiseConv (README)',
                 figures=dict(top1_percent=83.39),
+            ),
+            *(
+                _downstream(
+                    f'upernet_shiftwise_{arch[0]}_ade20k',
+                    'segmentation',
+                    arch,
+                    '160k',
+                    miou_percent=miou,
+                    miou_ms_percent=multi_scale,
+                )
+                for arch, miou, multi_scale in (('tiny', 49.22, 50.06), ('small', 49.79, 50.83))
+            ),
+            _downstream(
+                'cascade_mask_rcnn_shiftwise_t_coco',
+                'detection',
+                'tiny',
+                '3x',
+                box_ap_percent=52.21,
+                mask_ap_percent=45.19,
             ),
         ),
         published={

@@ -17,17 +17,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from slak_mm.checkpoints import (
-    Cause,
-    Convention,
-    ConversionNotes,
-    Family,
-    ModelInfo,
-    Published,
-    Variant,
-    differs,
-    register_family,
-)
+from slak_mm.checkpoints import Cause, Convention, ConversionNotes, Family, ModelInfo, Variant, differs, register_family
 from slak_mm.ops import cross_dwconv2d
 from slak_mm.sparsity import PRESETS
 
@@ -282,9 +272,8 @@ _MERGED = _LARGE + 'lkb_reparam.'
 _TIMM = 'stages.{i}.blocks.{j}.'
 
 _README = 'https://github.com/VITA-Group/SLaK (README)'
-_CONVNEXT_README = 'https://github.com/facebookresearch/ConvNeXt (README)'
-_CONVNEXT_PAPER = 'ConvNeXt, tables 1 to 3'
-_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/convnext_{}_1k_224_ema.pth'
+_CONVNEXT_README = 'https://github.com/facebookresearch/ConvNeXt (READMEs)'
+_CONVNEXT_FILES = 'https://dl.fbaipublicfiles.com/convnext/{}.pth'
 _DRIVE = 'https://drive.google.com/file/d/{}/view'
 _SURF = 'https://surfdrive.surf.nl/files/index.php/s/{}/download'
 
@@ -314,9 +303,20 @@ def _upernet(size: str, url: str, backbone: dict[str, Any], miou: float, params:
     return ModelInfo(name, url, 'segmentation', backbone, _README, f'{config}.py', figures, counted)
 
 
-def _cascade(schedule: str, url: str | None, config: str, box: float, mask: float) -> ModelInfo:
-    name, figures = f'cascade_mask_rcnn_slak_t_coco_{schedule}', dict(box_ap_percent=box, mask_ap_percent=mask)
-    return ModelInfo(name, url, 'detection', _slak('tiny'), _README, config, figures)
+def _cascade(
+    name: str,
+    schedule: str,
+    backbone: dict[str, Any],
+    box: float,
+    mask: float,
+    url: str | None = None,
+    source: str = _README,
+    suffix: str = '',
+    **cost: float,
+) -> ModelInfo:
+    config = f'cascade_mask_rcnn_{name}'
+    figures = dict(box_ap_percent=box, mask_ap_percent=mask, **cost)
+    return ModelInfo(f'{config}_{schedule}', url, 'detection', backbone, source, f'{config}{suffix}.py', figures)
 
 
 _MODELS = (
@@ -335,10 +335,39 @@ _MODELS = (
     _upernet('s', _SURF.format('HMLBXtKUDY6wyFF'), _slak('small'), 49.4, 91, 1028),
     _upernet('b', _SURF.format('JDZ6dMBMZDxUHQG'), _slak('base'), 50.0, 135, 1172),
     # From the weights of 120 epochs, and from those of 300.
-    _cascade('1x', _SURF.format('2IvPyGgSTT2RvPu'), 'cascade_mask_rcnn_slak_t_coco_1x.py', 48.4, 41.8),
-    _cascade('3x', None, 'cascade_mask_rcnn_slak_t_coco.py', 51.3, 44.3),
+    _cascade('slak_t_coco', '1x', _slak('tiny'), 48.4, 41.8, _SURF.format('2IvPyGgSTT2RvPu'), suffix='_1x'),
+    _cascade('slak_t_coco', '3x', _slak('tiny'), 51.3, 44.3),
+    _cascade('slak_b_coco', '3x', _slak('base'), 52.5, 45.5, source='PeLK (CVPR 2024), table 3'),
+    ModelInfo(
+        'upernet_convnext_t_ade20k_160k',
+        _CONVNEXT_FILES.format('ade20k/upernet_convnext_tiny_1k_512x512'),
+        'segmentation',
+        _convnext('tiny'),
+        _CONVNEXT_README,
+        'upernet_convnext_t_ade20k.py',
+        dict(miou_percent=46.0, miou_ms_percent=46.7, params_m=60, flops_g=939),
+    ),
+    _cascade(
+        'convnext_t_coco',
+        '3x',
+        _convnext('tiny'),
+        50.4,
+        43.7,
+        _CONVNEXT_FILES.format('coco/cascade_mask_rcnn_convnext_tiny_1k_3x'),
+        _CONVNEXT_README,
+        params_m=86,
+        flops_g=741,
+    ),
     *(
-        _imagenet(name, _CONVNEXT_FILES.format(arch), _convnext(arch), top1, params, flops, _CONVNEXT_README)
+        _imagenet(
+            name,
+            _CONVNEXT_FILES.format(f'convnext_{arch}_1k_224_ema'),
+            _convnext(arch),
+            top1,
+            params,
+            flops,
+            _CONVNEXT_README,
+        )
         for name, arch, top1, params, flops in (
             ('convnext_t_in1k_300e', 'tiny', 82.1, 28, 4.5),
             ('convnext_s_in1k_300e', 'small', 83.1, 50, 8.7),
@@ -397,10 +426,6 @@ FAMILY = register_family(
         official=_official,
         models=_MODELS,
         imagenet=dict(layer_scale_init_value=1e-6),
-        published={
-            'upernet_convnext_t_ade20k': Published(60, 939, 'all', _CONVNEXT_PAPER),
-            'cascade_mask_rcnn_convnext_t_coco': Published(86, 741, 'all', _CONVNEXT_PAPER),
-        },
         conventions=dict(
             nonzero=Convention(
                 'non-zero weights. Here every layer is equally sparse; the published masks are not '

@@ -242,7 +242,7 @@ _LETTERS = dict(zip(('a', 'f', 'p', 'n', 't', 's', 'b', 'l', 'xl'), _ARCHS))
 # By the first word of a file: task, size of the image if it is not the usual one, and what the figures are.
 _TASKS: dict[str, tuple[str, tuple[int, int] | None, tuple[str, ...]]] = {
     'unireplknet': ('classification', (384, 384), ('top1_percent',)),
-    'upernet': ('segmentation', (640, 2560), ('miou_percent',)),
+    'upernet': ('segmentation', (640, 2560), ('miou_percent', 'miou_ms_percent')),
     'casc': ('detection', None, ('box_ap_percent', 'mask_ap_percent')),
 }
 # Published files and their figures, the last two in millions and 10^9. What the table of the ImageNet-22K weights
@@ -262,13 +262,13 @@ _FIGURES: dict[str, tuple[float, ...]] = {
     'unireplknet_b_in22k_pretrain': (98,),
     'unireplknet_l_in22k_pretrain': (218,),
     'unireplknet_xl_in22k_pretrain': (386,),
-    'upernet_unireplknet_t_512_160k_ade20k_miou48.56': (48.6, 61, 946),
-    'upernet_unireplknet_s_512_160k_ade20k_miou50.46': (50.5, 86, 1036),
-    'upernet_unireplknet_s_in22k_512_160k_ade20k_miou51.86': (51.9, 86, 1036),
-    'upernet_unireplknet_s_in22k_640_160k_ade20k_miou52.28': (52.3, 86),
-    'upernet_unireplknet_b_in22k_640_160k_ade20k_miou53.52': (53.5, 130, 1850),
-    'upernet_unireplknet_l_in22k_640_160k_ade20k_miou54.70': (54.5, 254, 2507),
-    'upernet_unireplknet_xl_in22k_640_160k_ade20k_miou55.18': (55.2, 425, 3420),
+    'upernet_unireplknet_t_512_160k_ade20k_miou48.56': (48.6, 49.1, 61, 946),
+    'upernet_unireplknet_s_512_160k_ade20k_miou50.46': (50.5, 51.0, 86, 1036),
+    'upernet_unireplknet_s_in22k_512_160k_ade20k_miou51.86': (51.9, 52.7, 86, 1036),
+    'upernet_unireplknet_s_in22k_640_160k_ade20k_miou52.28': (52.3, 52.7, 86),
+    'upernet_unireplknet_b_in22k_640_160k_ade20k_miou53.52': (53.5, 53.9, 130, 1850),
+    'upernet_unireplknet_l_in22k_640_160k_ade20k_miou54.70': (54.5, 55.0, 254, 2507),
+    'upernet_unireplknet_xl_in22k_640_160k_ade20k_miou55.18': (55.2, 55.6, 425, 3420),
     'casc_mask_rcnn_unireplknet_t_in1k_3x_coco_ap51.75': (51.7, 44.9, 89, 749),
     'casc_mask_rcnn_unireplknet_s_in1k_3x_coco_ap52.95': (53.0, 45.9, 113, 835),
     'casc_mask_rcnn_unireplknet_s_in22k_3x_coco_ap54.27': (54.3, 47.1, 113, 835),

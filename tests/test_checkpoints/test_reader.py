@@ -1,5 +1,4 @@
 import argparse
-import hashlib
 import http.server
 import io
 import json
@@ -24,14 +23,13 @@ from torch import multiprocessing
 
 from slak_mm import _files
 from slak_mm.checkpoints import (
-    ZOO,
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnreadable,
-    ModelInfo,
     UnsafeCheckpoint,
     cache_dir,
     cached_path,
+    load_pretrained,
     read_checkpoint,
     reader,
 )
@@ -120,6 +118,41 @@ def test_safetensors(tmp_path):
     assert_same(read_checkpoint(tmp_path / 'x.safetensors'))
     (tmp_path / 'renamed.pth').write_bytes((tmp_path / 'x.safetensors').read_bytes())
     assert_same(read_checkpoint(tmp_path / 'renamed.pth'))
+
+
+@pytest.mark.parametrize(
+    'meta', ['[' * 10**5, '[1]', 'words', '"' + 'x' * (1 << 23) + '"'], ids='deep list no large'.split()
+)
+def test_damaged_meta_of_safetensors(tmp_path, meta):
+    pytest.importorskip('safetensors')
+    table = {'__metadata__': {'slak_mm_meta': '{"epoch": 3}'}, 'w': entry(0, 8)}
+    (tmp_path / 'x.safetensors').write_bytes(named_bytes(table))
+    assert read_checkpoint(tmp_path / 'x.safetensors')['meta'] == {'epoch': 3}
+    for none in ({'slak_mm_meta': entry(0, 8), '__metadata__': None}, {'slak_mm_meta': entry(0, 8)}):
+        (tmp_path / 'x.safetensors').write_bytes(named_bytes(none))
+        assert list(read_checkpoint(tmp_path / 'x.safetensors')) == ['slak_mm_meta']
+    table['__metadata__']['slak_mm_meta'] = meta
+    (tmp_path / 'x.safetensors').write_bytes(named_bytes(table))
+    with pytest.raises(CheckpointUnreadable, match='The meta of .* cannot be read as JSON') as error:
+        read_checkpoint(tmp_path / 'x.safetensors')
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    'spoilt',
+    [{'stem\x1b[31m': torch.ones(8)}, {'x' * 501: torch.ones(8)}, {'stages.0.0.gamma': torch.ones(8).long()}],
+    ids=['control character', 'long name', 'integers'],
+)
+def test_names_and_dtypes_in_safetensors_are_refused_as_in_other_files(tmp_path, toy, spoilt):
+    safetensors = pytest.importorskip('safetensors.torch')
+    safetensors.save_file({**toy.official(), **spoilt}, tmp_path / 'x.safetensors')
+    torch.save({**toy.official(), **spoilt}, tmp_path / 'x.pth')
+    messages = set()
+    for name in ('x.safetensors', 'x.pth'):
+        with pytest.raises(CheckpointError) as error:
+            load_pretrained(toy.backbone(), tmp_path / name)
+        messages.add(str(error.value).replace(str(tmp_path / name), 'the file'))
+    assert len(messages) == 1 and '\x1b' not in messages.pop()
 
 
 def named_bytes(table, data=bytes(8)):
@@ -545,10 +578,19 @@ def test_a_folder(path):
 # Downloads
 
 
+def files_in(cache):
+    """The cached files; the hash of each lies beside it."""
+    files = sorted(cache.iterdir())
+    hashes = {path for path in files if path.suffix == '.sha256'}
+    kept = [path for path in files if path not in hashes]
+    assert hashes == {path.with_name(f'{path.name}.sha256') for path in kept}
+    return kept
+
+
 def test_file_url_is_fetched_once(path, own_cache):
     url = save(WEIGHTS, path).as_uri()
     assert_same(read_checkpoint(url))
-    assert list(own_cache.iterdir()) == [cached_path(url)]
+    assert files_in(own_cache) == [cached_path(url)]
     path.unlink()
     assert_same(read_checkpoint(url))
 
@@ -556,26 +598,6 @@ def test_file_url_is_fetched_once(path, own_cache):
 def test_addresses_that_end_alike_do_not_collide(own_cache):
     paths = {cached_path(f'https://example.org/s/{i}/download') for i in range(3)}
     assert len(paths) == 3 and all(path.parent == own_cache == cache_dir() for path in paths) and not own_cache.exists()
-
-
-def test_the_hash_is_checked(path, own_cache, monkeypatch):
-    def publish(sha256):
-        info = ModelInfo('toy_in1k', path.as_uri(), 'classification', {}, sha256=sha256)
-        monkeypatch.setitem(ZOO, info.name, info)
-
-    data = save(WEIGHTS, path).read_bytes()
-    good = hashlib.sha256(data).hexdigest()
-    publish('0' * 64)
-    with pytest.raises(CheckpointUnreadable, match=f'sha256 {good}, toy_in1k has 0000'):
-        read_checkpoint('toy_in1k')
-    assert not list(own_cache.iterdir())
-    publish(good)
-    assert_same(read_checkpoint('toy_in1k'))
-    assert list(own_cache.iterdir()) == [own_cache / 'toy_in1k.pth']
-    # A file put there by hand is checked as well.
-    (own_cache / 'toy_in1k.pth').write_bytes(data[:-1])
-    with pytest.raises(CheckpointUnreadable, match='sha256'):
-        read_checkpoint('toy_in1k')
 
 
 def test_page_instead_of_file_is_not_kept(path, own_cache):
@@ -656,7 +678,7 @@ def test_http(path, own_cache, monkeypatch):
                 assert_same(read)
         assert Server.asked.count('/x.pth') == 1  # the others waited for the one
         server.shutdown()
-    assert list(own_cache.iterdir()) == [cached_path(f'{address}/x.pth')]
+    assert files_in(own_cache) == [cached_path(f'{address}/x.pth')]
 
 
 def read_in_a_process(rank, folder, url):
@@ -672,4 +694,4 @@ def read_in_a_process(rank, folder, url):
 
 def test_every_process_hears_of_a_failure(path, own_cache):
     multiprocessing.spawn(read_in_a_process, (path.parent, save(WEIGHTS, path).as_uri()), nprocs=2)
-    assert len(list(own_cache.iterdir())) == 1
+    assert len(files_in(own_cache)) == 1

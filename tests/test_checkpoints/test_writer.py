@@ -50,6 +50,23 @@ def test_safetensors(toy, tmp_path):
     assert torch.equal(model.state_dict()['stages.0.0.gamma'], official['stages.0.0.gamma'])
 
 
+def test_safetensors_and_back_keep_weights_and_meta(toy, tmp_path):
+    """All of the meta that JSON has; of a whole model, under the official names and back."""
+    pytest.importorskip('safetensors')
+    weights = {f'backbone.{key}': value for key, value in toy.official(classifier=False).items()}
+    weights['decode_head.x'] = torch.ones(2, 3, dtype=torch.float16)
+    meta = dict(dataset_meta=dict(classes=['wall', 'sky'], palette=[[0, 1, 2]]), epoch=3, seed=None)
+    odd = dict(args=argparse.Namespace(), nan=float('nan'))
+    first = convert_checkpoint(dict(state_dict=weights, meta=dict(meta, **odd)))
+    path = write_checkpoint(first, tmp_path / 'x.safetensors')
+    read = read_checkpoint(path)
+    assert read['meta'] == meta
+    back = read_checkpoint(write_checkpoint(convert_checkpoint(read, 'official'), tmp_path / 'back.pth'))
+    assert back['meta'] == meta and back['state_dict'].keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(back['state_dict'][key], value) and back['state_dict'][key].dtype == value.dtype
+
+
 def test_nothing_is_replaced_unasked(toy, tmp_path):
     path = tmp_path / 'x.pth'
     path.write_text('precious')

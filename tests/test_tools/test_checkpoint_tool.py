@@ -1,3 +1,4 @@
+import hashlib
 import os
 import subprocess
 import sys
@@ -61,6 +62,30 @@ def test_zoo_shows_the_cache(tmp_path, run):
     (folder / 'slak_t_in1k_300e.pth').write_bytes(b'x')
     rows = cells(run('zoo'))
     assert rows['slak_t_in1k_300e'][0] == 'yes' and rows['slak_s_in1k_300e'][0] == 'no'
+
+
+def test_convert_to_safetensors_and_back(tmp_path, run, weights):
+    pytest.importorskip('safetensors')
+    run('convert', 'x.pth', 'x.safetensors', '--to', 'official')
+    run('convert', 'x.safetensors', 'back.pth')
+    back = torch.load(tmp_path / 'back.pth', weights_only=True)['state_dict']
+    assert back.keys() == weights.keys() and all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_zoo_verify(tmp_path, run, weights):
+    """The files of the cache are hashed; one that has changed ends in code 1."""
+    assert 'The cache is empty' in run('zoo', '--verify')
+    source = (tmp_path / 'x.pth').as_uri()
+    run('inspect', source)
+    (kept,) = (tmp_path / 'cache' / 'checkpoints').glob('x-*.pth')
+    sha256 = hashlib.sha256((tmp_path / 'x.pth').read_bytes()).hexdigest()
+    megabytes = f'{kept.stat().st_size / 1e6:.1f}'
+    assert cells(run('zoo', '--verify'))[kept.name] == [megabytes, sha256, 'as at its first use']
+    with open(kept, 'r+b') as file:
+        file.seek(1000)
+        file.write(b'?')
+    assert '1 of 1 files are not what they were' in run('zoo', '--verify', code=1)
+    assert 'it has changed on this disk' in run('inspect', source, code=1)
 
 
 @pytest.mark.parametrize(
