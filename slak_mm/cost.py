@@ -26,7 +26,7 @@ from slak_mm import cli
 from slak_mm._config import config_names, framework, type_name
 from slak_mm.checkpoints import CONVENTIONS, PUBLISHED, ZOO, Published, prepare_checkpoint, read_checkpoint
 from slak_mm.cli import ConfigOverrideError
-from slak_mm.models import LargeKernelBackbone, LargeKernelLayer
+from slak_mm.models import LargeKernelBackbone, LargeKernelLayer, switch_to_deploy
 from slak_mm.models.base import num_masked
 
 __all__ = ['DEFAULT_SIZES', 'Cost', 'count', 'count_backbone', 'saved_for_backward']
@@ -41,7 +41,8 @@ class Cost:
     """What one network costs.
 
     ``flops`` are multiply-adds of one image, ``large_…`` those of the large depthwise kernels, ``masked_…`` those with
-    masked weights. ``path_parameters`` belong to parallel paths beyond the first of each large-kernel layer;
+    masked weights, ``deployed_…`` those of the deployed form where the published figures count it. ``path_parameters``
+    belong to parallel paths beyond the first of each large-kernel layer;
     ``filter_flops`` are those of the large kernels if the small filters that they are made up of were applied to the
     map instead, 0 for networks without them. ``parts`` are backbone, neck and heads; ``masks`` says where the masks
     are from; ``published`` is there if there are figures for this ``size`` (height, width).
@@ -56,6 +57,8 @@ class Cost:
     masked_flops: int = 0
     large_flops: int = 0
     masked_large_flops: int = 0
+    deployed_parameters: int = 0
+    deployed_flops: int = 0
     path_parameters: int = 0
     filter_flops: int = 0
     parts: dict[str, int] = field(default_factory=dict)
@@ -162,6 +165,10 @@ def _measure(cost: Cost, model: Any, masked: Mapping[str, int | Tensor]) -> Cost
             cost.path_parameters += kernel.path_parameters
             cost.masked_large_parameters += sum(zeros.pop(own, 0) for own in names)
     cost.masked_flops = cost.masked_large_flops + sum(count * uses[name] for name, count in zeros.items())
+    if cost.published and CONVENTIONS[cost.published.counted].needs_deploy:
+        switch_to_deploy(model)
+        cost.deployed_flops = sum(flops for _, flops in _run_parts(model, image))
+        cost.deployed_parameters = sum(p.numel() for p in model.parameters())
     return cost
 
 
@@ -231,10 +238,11 @@ def count(
     if not hasattr(model, 'backbone') or not hasattr(model, 'extract_feat'):
         raise ConfigOverrideError(f'{name} describes a {type(model).__name__}, which has no backbone to be counted.')
     model.eval()
-    cost = Cost(name, size or DEFAULT_SIZES[task])
-    if cost.size == DEFAULT_SIZES[task]:
-        # Variants of a config, such as another schedule, have the figures of the config.
-        cost.published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0]) if stem in PUBLISHED), None)
+    # Variants of a config, such as another schedule, have the figures of the config.
+    published = next((PUBLISHED[stem] for stem in (key, key.rpartition('_')[0]) if stem in PUBLISHED), None)
+    usual = published.size if published and published.size else DEFAULT_SIZES[task]
+    cost = Cost(name, size or usual)
+    cost.published = published if cost.size == usual else None
     if checkpoint is not None:
         masked = _zeros_of(model, checkpoint)
         cost.masks = f'zeros of {checkpoint}'

@@ -42,7 +42,8 @@ class Family:
             numbers; a name that ends in a dot stands for everything below it. ``=`` is our name,
             ``-`` means that this spelling has no such tensor.
         formats: ``(format, pattern of a telling key, spellings to read it with)``, the first match
-            decides. No pattern may match the names of a family that was registered before.
+            decides. Of several patterns each has to find a key. They may not match the names of a family that was
+            registered before.
         variant: Reads constructor arguments off the tensors, and knows what may differ.
         finish: Called after names were converted to ours with the state dict, the prefix and the
             :class:`~slak_mm.checkpoints.formats.ConversionNotes`; returns the state dict.
@@ -61,7 +62,7 @@ class Family:
     titles: tuple[str, ...]
     spellings: tuple[str, ...]
     table: tuple[tuple[str, ...], ...]
-    formats: tuple[tuple[str, str, tuple[str, ...]], ...]
+    formats: tuple[tuple[str, str | tuple[str, ...], tuple[str, ...]], ...]
     variant: type[Variant] = Variant
     finish: Callable[[dict[str, Any], str, Any], dict[str, Any]] = lambda state_dict, prefix, notes: state_dict
     official: Callable[[dict[str, Any], str, str], tuple[dict[str, Any], str]] = lambda state_dict, prefix, spelling: (
@@ -120,7 +121,7 @@ def register_family(family: Family) -> Family:
         ZOO[info.name] = info
         if 'flops_g' in info.figures:
             PUBLISHED[Path(info.config).stem or info.name] = Published(
-                info.figures['params_m'], info.figures['flops_g'], info.counted, info.source
+                info.figures['params_m'], info.figures['flops_g'], info.counted, info.source, info.size
             )
     return family
 
@@ -172,11 +173,18 @@ def detect_family(state_dict: Mapping[str, Any], prefix: str = '') -> str:
 def _detect(state_dict: Mapping[str, Any], prefix: str) -> tuple[str, str]:
     """Format and family; the family registered last is asked first."""
     for family in reversed(FAMILIES.values()):
-        for name, pattern, _ in family.formats:
-            telling = re.compile((re.escape(prefix) if prefix else r'(?:.*\.)?') + pattern)
-            if any(telling.match(key) for key in state_dict):
+        for name, patterns, _ in family.formats:
+            if all(
+                _finds(pattern, state_dict, prefix)
+                for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            ):
                 return name, family.name
     return 'unknown', 'unknown'
+
+
+def _finds(pattern: str, state_dict: Mapping[str, Any], prefix: str) -> bool:
+    telling = re.compile((re.escape(prefix) if prefix else r'(?:.*\.)?') + pattern)
+    return any(telling.match(key) for key in state_dict)
 
 
 def find_roots(state_dict: Mapping[str, Any]) -> list[str]:

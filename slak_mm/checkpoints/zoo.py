@@ -32,6 +32,7 @@ class ModelInfo:
         evaluation: How a classifier was evaluated, in the words of timm's ``pretrained_cfg``, where it differs from
             1000 classes and the center of images of 224 pixels: ``input_size``, ``crop_pct``, ``crop_mode``,
             ``interpolation``, ``mean``, ``std``, ``num_classes``.
+        size: Height and width of the image that the FLOPs are for; None for the usual ones of the task.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelInfo:
     counted: str = 'all'
     sha256: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Convention:
     text: str  # what is counted, for the table of costs
     count: Callable[[Any], tuple[int, int]]  # parameters and FLOPs of a slak_mm.cost.Cost in this way
     needs_masks: bool = False  # whether a dense network cannot be counted so
+    needs_deploy: bool = False  # whether the deployed form has to be counted as well
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Published:
     flops_g: float  # multiply-adds, 10^9
     counted: str  # how they were counted, a key of CONVENTIONS
     source: str  # where they are from
+    size: tuple[int, int] | None = None  # of the image; None for the usual one of the task
 
 
 #: Every published checkpoint of the registered families by its name.
@@ -70,7 +74,14 @@ ZOO: dict[str, ModelInfo] = {}
 #: Published parameters and FLOPs by the stem of a config, or the zoo name of a backbone.
 PUBLISHED: dict[str, Published] = {}
 #: What the published figures count, found by comparing them with all ways to count.
-CONVENTIONS: dict[str, Convention] = {'all': Convention('all weights', lambda cost: (cost.parameters, cost.flops))}
+CONVENTIONS: dict[str, Convention] = dict(
+    all=Convention('all weights', lambda cost: (cost.parameters, cost.flops)),
+    deployed=Convention(
+        'all weights of the deployed form',
+        lambda cost: (cost.deployed_parameters, cost.deployed_flops),
+        needs_deploy=True,
+    ),
+)
 
 #: May stand before a zoo name, where a framework tells names from paths by it.
 ZOO_SCHEME = 'slak_mm://'

@@ -118,6 +118,8 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
 
     arch_settings: ClassVar[Mapping[str, Mapping[str, Sequence[int]]]]
     """``depths`` and ``dims`` of the named architectures."""
+    default_init_cfg: ClassVar[list[dict]] = _DEFAULT_INIT
+    """Initialization without ``init_cfg``; an empty list leaves what PyTorch's layers begin with."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,7 +151,7 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
         for cfg in pretrained:
             _check_pretrained(cfg)
         others = [cfg for cfg in cfgs if type_name(cfg) != 'Pretrained']
-        super().__init__(init_cfg=others or copy.deepcopy(_DEFAULT_INIT))
+        super().__init__(init_cfg=others or copy.deepcopy(self.default_init_cfg))
         self.checkpoint_cfg = copy.deepcopy(pretrained[0]) if pretrained else None
         self.arch = arch
         self.depths, dims = self._parse_arch(arch)
@@ -212,7 +214,7 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
 
     def _build(
         self,
-        block: Callable[[int, float], nn.Module],
+        block: Callable[[int, float], nn.Module | tuple[nn.Module, ...]],
         downsampling: Callable[[int, int, bool], nn.Module] = patch_downsampling,
     ) -> None:
         """Build the stages up to the last of ``out_indices``, and the output norms.
@@ -220,7 +222,7 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
         Nothing would use the stages behind, and parameters without a gradient stop distributed training.
 
         Args:
-            block: Makes a block of a stage with a drop-path rate.
+            block: Makes a block, or several that count as one, of a stage with a drop-path rate.
             downsampling: Makes the layers before a stage from the channels before and behind them, and whether they
                 are the stem. Default: :func:`~slak_mm.models.layers.patch_downsampling`.
         """
@@ -231,12 +233,17 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
                 break
             self.downsample_layers.append(downsampling(before, channels, stage == 0))
             rates = [self.drop_path_rate * i / last_block for i in range(done, done + depth)]
-            self.stages.append(nn.Sequential(*(block(stage, rate) for rate in rates)))
+            made = [block(stage, rate) for rate in rates]
+            self.stages.append(nn.Sequential(*(b for one in made for b in (one if isinstance(one, tuple) else (one,)))))
             before, done = channels, done + depth
         if self.out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm2d(self.dims[i]))
+                self.add_module(f'norm{i}', self._output_norm(self.dims[i]))
         self._freeze_stages()
+
+    def _output_norm(self, channels: int) -> nn.Module:
+        """Make the norm of a returned map."""
+        return LayerNorm2d(channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Extract features.

@@ -75,11 +75,12 @@ def is_foldable(module: nn.Module, cls: type[nn.Module], shape: Sequence[int]) -
     return is_same
 
 
-def is_depthwise(conv: nn.Conv2d, padding: tuple[int, ...]) -> bool:
-    """Whether a convolution is depthwise with stride 1 and this many zeros around the map."""
+def is_depthwise(conv: nn.Conv2d, padding: tuple[int, ...], dilation: tuple[int, ...] = (1, 1)) -> bool:
+    """Whether a convolution is depthwise with stride 1, this many zeros around the map and this dilation."""
     return (
         conv.groups == conv.in_channels
-        and conv.stride == conv.dilation == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.dilation == dilation
         and conv.padding == padding
         and conv.padding_mode == 'zeros'
     )
@@ -241,10 +242,15 @@ class DepthwiseBranch(nn.Module):
     with the block's other branches, and :meth:`finish` the rest. ``kernel_size`` is (height, width), both odd.
     """
 
-    def __init__(self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None) -> None:
+    def __init__(
+        self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None, dilation: int = 1
+    ) -> None:
         super().__init__()
-        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=padding, groups=channels, bias=bias)
+        self.dilation = dilation
+        padding = (dilation * (kernel_size[0] // 2), dilation * (kernel_size[1] // 2))
+        self.conv = nn.Conv2d(
+            channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
+        )
         self.bn: _BatchNorm | None = None if norm_cfg is None else build_branch_norm(norm_cfg, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,8 +260,13 @@ class DepthwiseBranch(nn.Module):
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel in the operator's shape, (C, height, width)."""
-        return self.conv.weight.squeeze(1)
+        """The kernel in the operator's shape, (C, height, width), a dilated one filled up with zeros."""
+        kernel, step = self.conv.weight.squeeze(1), self.dilation
+        if step == 1:
+            return kernel
+        height, width = (step * (size - 1) + 1 for size in kernel.shape[1:])
+        spread = F.pad(kernel[:, :, None, :, None], (0, step - 1, 0, 0, 0, step - 1))
+        return spread.flatten(3).flatten(1, 2)[:, :height, :width]
 
     def finish(self, y: Tensor) -> Tensor:
         """Add the bias and normalize the convolution's result, (N, C, H, W)."""
@@ -280,19 +291,18 @@ class DepthwiseBranch(nn.Module):
         )
 
     def _has_same_size(self) -> bool:
-        return is_depthwise(self.conv, tuple(size // 2 for size in self.conv.kernel_size))
+        padding = tuple(self.dilation * (size // 2) for size in self.conv.kernel_size)
+        return is_depthwise(self.conv, padding, (self.dilation, self.dilation))
 
-    @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Kernel (C, height, width) and bias (C,) with the norm in eval mode folded in."""
-        kernel = self.kernel.detach().clone()
+        """Copies of kernel (C, height, width) and bias (C,) with the norm in eval mode folded in."""
+        kernel = self.kernel.clone()
         bias = torch.zeros_like(kernel[:, 0, 0])
         if self.conv.bias is not None:
-            bias += self.conv.bias
+            bias = bias + self.conv.bias
         if self.bn is not None:
             scale, shift = batch_norm_affine(self.bn)
-            kernel *= scale.view(-1, 1, 1)
-            bias = bias * scale + shift
+            kernel, bias = kernel * scale.view(-1, 1, 1), bias * scale + shift
         return kernel, bias
 
 

@@ -320,7 +320,7 @@ class ShiftWiseBlock(RecomputableBlock):
     def __init__(
         self,
         channels: int,
-        large_kernel: ShiftWiseConv,
+        large_kernel: Any,
         norm_cfg: dict,
         drop_path: float,
         layer_scale_init_value: float,
@@ -725,7 +725,7 @@ class ShiftWise(LargeKernelBackbone):
                 raise ValueError(
                     f'ghost_ratio {ghost_ratio} leaves none of the {channels} channels of stage {i} to be convolved'
                 )
-        self._build(self._block, patch_downsampling if version == 1 else _downsampling)
+        self._build(self._block, patch_downsampling if version == 1 else conv_downsampling)
 
     def _block(self, stage: int, drop_path: float) -> nn.Module:
         channels, size, norm_cfg = self.dims[stage], self.kernel_sizes[stage], self.norm_cfg
@@ -805,7 +805,7 @@ def _check_tables(state_dict: dict[str, Any], key: str, operator: ShiftWiseConv)
         )
 
 
-def _downsampling(before: int, channels: int, is_stem: bool) -> nn.Sequential:
+def conv_downsampling(before: int, channels: int, is_stem: bool) -> nn.Sequential:
     """The layers between two stages of version 2, or between the image and the first stage: 3x3 convolutions."""
     layers: list[nn.Module] = []
     if is_stem:

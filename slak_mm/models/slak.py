@@ -494,7 +494,7 @@ class SLaK(LargeKernelBackbone):
         **common: Any,
     ) -> None:
         super().__init__(arch, kernel_sizes, width_factor, **common)
-        _check_kernels(self.kernel_sizes, small_kernel, decomposed)
+        check_kernels(self.kernel_sizes, small_kernel, decomposed)
         self.small_kernel = small_kernel
         self.decomposed = decomposed
         self.branch_norm = branch_norm
@@ -513,7 +513,8 @@ class SLaK(LargeKernelBackbone):
         return PRESETS['slak_t'] if self.decomposed else None
 
 
-def _check_kernels(kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool) -> None:
+def check_kernels(kernel_sizes: Sequence[int], small_kernel: int | None, decomposed: bool) -> None:
+    """Raise ValueError if no kernels of these sizes can lie above each other, with one center."""
     sizes = (*kernel_sizes, *(() if small_kernel is None else (small_kernel,)))
     for size in sizes:
         if not isinstance(size, int) or size < 1 or size % 2 == 0:

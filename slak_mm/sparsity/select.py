@@ -15,7 +15,7 @@ from .errors import FrozenWeights, SparsityError
 SELECTIONS: dict[str, str] = {
     'all': '',
     # Liu et al. call it `only_L`: the rectangular kernels without the small square one beside them.
-    'large_kernel': r'large_kernel\.((tall|wide|square)\.conv|filters\.\d+)\.weight$',
+    'large_kernel': r'large_kernel\.((tall|wide|square|large)\.conv|filters\.\d+)\.weight$',
 }
 
 _BLOCK = re.compile(r'^(?P<root>.*?)stages\.\d+\.\d+\.large_kernel\.')
@@ -37,8 +37,8 @@ def select_parameters(
     Args:
         model: The network. Names are those of its ``named_parameters()``.
         preset: ``'all'``, ``'backbone'`` (all within the large-kernel backbones of the model, the choice of the
-            official downstream code), ``'large_kernel'`` (tall, wide and square kernels, and the filters that kernels
-            are made up of) or another of :data:`SELECTIONS`. Default: ``'all'``.
+            official downstream code), ``'large_kernel'`` (tall, wide and square kernels without the small ones beside
+            them, and the filters that kernels are made up of) or another of :data:`SELECTIONS`. Default: ``'all'``.
         include: Regular expressions; a parameter is kept if one is found in its name, or is the
             name of its module's type, such as ``'Linear'``. Default: all are kept.
         exclude: The same, to leave parameters out.

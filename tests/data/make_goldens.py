@@ -1,14 +1,15 @@
-"""Condense the reference results of the official code into {slak,shiftwise,sparse,erf}_goldens.npz.
+"""Condense the reference results of the official code into {name}_goldens.npz for each family, sparsity and ERF.
 
-Usage: python tests/data/make_goldens.py REFERENCE_FOLDER [SECOND_REFERENCE_FOLDER]
+Usage: python tests/data/make_goldens.py REFERENCE_FOLDER REFERENCE_FOLDER_2
 
-The reference folder holds outputs of the official implementations (github.com/VITA-Group/SLaK at
-44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b), run in float64 with weights and inputs given
-by formula (tests/reference.py). Of each array this keeps at most LIMIT values at equal distances,
-and the mean and standard deviation of all of them; of the index tables of ShiftWise and of the
-names and shapes of its networks a hash. The results of sparse training are small and kept whole.
-The second folder has those of the published scripts for effective receptive fields
-(github.com/DingXiaoH/RepLKNet-pytorch at b76808a), run on synthetic maps and on networks.
+The reference folders hold outputs of the official implementations (github.com/VITA-Group/SLaK at
+44b4aab, github.com/lidc54/shift-wiseConv at 2202e6b; in the second github.com/AILab-CVC/UniRepLKNet
+at b5677d8, github.com/DingXiaoH/RepLKNet-pytorch at b76808a), run in float64 with weights and inputs
+given by formula (tests/helpers/reference.py). Of each array this keeps at most LIMIT values at equal
+distances, and the mean and standard deviation of all of them; of the index tables of ShiftWise and of
+the names and shapes of networks a hash. The results of sparse training and JSON files are small and kept
+whole. The second folder also has the results of RepLKNet's script for effective receptive fields, on
+synthetic maps and on networks.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 300
+WHOLE = ('out', 'kernel', 'bias')  # arrays that are not strided in the reference
 
 
 def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
@@ -29,7 +31,7 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
         names = [
             n
             for n in source.files
-            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n == 'out'
+            if f'{n}_stride' in source.files or n.startswith(('buf:', 'kernel_', 'scale_', 'shift_')) or n in WHOLE
         ]
         for name in names:
             values = source[name].reshape(-1)
@@ -45,7 +47,7 @@ def condense(reference: Path, *patterns: str) -> dict[str, np.ndarray]:
 
 
 def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
-    """Hashes of index tables, ghost channels, and names and shapes of whole networks."""
+    """Hashes of index tables and ghost channels."""
     condensed: dict[str, np.ndarray] = {}
     tables = json.loads((reference / 'goldens' / 'tables.json').read_text())
     condensed['tables'] = np.array(
@@ -62,11 +64,25 @@ def shiftwise_hashes(reference: Path) -> dict[str, np.ndarray]:
             for t in tables['ghost']
         ]
     )
-    for file in sorted((reference / 'manifests').glob('shiftwise_*.json')):
+    return condensed
+
+
+def manifests(reference: Path, pattern: str) -> dict[str, np.ndarray]:
+    """Hashes of names and shapes of whole networks."""
+    condensed: dict[str, np.ndarray] = {}
+    for file in sorted((reference / 'manifests').glob(pattern)):
         manifest = json.loads(file.read_text())
         lines = sorted(f'{key} {shape}' for key, shape, _ in manifest['state_dict'])
         condensed[f'manifest/{file.stem}'] = np.array(hashlib.sha256('\n'.join(lines).encode()).hexdigest())
     return condensed
+
+
+def entries(reference: Path, name: str, family: str) -> np.ndarray:
+    """The entries of a JSON file that begin with the name of a family, as bytes."""
+    content = json.loads((reference / 'goldens' / f'{name}.json').read_text())
+    content = content.get('groups', content)
+    kept = {key: value for key, value in content.items() if key.startswith(family)}
+    return np.frombuffer(json.dumps(kept).encode(), np.uint8)
 
 
 def sparse_training(reference: Path) -> dict[str, np.ndarray]:
@@ -94,7 +110,7 @@ def receptive_fields(reference: Path) -> dict[str, np.ndarray]:
     return condensed
 
 
-def main(reference: Path, second: Path | None = None) -> None:
+def main(reference: Path, reference2: Path) -> None:
     arrays = {
         'slak': condense(reference, 'feat_slak*', 'logits_slak*', 'block_train_slak*'),
         'shiftwise': {
@@ -107,11 +123,23 @@ def main(reference: Path, second: Path | None = None) -> None:
                 'equivalent_conv_*',
             ),
             **shiftwise_hashes(reference),
+            **manifests(reference, 'shiftwise_*.json'),
         },
         'sparse': sparse_training(reference),
+        'unireplknet': {
+            **condense(
+                reference2, 'feat_unireplknet*', 'logits_unireplknet*', 'block_train_unireplknet*', 'merged_dilated_*'
+            ),
+            **manifests(reference2, 'unireplknet_*.json'),
+            **{name: entries(reference2, name, 'unireplknet') for name in ('layer_ids', 'merged_stats')},
+        },
+        'replknet': {
+            **condense(reference2, 'feat_replknet*', 'block_train_replknet*'),
+            **manifests(reference2, 'replknet_*.json'),
+            'merged_stats': entries(reference2, 'merged_stats', 'replknet'),
+        },
+        'erf': receptive_fields(reference2),
     }
-    if second is not None:
-        arrays['erf'] = receptive_fields(second)
     for family, condensed in arrays.items():
         path = Path(__file__).with_name(f'{family}_goldens.npz')
         np.savez_compressed(path, **condensed)

@@ -19,6 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a collection is called, by the word for it in the names of configs: title and address of the paper, and code.
 COLLECTIONS = dict(
     convnext=('ConvNeXt', 'A ConvNet for the 2020s', '2201.03545', 'facebookresearch/ConvNeXt'),
+    replknet=(
+        'RepLKNet',
+        'Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs',
+        '2203.06717',
+        'DingXiaoH/RepLKNet-pytorch',
+    ),
     shiftwise=(
         'ShiftWise',
         'Scale Up Composed Kernels: A Shift-wise Convolution with a Large Effective Receptive Field',
@@ -30,6 +36,13 @@ COLLECTIONS = dict(
         'More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity',
         '2207.03620',
         'VITA-Group/SLaK',
+    ),
+    unireplknet=(
+        'UniRepLKNet',
+        'UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series and Image '
+        'Recognition',
+        '2311.15599',
+        'AILab-CVC/UniRepLKNet',
     ),
 )
 # Names of the published figures, by task.

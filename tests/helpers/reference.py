@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from backbone_helpers import forward_with_stages
 from torch import Tensor
 
+from slak_mm.checkpoints import convert_state_dict, to_official
+
 SLAK_GOLDENS = Path(__file__).parents[1] / 'data' / 'slak_goldens.npz'
+REPLKNET_GOLDENS = Path(__file__).parents[1] / 'data' / 'replknet_goldens.npz'
 SHIFTWISE_GOLDENS = Path(__file__).parents[1] / 'data' / 'shiftwise_goldens.npz'
+UNIREPLKNET_GOLDENS = Path(__file__).parents[1] / 'data' / 'unireplknet_goldens.npz'
 
 
 def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
@@ -45,6 +49,20 @@ def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
             scale *= 0.1
         value = z * np.float32(scale)
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+def official_weights(module: torch.nn.Module, family: str, salt: str = '', prefix: str = '') -> dict[str, Tensor]:
+    """Weights by formula under official names, of a backbone or the part of one that ``prefix`` names."""
+    keys = to_official({prefix + k: v for k, v in module.state_dict().items()}, family=family)
+    return {k: weight_for(k.removeprefix(prefix), v.shape, salt) for k, v in keys.items()}
+
+
+def load_part(module: torch.nn.Module, family: str, salt: str, prefix: str = 'stages.0.0.') -> dict[str, str]:
+    """Fill a part of a backbone by formula, but for what has no official name; returns our names by official ones."""
+    official = official_weights(module, family, salt, prefix)
+    ours, notes = convert_state_dict(official, family=family)
+    module.load_state_dict({**module.state_dict(), **{k.removeprefix(prefix): v for k, v in ours.items()}})
+    return {k.removeprefix(prefix): notes.renamed.get(k, k).removeprefix(prefix) for k in official}
 
 
 def input_for(shape: Iterable[int], seed: int) -> Tensor:

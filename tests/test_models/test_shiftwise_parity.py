@@ -14,8 +14,9 @@ from reference import (
     check_features,
     check_logits,
     input_for,
+    load_part,
+    official_weights,
     training_step,
-    weight_for,
 )
 from shiftwise_reference import activation_space, draw_tables, shift_and_add
 
@@ -154,22 +155,6 @@ def test_other_tables_are_followed():
 # Kernels, blocks and networks
 
 
-def official_weights(module: torch.nn.Module, salt: str = '', prefix: str = ''):
-    """Weights by formula under official names."""
-    keys = to_official({prefix + k: v for k, v in module.state_dict().items()}, family='shiftwise')
-    return {k: weight_for(k.removeprefix(prefix), v.shape, salt) for k, v in keys.items()}
-
-
-def load_block_weights(module: torch.nn.Module, prefix: str, salt: str) -> dict[str, str]:
-    """Fill a part of a backbone; returns our names by official ones."""
-    official = official_weights(module, salt, prefix)
-    ours, notes = convert_state_dict(official, family='shiftwise')
-    state = {k.removeprefix(prefix): v for k, v in ours.items()}
-    tables = {k: v for k, v in module.state_dict().items() if k.rsplit('.')[-1] in TABLES}
-    module.load_state_dict({**state, **tables})
-    return {k.removeprefix(prefix): notes.renamed.get(k, k).removeprefix(prefix) for k in official}
-
-
 def build_operator(version: int, **options) -> ShiftWiseConv:
     sizes = dict(kernel_size=13, small_kernel=3, num_paths=2, num_reps=4)
     return ShiftWiseConv(16, {1: 3, 2: 4}[version], **sizes, branch_norm=True, norm_cfg=dict(type='BN'), **options)
@@ -179,8 +164,7 @@ def build_operator(version: int, **options) -> ShiftWiseConv:
 def test_equivalent_kernels(version):
     case = f'equivalent_conv_v{version}_c16_K13_k3'
     operator = build_operator(version)
-    prefix = 'stages.0.0.large_kernel.'
-    load_block_weights(operator, prefix, 'eq/')
+    load_part(operator, 'shiftwise', 'eq/', 'stages.0.0.large_kernel.')
     operator.double().eval()
     for name, kernel in zip('vhi', operator.kernels(), strict=True):
         GOLDENS.assert_close(case, f'kernel_{name}', kernel, 1e-6)
@@ -203,7 +187,7 @@ def test_block_in_training(version, dtype, with_cp):
         block = SLaKBlock(16, operator, 0.0, 1.0, with_cp)
     else:
         block = ShiftWiseBlock(16, operator, dict(type='BN'), 0.0, 1.0, with_cp)
-    ours = load_block_weights(block, 'stages.0.0.', 'block/')
+    ours = load_part(block, 'shiftwise', 'block/')
     checked = set()
     for name, got in training_step(GOLDENS, case, block, ours, dtype):
         kind, _, key = name.partition(':')
@@ -216,7 +200,7 @@ def test_block_in_training(version, dtype, with_cp):
     stored = {k for k in block.state_dict() if k.rsplit('.')[-1] not in TABLES}
     assert stored <= checked
 
-    load_block_weights(block, 'stages.0.0.', 'block/')
+    load_part(block, 'shiftwise', 'block/')
     block.eval()
     x = block_input(dtype)
     with torch.no_grad():
@@ -228,7 +212,7 @@ def test_block_in_training(version, dtype, with_cp):
 def build(variant: str) -> ShiftWise:
     _, version, arch = variant.split('_')
     model = ShiftWise(arch, version=int(version[1]))
-    load_pretrained(model, official_weights(model))
+    load_pretrained(model, official_weights(model, 'shiftwise'))
     return model.eval()
 
 

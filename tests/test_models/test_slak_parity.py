@@ -9,8 +9,9 @@ from reference import (
     check_features,
     check_logits,
     input_for,
+    load_part,
+    official_weights,
     training_step,
-    weight_for,
 )
 
 from slak_mm import load_pretrained, switch_to_deploy
@@ -33,14 +34,9 @@ VARIANTS = {
 }
 
 
-def official_weights(module: torch.nn.Module, salt: str = '') -> dict[str, torch.Tensor]:
-    keys = to_official(module.state_dict())
-    return {key: weight_for(key, value.shape, salt) for key, value in keys.items()}
-
-
 def build(variant: str) -> SLaK:
     model = SLaK(**VARIANTS[variant])
-    load_pretrained(model, official_weights(model))
+    load_pretrained(model, official_weights(model, 'slak'))
     return model.eval()
 
 
@@ -77,19 +73,13 @@ def test_block_in_training(case, dtype, with_cp):
     options = BLOCKS[case.removeprefix('block_train_slak_').rsplit('_c16', 1)[0]]
     operator = LargeKernelConv(16, conv_bias=False, norm_cfg=dict(type='BN'), **options)
     block = SLaKBlock(16, operator, drop_path=0, layer_scale_init_value=1.0, with_cp=with_cp)
-    official_keys = {
-        k.removeprefix('stages.0.0.'): k
-        for k in to_official({f'stages.0.0.{k}': v for k, v in block.state_dict().items()})
-    }
-    ours = dict(zip(official_keys, block.state_dict()))
-    weights = {ours[k]: weight_for(k, block.state_dict()[ours[k]].shape, 'block/') for k in official_keys}
-    block.load_state_dict(weights)
+    ours = load_part(block, 'slak', 'block/')
     for name, got in training_step(GOLDENS, case, block, ours, dtype):
         # Variances near 1 deviate little; the goldens themselves are rounded to float32.
         least_scale = 1.0 if name.endswith('running_var') else 0.0
         GOLDENS.assert_close(case, name, got, TOLERANCE[dtype], least_scale)
 
-    block.load_state_dict(weights)
+    load_part(block, 'slak', 'block/')
     block.eval()
     x = block_input(dtype)
     with torch.no_grad():
