@@ -5,6 +5,7 @@ No figure is printed for a result that disagrees with the reference.
 
 Examples:
     python tools/benchmark.py op --family slak --size 512x512
+    python tools/benchmark.py op --family replknet --size 224x224 512x512
     python tools/benchmark.py op --family shiftwise --stages 0 1 --json out.json --plot out.png
     python tools/benchmark.py model --size 800x1344 --batch 1 2
     python tools/benchmark.py segmentor configs/upernet_slak_t_ade20k.py --size 256x256
