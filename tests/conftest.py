@@ -39,6 +39,7 @@ MARKED = {
         'tests/test_models/test_replknet_parity.py',
         'tests/test_models/test_shiftwise_parity.py',
         'tests/test_models/test_slak_parity.py',
+        'tests/test_models/test_unireplknet_parity.py',
         'tests/test_ops/test_cpu_native.py',
         'tests/test_ops/test_cross_dwconv.py',
         'tests/test_ops/test_triton.py',

@@ -22,7 +22,7 @@ SEGMENTATION = [name for name in CONFIGS if name.startswith('upernet') and name 
 VOC = [name for name in CONFIGS if name.startswith('faster_rcnn')]
 COCO = [name for name in CONFIGS if name.startswith('cascade_mask_rcnn') and name not in REPLKNET]
 
-# Widths of the published architectures times 1.3, rounded down; ConvNeXt-T as published.
+# Widths of SLaK's architectures times 1.3, rounded down; the others as published.
 CHANNELS = dict(
     slak_t=[124, 249, 499, 998],
     slak_s=[124, 249, 499, 998],
@@ -30,6 +30,9 @@ CHANNELS = dict(
     convnext_t=[96, 192, 384, 768],
     shiftwise_t=[80, 160, 320, 640],
     shiftwise_s=[96, 192, 384, 768],
+    unireplknet_t=[80, 160, 320, 640],
+    unireplknet_s=[96, 192, 384, 768],
+    unireplknet_b=[128, 256, 512, 1024],
 )
 # No ImageNet weights were published for them.
 WITHOUT_WEIGHTS = ('upernet_shiftwise_s_ade20k.py', 'cascade_mask_rcnn_shiftwise_s_coco.py')
@@ -77,13 +80,14 @@ def test_recipe_of_the_official_runs(name):
     assert model.auxiliary_head.in_index == 2
     assert (model.decode_head.channels, model.decode_head.num_classes) == (512, 150)
     assert tuple(model.decode_head.pool_scales) == (1, 2, 3, 6)
-    assert model.test_cfg.mode == 'slide'
-    assert tuple(model.test_cfg.crop_size) == (512, 512)
-    assert tuple(model.test_cfg.stride) == (341, 341)
+    is_unireplknet = variant.startswith('unireplknet')
+    windows = dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+    assert model.test_cfg.to_dict() == (dict(mode='whole') if is_unireplknet else windows)
     short = '80k' in name
-    drop_path = 0.1 if short else dict(slak_s=0.3).get(variant, 0.4)
-    assert model.backbone.drop_path_rate == drop_path
-    assert model.backbone.layer_scale_init_value == 1.0
+    published = dict(slak_s=0.3, unireplknet_t=0.2, unireplknet_s=0.3, unireplknet_b=0.3)
+    assert model.backbone.drop_path_rate == (0.1 if short else published.get(variant, 0.4))
+    assert model.backbone.layer_scale_init_value == (1e-6 if is_unireplknet else 1.0)
+    assert model.backbone.get('with_cp', False) == (variant in ('unireplknet_s', 'unireplknet_b'))
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.weight_decay) == ('AdamW', 0.05)
     assert tuple(optimizer.betas) == (0.9, 0.999)
@@ -101,6 +105,12 @@ def test_recipe_of_the_official_runs(name):
         assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
             decay_rate=1.0, decay_type='layer_wise', num_layers=9 if variant == 'shiftwise_t' else 12
         )
+    elif is_unireplknet:
+        tiny = variant == 'unireplknet_t'
+        assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
+        assert cfg.optim_wrapper.paramwise_cfg.to_dict() == dict(
+            decay_rate=1.0 if tiny else 0.9, decay_type='layer_wise', num_layers=9 if tiny else 12
+        )
     else:
         assert cfg.optim_wrapper.constructor == 'LargeKernelLayerDecayConstructor'
         num_layers = 12 if variant in ('slak_s', 'slak_b') else 6
@@ -111,16 +121,37 @@ def test_recipe_of_the_official_runs(name):
     assert cfg.train_dataloader.batch_size == (8 if short else 4)
 
 
+@pytest.mark.parametrize('name', [name for name in SEGMENTATION if 'unireplknet' in name])
+def test_images_of_unireplknet(name):
+    """Crops and scales of 640 pixels for B; whole images with sides that are multiples of 32."""
+    cfg = read(name)
+    side = 640 if 'unireplknet_b' in name else 512
+    _, _, resize, crop, *_ = cfg.train_dataloader.dataset.pipeline
+    assert (tuple(resize.scale), tuple(resize.ratio_range)) == ((4 * side, side), (0.5, 2.0))
+    assert tuple(crop.crop_size) == tuple(cfg.model.data_preprocessor.size) == (side, side)
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        steps = loader.dataset.pipeline
+        kinds = 'LoadImageFromFile Resize ResizeToMultiple LoadAnnotations PackSegInputs'
+        assert [step.type for step in steps] == kinds.split()
+        assert (tuple(steps[1].scale), steps[1].keep_ratio, steps[2].size_divisor) == ((4 * side, side), True, 32)
+    assert [step.type for step in cfg.tta_pipeline[1].transforms[2]] == ['ResizeToMultiple']
+
+
 @pytest.mark.parametrize('name', SEGMENTATION)
 def test_multi_scale_is_the_published_protocol(name):
     resizes, flips = read(name).tta_pipeline[1].transforms[:2]
-    scales = [(int(2048 * ratio), int(512 * ratio)) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+    side, ratios = 512, (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    if 'unireplknet_b' in name:
+        side, ratios = 640, (0.75, 1.0, 1.25)
+    scales = [(int(4 * side * ratio), int(side * ratio)) for ratio in ratios]
     assert [tuple(resize.scale) for resize in resizes] == scales
     assert all(resize.keep_ratio for resize in resizes)
     assert [flip.prob for flip in flips] == [0, 1]
 
 
-@pytest.mark.parametrize('name', [f'upernet_{model}_ade20k.py' for model in ('slak_t', 'convnext_t', 'shiftwise_t')])
+@pytest.mark.parametrize(
+    'name', [f'upernet_{model}_ade20k.py' for model in ('slak_t', 'convnext_t', 'shiftwise_t', 'unireplknet_t')]
+)
 def test_model_is_built_and_its_parts_fit(name):
     cfg = read(name)
     remove_weights(cfg)
@@ -139,7 +170,7 @@ def test_the_expected_detection_configs_are_there():
     assert set(VOC) == {f'faster_rcnn_{model}_voc07.py' for model in ('slak_t', 'shiftwise_t', 'convnext_t')} | {
         'faster_rcnn_slak_t_voc0712.py'
     }
-    assert set(COCO) == {f'cascade_mask_rcnn_{model}_coco.py' for model in CHANNELS} | {
+    assert set(COCO) == {f'cascade_mask_rcnn_{model}_coco.py' for model in CHANNELS if model != 'unireplknet_b'} | {
         f'cascade_mask_rcnn_slak_{size}_coco_1x.py' for size in 'tsb'
     }
 
@@ -149,7 +180,8 @@ def check_detector(cfg, name):
     variant = next(key for key in CHANNELS if key in name)
     assert list(cfg.model.neck.in_channels) == CHANNELS[variant]
     assert (cfg.model.neck.out_channels, cfg.model.neck.num_outs) == (256, 5)
-    assert cfg.model.backbone.layer_scale_init_value == 1.0
+    assert cfg.model.backbone.layer_scale_init_value == (1e-6 if 'unireplknet' in name else 1.0)
+    assert cfg.model.backbone.get('with_cp', False) == ('unireplknet' in name)
     assert cfg.model.backbone.norm_cfg.type == 'SyncBN'
     assert 'frozen_stages' not in cfg.model.backbone
     optimizer = cfg.optim_wrapper.optimizer
@@ -165,7 +197,7 @@ def check_detector(cfg, name):
     assert (steps.type, steps.by_epoch, steps.end, steps.gamma) == ('MultiStepLR', True, epochs, 0.1)
     assert steps.milestones == ([8, 11] if '1x' in name else [27, 33])
     hooks = [hook.type for hook in cfg.custom_hooks]
-    assert hooks == ([] if 'convnext' in name else ['SparsityHook'])
+    assert hooks == ([] if 'convnext' in name or 'unireplknet' in name else ['SparsityHook'])
     for loader in ('val_dataloader', 'test_dataloader'):
         resize = cfg[loader].dataset.pipeline[1]
         assert (resize.type, tuple(resize.scale), resize.keep_ratio) == ('Resize', (1333, 800), True)
@@ -213,7 +245,7 @@ def test_recipe_of_coco(name):
         assert (head.conv_out_channels, head.fc_out_channels) == (256, 1024)
         assert (head.norm_cfg.type, head.reg_class_agnostic, head.reg_decoded_bbox) == ('SyncBN', False, True)
         assert head.loss_bbox.to_dict() == dict(type='GIoULoss', loss_weight=10.0)
-    # The published drop path, layer decay and layer count of ShiftWise-T, SLaK-T, ConvNeXt-T/S/B.
+    # The published drop path, layer decay and layer count of ShiftWise-T, SLaK-T, ConvNeXt-T/S/B, UniRepLKNet-T/S.
     drop_path, decay, layers = dict(
         shiftwise_t=(0.4, 0.8, 12),
         shiftwise_s=(0.6, 0.8, 12),
@@ -221,9 +253,11 @@ def test_recipe_of_coco(name):
         slak_s=(0.6, 0.7, 12),
         slak_b=(0.7, 0.8, 12),
         convnext_t=(0.4, 0.7, 6),
+        unireplknet_t=(0.3, 0.8, 12),
+        unireplknet_s=(0.5, 0.8, 12),
     )[variant]
     assert cfg.model.backbone.drop_path_rate == drop_path
-    assert cfg.optim_wrapper.optimizer.lr == (1e-4 if 'shiftwise' in name else 2e-4)
+    assert cfg.optim_wrapper.optimizer.lr == (1e-4 if variant.startswith(('shiftwise', 'unireplknet')) else 2e-4)
     expected = dict(decay_rate=decay, decay_type='layer_wise', num_layers=layers)
     assert cfg.optim_wrapper.paramwise_cfg.to_dict() == expected
     pipeline = cfg.train_dataloader.dataset.pipeline

@@ -47,16 +47,21 @@ TOLERANCES = {  # of parameters and FLOPs; above 1 % is what the table explains
     'convnext_t_in1k_300e': (0.03, 0.01),
     'cascade_mask_rcnn_shiftwise_t_coco': (0.02, 0.01),
     'upernet_replknet_31b_ade20k': (0.02, 0.01),
+    'upernet_unireplknet_t_ade20k': (0.02, 0.01),
+    'upernet_unireplknet_b_ade20k': (0.02, 0.01),
+    'unireplknet_a_in1k_224': (0.01, 0.08),  # a figure of one digit
+    'unireplknet_n_in1k_224': (0.01, 0.02),
 }
 
 
 CLASSIFIERS = 'slak_t slak_s slak_b convnext_t'.split()
-SEGMENTORS = 'slak_t slak_b convnext_t shiftwise_t'.split()
+SEGMENTORS = 'slak_t slak_b convnext_t shiftwise_t unireplknet_t unireplknet_b'.split()
 PUBLISHED_NETWORKS = [
     *(f'{name}_in1k_300e' for name in CLASSIFIERS),
     *(f'replknet_{name}' for name in ('31b_in1k', '31b_in1k_384', '31l_in22k_in1k_384', 'xl_meg73m_in1k_320')),
     *(f'upernet_{name}_ade20k' for name in (*SEGMENTORS, 'replknet_31b')),
-    *(f'cascade_mask_rcnn_{name}_coco' for name in ('convnext_t', 'shiftwise_t', 'replknet_31b')),
+    *(f'cascade_mask_rcnn_{name}_coco' for name in ('convnext_t', 'shiftwise_t', 'replknet_31b', 'unireplknet_s')),
+    *(f'unireplknet_{name}' for name in ('a_in1k_224', 'n_in1k_224', 's_in1k_224', 'xl_in22k_to_in1k_384')),
 ]
 
 

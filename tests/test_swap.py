@@ -23,6 +23,7 @@ CHANNELS = [8, 16, 24, 32]
 BACKBONES = dict(
     SLaK=['type=SLaK', 'width_factor=1.0', 'kernel_sizes=(13,11,9,7)', 'small_kernel=3'],
     ShiftWise=['type=ShiftWise', 'kernel_sizes=(13,11,9,7)'],
+    UniRepLKNet=['type=UniRepLKNet', 'kernel_sizes=(3,13,13,13)', 'layer_scale_init_value=1.0'],
     RepLKNet=['type=RepLKNet', 'kernel_sizes=(13,11,9,7)', 'small_kernel=3'],
 )
 # In place of `arch=tiny` and its widths.
@@ -113,7 +114,7 @@ def test_stock_config(name, backbone):
         model.train()
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
         block = model.backbone.stages[0][0]
-        paths = dict(SLaK='pwconv1', ShiftWise='ffn.fc1', RepLKNet='pw1.conv')
+        paths = dict(SLaK='pwconv1', ShiftWise='ffn.fc1', UniRepLKNet='ffn.fc1', RepLKNet='pw1.conv')
         weight = block.get_submodule(paths[backbone]).weight
         before = weight.detach().clone()
         logs = model.train_step(batch, optimizer)

@@ -246,6 +246,7 @@ class DepthwiseBranch(nn.Module):
         self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None, dilation: int = 1
     ) -> None:
         super().__init__()
+        self.dilation = dilation
         padding = (dilation * (kernel_size[0] // 2), dilation * (kernel_size[1] // 2))
         self.conv = nn.Conv2d(
             channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
@@ -259,13 +260,13 @@ class DepthwiseBranch(nn.Module):
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel in the operator's shape, (C, height, width), with the zeros between the taps of a dilated one."""
-        kernel, (rows, columns) = self.conv.weight.squeeze(1), self.conv.dilation
-        if rows == columns == 1:
+        """The kernel in the operator's shape, (C, height, width), a dilated one filled up with zeros."""
+        kernel, step = self.conv.weight.squeeze(1), self.dilation
+        if step == 1:
             return kernel
-        height, width = kernel.shape[1:]
-        spread = F.pad(kernel[:, :, None, :, None], (0, columns - 1, 0, 0, 0, rows - 1)).flatten(3).flatten(1, 2)
-        return spread[:, : rows * (height - 1) + 1, : columns * (width - 1) + 1]
+        height, width = (step * (size - 1) + 1 for size in kernel.shape[1:])
+        spread = F.pad(kernel[:, :, None, :, None], (0, step - 1, 0, 0, 0, step - 1))
+        return spread.flatten(3).flatten(1, 2)[:, :height, :width]
 
     def finish(self, y: Tensor) -> Tensor:
         """Add the bias and normalize the convolution's result, (N, C, H, W)."""
@@ -290,8 +291,8 @@ class DepthwiseBranch(nn.Module):
         )
 
     def _has_same_size(self) -> bool:
-        reach = zip(self.conv.kernel_size, self.conv.dilation)
-        return is_depthwise(self.conv, tuple(step * (size // 2) for size, step in reach), self.conv.dilation)
+        padding = tuple(self.dilation * (size // 2) for size in self.conv.kernel_size)
+        return is_depthwise(self.conv, padding, (self.dilation, self.dilation))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Copies of kernel (C, height, width) and bias (C,) with the norm in eval mode folded in."""

@@ -73,17 +73,16 @@ class DilatedReparamConv(LargeKernelLayer):
         branches = self._branches()
         if not all(isinstance(branch, DepthwiseBranch) and branch.is_read() for branch in branches):
             return sum_maps([branch(x) for branch in branches])
-        # A FLOP counter sees every branch, as the costs of the training form are those of training.
-        if all(_is_affine(branch.bn) for branch in branches) and not is_counted():
+        # A FLOP counter sees each branch as it is: the cost of the training form is that of training.
+        counted = is_counted()
+        if all(_is_affine(branch.bn) for branch in branches) and not counted:
             kernel, bias = self.merged()
             return cross_dwconv2d(x, kernel, bias=bias, reduce=True)
         # On CPUs PyTorch's dilated depthwise convolution takes 3 to 6 times as long as a kernel filled up with zeros.
-        filled = x.device.type == 'cpu'
+        filled = x.device.type == 'cpu' and not counted
         return sum_maps(
             [
-                branch.finish(cross_dwconv2d(x, branch.kernel)[0])
-                if filled or branch.conv.dilation == (1, 1)
-                else branch(x)
+                branch.finish(cross_dwconv2d(x, branch.kernel)[0]) if filled or branch.dilation == 1 else branch(x)
                 for branch in branches
             ]
         )
@@ -142,7 +141,7 @@ _ARCHS = {
     'xlarge': dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),
 }
 # Published kernel sizes by depths; the blocks of a stage repeat its row.
-_PATTERNS = {
+_PATTERNS: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {
     (2, 2, 6, 2): ((3,), (13,), (13,), (13,)),
     (2, 2, 8, 2): ((3,), (13,), (13,), (13,)),
     (3, 3, 18, 3): ((3,), (13,), (13, 3), (13,)),
@@ -241,7 +240,7 @@ _ADDRESS = 'https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/{}.pth'
 _LETTERS = dict(zip(('a', 'f', 'p', 'n', 't', 's', 'b', 'l', 'xl'), _ARCHS))
 
 # By the first word of a file: task, size of the image if it is not the usual one, and what the figures are.
-_TASKS = {
+_TASKS: dict[str, tuple[str, tuple[int, int] | None, tuple[str, ...]]] = {
     'unireplknet': ('classification', (384, 384), ('top1_percent',)),
     'upernet': ('segmentation', (640, 2560), ('miou_percent',)),
     'casc': ('detection', None, ('box_ap_percent', 'mask_ap_percent')),
@@ -255,14 +254,14 @@ _FIGURES: dict[str, tuple[float, ...]] = {
     'unireplknet_n_in1k_224_acc81.64': (81.6, 18.3, 2.8),
     'unireplknet_t_in1k_224_acc83.21': (83.2, 31, 4.9),
     'unireplknet_s_in1k_224_acc83.91': (83.9, 56, 9.1),
-    'unireplknet_s_in22k_pretrain': (),
-    'unireplknet_b_in22k_pretrain': (),
-    'unireplknet_l_in22k_pretrain': (),
-    'unireplknet_xl_in22k_pretrain': (),
     'unireplknet_s_in22k_to_in1k_384_acc86.44': (86.4, 56, 26.7),
     'unireplknet_b_in22k_to_in1k_384_acc87.40': (87.4, 98, 47.2),
     'unireplknet_l_in22k_to_in1k_384_acc87.88': (87.9, 218, 105.4),
     'unireplknet_xl_in22k_to_in1k_384_acc87.96': (88.0, 386, 187),
+    'unireplknet_s_in22k_pretrain': (56,),
+    'unireplknet_b_in22k_pretrain': (98,),
+    'unireplknet_l_in22k_pretrain': (218,),
+    'unireplknet_xl_in22k_pretrain': (386,),
     'upernet_unireplknet_t_512_160k_ade20k_miou48.56': (48.6, 61, 946),
     'upernet_unireplknet_s_512_160k_ade20k_miou50.46': (50.5, 86, 1036),
     'upernet_unireplknet_s_in22k_512_160k_ade20k_miou51.86': (51.9, 86, 1036),
@@ -290,7 +289,7 @@ _CONFIGS = {
 
 def _model(file: str, values: tuple[float, ...]) -> ModelInfo:
     """The zoo entry of a published file; its name is the file's without the figure at the end."""
-    name = re.sub(r'_[a-z]+[\d.]+$', '', file) if values else file
+    name = re.sub(r'_[a-z]+[\d.]+$', '', file)
     parts = name.split('_')
     arch = _LETTERS[parts[parts.index('unireplknet') + 1]]
     task, size, keys = _TASKS[parts[0]]
@@ -299,7 +298,7 @@ def _model(file: str, values: tuple[float, ...]) -> ModelInfo:
         evaluation = dict(input_size=(3, 384, 384), crop_pct=1.0, crop_mode='squash')
     elif name.endswith('_pretrain'):
         side = 192 if arch in ('large', 'xlarge') else 224
-        evaluation = dict(input_size=(3, side, side), num_classes=21841)
+        evaluation, keys = dict(input_size=(3, side, side), num_classes=21841), ()
     return ModelInfo(
         name,
         _ADDRESS.format(file),

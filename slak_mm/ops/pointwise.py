@@ -120,7 +120,7 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tenso
     """Compute ``(gamma * G / (mean over channels of G + 1e-6) + 1) * x + beta`` for (N, H, W, C) maps.
 
     G is the norm of each channel over the pixels, ``gamma`` and ``beta`` have C elements. Woo et
-    al., CVPR 2023, https://arxiv.org/abs/2301.00808, as UniRepLKNet writes it.
+    al., CVPR 2023, https://arxiv.org/abs/2301.00808, as Ding et al. (CVPR 2024) write it.
     """
     y = _grn_factor(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True), gamma) * x
     return y if beta is None else y + beta

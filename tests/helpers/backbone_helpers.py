@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slak_mm.models import RepLKNet, ShiftWise, SLaK
+from slak_mm.models import RepLKNet, ShiftWise, SLaK, UniRepLKNet
 
 DIMS = (8, 12, 16, 20)
-SMALL = dict(arch=dict(depths=(1, 1, 2, 1), dims=DIMS), kernel_sizes=(13, 11, 9, 7), small_kernel=3, width_factor=1.0)
+SMALL = dict(arch=dict(depths=(1, 1, 2, 1), dims=DIMS), kernel_sizes=(13, 11, 9, 7), width_factor=1.0)
 SMALL |= dict(norm_cfg=dict(type='BN'))  # the default is for GPUs where there are some
-BACKBONES = dict(slak=(SLaK, {}), shiftwise1=(ShiftWise, dict(version=1)), shiftwise2=(ShiftWise, {}))
-BACKBONES |= dict(replknet=(RepLKNet, dict(out_norm=True)))
+BACKBONES = dict(
+    slak=(SLaK, dict(small_kernel=3)),
+    shiftwise1=(ShiftWise, dict(version=1)),
+    shiftwise2=(ShiftWise, {}),
+    unireplknet=(UniRepLKNet, dict(kernel_sizes=(13, 3, 9, 7))),
+    replknet=(RepLKNet, dict(small_kernel=3, out_norm=True)),
+)
 
 
 def build(name: str, **options) -> nn.Module:

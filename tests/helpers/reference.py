@@ -51,25 +51,18 @@ def weight_for(key: str, shape: Iterable[int], salt: str = '') -> Tensor:
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
 
-def official_weights(
-    module: torch.nn.Module, family: str, salt: str = '', prefix: str = '', theirs: str | None = None
-) -> dict[str, Tensor]:
-    """Weights by formula under official names, of a backbone or a part of one.
-
-    ``prefix`` names the part in our words, ``theirs`` in the official ones, which the formula does not see.
-    """
+def official_weights(module: torch.nn.Module, family: str, salt: str = '', prefix: str = '') -> dict[str, Tensor]:
+    """Weights by formula under official names, of a backbone or the part of one that ``prefix`` names."""
     keys = to_official({prefix + k: v for k, v in module.state_dict().items()}, family=family)
-    return {k: weight_for(k.removeprefix(theirs or prefix), v.shape, salt) for k, v in keys.items()}
+    return {k: weight_for(k.removeprefix(prefix), v.shape, salt) for k, v in keys.items()}
 
 
-def load_part(
-    module: torch.nn.Module, family: str, salt: str, prefix: str = 'stages.0.0.', theirs: str | None = None
-) -> dict[str, str]:
+def load_part(module: torch.nn.Module, family: str, salt: str, prefix: str = 'stages.0.0.') -> dict[str, str]:
     """Fill a part of a backbone by formula, but for what has no official name; returns our names by official ones."""
-    official = official_weights(module, family, salt, prefix, theirs)
+    official = official_weights(module, family, salt, prefix)
     ours, notes = convert_state_dict(official, family=family)
     module.load_state_dict({**module.state_dict(), **{k.removeprefix(prefix): v for k, v in ours.items()}})
-    return {k.removeprefix(theirs or prefix): notes.renamed.get(k, k).removeprefix(prefix) for k in official}
+    return {k.removeprefix(prefix): notes.renamed.get(k, k).removeprefix(prefix) for k in official}
 
 
 def input_for(shape: Iterable[int], seed: int) -> Tensor:

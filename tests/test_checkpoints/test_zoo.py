@@ -52,6 +52,10 @@ def test_published_figures():
     assert ZOO['cascade_mask_rcnn_slak_t_coco_1x'].figures == dict(box_ap_percent=48.4, mask_ap_percent=41.8)
     # From the README of shift-wiseConv
     assert ZOO['shiftwise_t_in1k_300e'].figures == dict(top1_percent=83.39)
+    # From the README of UniRepLKNet
+    assert ZOO['unireplknet_b_in22k_to_in1k_384'].figures == dict(top1_percent=87.4, params_m=98, flops_g=47.2)
+    figures = ZOO['casc_mask_rcnn_unireplknet_t_in1k_3x_coco'].figures
+    assert figures == dict(box_ap_percent=51.7, mask_ap_percent=44.9, params_m=89, flops_g=749)
 
 
 def test_lookup():

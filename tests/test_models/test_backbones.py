@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from slak_mm import switch_to_deploy
-from slak_mm.models import RepLKNet, ShiftWise, SLaK
+from slak_mm.models import RepLKNet, ShiftWise, SLaK, UniRepLKNet
 from slak_mm.ops import shift_tables
 
 every_backbone = pytest.mark.parametrize('name', BACKBONES)
@@ -40,6 +40,10 @@ def test_parameters():
         (ShiftWise, dict(arch='small', version=1), 51_504_288),
         (ShiftWise, dict(arch='base', version=1), 90_302_750),
         (ShiftWise, dict(num_paths=1), 30_360_390),
+        (UniRepLKNet, dict(), 31_051_140),
+        (UniRepLKNet, dict(deploy=True), 30_395_700),
+        (UniRepLKNet, dict(arch='atto'), 4_327_420),
+        (UniRepLKNet, dict(arch='xlarge'), 386_637_888),
         (RepLKNet, dict(), 78_837_120),
         (RepLKNet, dict(arch='31L'), 171_130_944),
         (RepLKNet, dict(arch='XL'), 333_382_656),
@@ -59,8 +63,8 @@ def test_width_is_truncated():
 @every_backbone
 @pytest.mark.parametrize('height, width', [(64, 64), (33, 47), (32, 100), (95, 63)])
 def test_any_size(name, height, width):
-    """Sizes are rounded up by RepLKNet and version 2 of ShiftWise, else down; maps may be smaller than the kernels."""
-    up = int(name in ('shiftwise2', 'replknet'))
+    """Sizes are halved and rounded down by SLaK and version 1 of ShiftWise, up by others; kernels may exceed maps."""
+    up = int(name not in ('slak', 'shiftwise1'))
     h, w = (height + up) // 2, (width + up) // 2
     for out, channels in zip(outputs(build(name), images(1, height, width)), DIMS, strict=True):
         h, w = (h + up) // 2, (w + up) // 2
@@ -72,7 +76,8 @@ def test_smallest_images():
         with pytest.raises(ValueError, match='31 x 64 pixels is too small: stage 3 needs at least 32'):
             build(name)(images(1, 31, 64))
         assert build(name, out_indices=1)(images(2, 8, 8))[0].shape == (2, 12, 1, 1)
-    assert [tuple(y.shape[2:]) for y in outputs(build('shiftwise2'), images(1, 1, 1))] == [(1, 1)] * 4
+    for name in ('shiftwise2', 'unireplknet'):
+        assert [tuple(y.shape[2:]) for y in outputs(build(name), images(1, 1, 1))] == [(1, 1)] * 4
     with pytest.raises(ValueError, match='0 x 5 pixels is too small'):
         build('shiftwise2')(images(1, 0, 5))
 
@@ -116,7 +121,6 @@ SLAK_FORMS = [
     dict(layer_scale_init_value=0),
 ]
 REPLKNET_FORMS = [dict(), dict(small_kernel=None), dict(dw_ratio=1.5, out_norm=False), dict(out_indices=(1, 2))]
-FORMS = dict(slak=SLAK_FORMS, replknet=REPLKNET_FORMS)
 SHIFTWISE_FORMS = [
     dict(),
     dict(branch_norm=False),
@@ -129,11 +133,22 @@ SHIFTWISE_FORMS = [
     dict(kernel_sizes=(13, 11, 8, 7)),
     dict(small_kernel=1, ghost_ratio=0.7),
 ]
-
-
-@pytest.mark.parametrize(
-    'name, options', [(name, options) for name in BACKBONES for options in FORMS.get(name, SHIFTWISE_FORMS)], ids=str
+UNIREPLKNET_FORMS = [
+    dict(),
+    dict(layer_scale_init_value=0),
+    dict(kernel_sizes=(0, 3, 5, 7)),
+    dict(kernel_sizes=(17, 15, (11, 0), 9)),
+]
+FORMS = dict(
+    slak=SLAK_FORMS,
+    shiftwise1=SHIFTWISE_FORMS,
+    shiftwise2=SHIFTWISE_FORMS,
+    replknet=REPLKNET_FORMS,
+    unireplknet=UNIREPLKNET_FORMS,
 )
+
+
+@pytest.mark.parametrize('name, options', [(name, form) for name in BACKBONES for form in FORMS[name]], ids=str)
 def test_deploy_equals_eval(name, options):
     model = random_(build(name, **options)).double()
     x = images(dtype=torch.float64)
@@ -149,7 +164,7 @@ def test_deploy_equals_eval(name, options):
         else (('.bn', '.small.', 'filters', 'shifts', 'picks', 'ffn.norm', 'grn.beta'))
     )
     assert not any(part in key for key in keys for part in folded)
-    if name == 'shiftwise2':
+    if name in ('shiftwise2', 'unireplknet'):
         assert not any(key.startswith('stages') and key.endswith(('.norm.weight', '0.gamma')) for key in keys)
 
     rebuilt = build(name, **options, deploy=True).double()
@@ -224,6 +239,18 @@ def test_autocast(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_kernel_sizes_of_unireplknet():
+    """By stages, blocks of stages or blocks; the published ones by depths, as the official code has them."""
+    with torch.device('meta'):
+        models = [
+            build('unireplknet', kernel_sizes=k) for k in ((13, 3, 9, 7), ((13,), (3,), [9, 9], 7), [13, 3, 9, 9, 7])
+        ]
+        assert {model.kernel_sizes for model in models} == {((13,), (3,), (9, 9), (7,))}
+        small, nano = UniRepLKNet('small'), UniRepLKNet('nano')
+    assert small.kernel_sizes == ((3,) * 3, (13,) * 3, (13, 3, 3) * 9, (13,) * 3)
+    assert nano.kernel_sizes == ((3, 3), (13, 13), (13,) * 8, (13, 13))
+
+
 def test_drop_path_rises_linearly():
     model = build('slak', drop_path_rate=0.4)
     rates = [getattr(block.drop_path, 'drop_prob', 0.0) for stage in model.stages for block in stage]
@@ -231,7 +258,7 @@ def test_drop_path_rises_linearly():
     assert torch.equal(outputs(model, images())[0], outputs(model, images())[0])
 
 
-@pytest.mark.parametrize('cls', [SLaK, ShiftWise, RepLKNet])
+@pytest.mark.parametrize('cls', [SLaK, ShiftWise, RepLKNet, UniRepLKNet])
 def test_registered_for_every_framework(cls):
     """The frameworks' registries fall back on mmengine's root."""
     mmseg = pytest.importorskip('mmseg.registry')
@@ -253,7 +280,7 @@ def test_batch_norms_are_plain_or_synchronized(name):
     assert sum(isinstance(m, expected) for m in model.modules()) == len(norms)
 
 
-@pytest.mark.parametrize('cls', [SLaK, ShiftWise])
+@pytest.mark.parametrize('cls', [SLaK, ShiftWise, UniRepLKNet])
 def test_weights_are_the_official_initialization(cls):
     """Truncated normal of deviation 0.02, biases and GRN 0, norms 1 and 0, layer scale as given."""
     model = cls('tiny', layer_scale_init_value=1e-6)
@@ -317,10 +344,15 @@ WRONG = [
         (ShiftWise, dict(small_kernel=size), f'small_kernel must be an odd positive integer .* got {size}')
         for size in (4, -1, None)
     ),
+    (UniRepLKNet, dict(arch='huge'), "UniRepLKNet has no arch 'huge'; choose from atto, femto, pico, nano, tiny"),
+    (UniRepLKNet, dict(kernel_sizes=None), r'no usual kernel_sizes for the depths \(1, 1, 2, 1\): give one entry'),
+    (UniRepLKNet, dict(kernel_sizes=(13, 11, 9, 31)), 'must be among 0, 3, 5, 7, 9, 11, 13, 15, 17, got 31'),
+    (UniRepLKNet, dict(kernel_sizes=(13, 11, (9, 3, 3), 7)), 'each of the 1/1/2/1 blocks of the stages, got 1/1/3/1'),
+    (UniRepLKNet, dict(width_factor=0.3), 'leave 2 channels to a stage, which needs at least 4'),
     *((ShiftWise, dict(num_reps=n), f'num_reps must be a positive integer, got {n}') for n in (0, 1.5)),
     *(
         (cls, arguments, message)
-        for cls in (SLaK, ShiftWise, RepLKNet)
+        for cls in (SLaK, ShiftWise, RepLKNet, UniRepLKNet)
         for arguments, message in (
             (dict(kernel_sizes=(13, 11, 9)), 'one entry for each of the 4 stages'),
             (dict(width_factor=0), 'width_factor must be positive, got 0'),

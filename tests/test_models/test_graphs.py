@@ -1,4 +1,4 @@
-"""Backbones under torch.compile, torch.export and the exporters of slak_mm.export."""
+"""All backbones under torch.compile, torch.export and the exporters of slak_mm.export."""
 
 import copy
 import importlib.util
@@ -31,7 +31,7 @@ def build(name, form='training'):
 
 
 @needs_library
-@pytest.mark.parametrize('name', ['slak', 'shiftwise2', 'replknet'])
+@pytest.mark.parametrize('name', ['slak', 'shiftwise2', 'replknet', 'unireplknet'])
 def test_compiled_in_one_graph(name):
     """A training step and inference in deployed form: features, gradients, statistics.
 
@@ -45,7 +45,7 @@ def test_compiled_in_one_graph(name):
 
 @needs_library
 @needs_compiler
-@pytest.mark.parametrize('name', ['slak', 'shiftwise2'])
+@pytest.mark.parametrize('name', ['slak', 'shiftwise2', 'unireplknet'])
 def test_compiled_by_inductor(name, tmp_path, monkeypatch):
     """The default of torch.compile: inference in deployed form, and a training step of SLaK."""
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
@@ -99,6 +99,8 @@ def test_exported_program_of_any_size(name, form):
         ('slak', 'deployed', 'size'),
         ('shiftwise2', 'deployed', 'size'),
         ('shiftwise1', 'training', 'none'),
+        ('unireplknet', 'training', 'batch'),
+        ('unireplknet', 'deployed', 'size'),
         ('replknet', 'deployed', 'size'),
     ],
 )
@@ -116,7 +118,9 @@ def test_onnx_has_standard_operators(name, form, dynamic, tmp_path):
         if node.op_type == 'Conv' and any(a.name == 'group' and a.i > 1 for a in node.attribute)
     ]
     # Two blocks of three branches, deployed of two; RepLKNet has one, and three in the stem and the transition.
-    assert len(grouped) == (5 if name == 'replknet' else 4 if form == 'deployed' else 6)
+    # UniRepLKNet's are one convolution in eval mode.
+    branches = dict(replknet=5, unireplknet=2)
+    assert len(grouped) == branches.get(name, 4 if form == 'deployed' else 6)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm import switch_to_deploy
-from slak_mm.models import ShiftWise, SLaK
+from slak_mm.models import ShiftWise, SLaK, UniRepLKNet
 
 COMMON = dict(arch=dict(depths=(1, 2), dims=(8, 12)), kernel_sizes=(9, 7), out_indices=(0, 1), norm_cfg=dict(type='BN'))
 NETWORKS = {
@@ -21,6 +21,7 @@ NETWORKS = {
     'shiftwise1': lambda: ShiftWise(**COMMON, version=1, drop_path_rate=0.1),
     'shiftwise2': lambda: ShiftWise(**COMMON, num_paths=2),
     'one path without norms': lambda: ShiftWise(**COMMON, num_paths=1, branch_norm=False, small_kernel=5),
+    'unireplknet': lambda: UniRepLKNet(**{**COMMON, 'kernel_sizes': (9, (7, 3))}, drop_path_rate=0.1),
 }
 every_network = pytest.mark.parametrize('name', NETWORKS)
 every_form = pytest.mark.parametrize('form', ['training', 'deployed'])
@@ -278,7 +279,7 @@ def test_dynamically_quantized_layers():
 
 
 @every_form
-@pytest.mark.parametrize('name', ['slak', 'square', 'convnext'])
+@pytest.mark.parametrize('name', ['slak', 'square', 'convnext', 'unireplknet'])
 def test_counting_by_hooks_finds_all_flops(name, form):
     model = build(name, form).float()
     found = []
@@ -300,7 +301,7 @@ def test_counting_by_hooks_finds_all_flops(name, form):
 
 
 @pytest.mark.skipif(not hasattr(torch.library, 'register_autograd'), reason='graphs need torch 2.4')
-@pytest.mark.parametrize('name', ['slak', 'shiftwise2'])
+@pytest.mark.parametrize('name', ['slak', 'shiftwise2', 'unireplknet'])
 def test_computed_weights_in_one_graph(name):
     torch._dynamo.reset()
     model = build(name)
@@ -313,7 +314,7 @@ def test_computed_weights_in_one_graph(name):
     assert_close(compiled(x), eager(x))
 
 
-@pytest.mark.parametrize('name', ['slak', 'shiftwise1', 'shiftwise2'])
+@pytest.mark.parametrize('name', ['slak', 'shiftwise1', 'shiftwise2', 'unireplknet'])
 def test_pruned_and_recomputed(name):
     """Activation checkpointing: a pruned network has the gradients that it has without."""
     model, other = build(name), build(name)
@@ -335,7 +336,7 @@ CHANGED = {
 
 
 @every_form
-@pytest.mark.parametrize('name', ['slak', 'shiftwise1', 'shiftwise2'])
+@pytest.mark.parametrize('name', ['slak', 'shiftwise1', 'shiftwise2', 'unireplknet'])
 @pytest.mark.parametrize('change', CHANGED)
 @torch.no_grad()
 def test_results_follow_however_weights_are_changed(name, form, change):

@@ -81,7 +81,7 @@ def test_stages_that_are_not_built_explain_nothing(family):
         other, cause = (
             (dict(dw_ratio=2), 'set dw_ratio=1')
             if family == 'replknet'
-            else ((dict(branch_norm=False), 'set branch_norm=True'))
+            else (dict(layer_scale_init_value=0), 'has layer scale')
         )
         part = build(family, out_indices=1, **other)
         with pytest.raises(CheckpointMismatch, match=cause) as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,15 +17,17 @@ from reference import (
     load_part,
     official_weights,
     training_step,
+    weight_for,
 )
 from torch import nn
 
-from slak_mm import load_pretrained, switch_to_deploy
+from slak_mm import CheckpointMismatch, load_pretrained, switch_to_deploy
 from slak_mm.checkpoints import ZOO, convert_state_dict, describe, to_official
 from slak_mm.engine import LargeKernelLayerDecayConstructor
 from slak_mm.models import UniRepLKNet
 from slak_mm.models.shiftwise import ShiftWiseBlock
 from slak_mm.models.unireplknet import DILATED, DilatedReparamConv
+from slak_mm.sparsity import select_parameters
 
 GOLDENS = Goldens(UNIREPLKNET_GOLDENS)
 ARRAYS = np.load(UNIREPLKNET_GOLDENS)
@@ -118,11 +121,16 @@ def test_merged_kernels(kernel_size, monkeypatch):
     monkeypatch.setitem(DILATED, 5, ((3, 1), (3, 2)))
     case = f'merged_dilated_c4_K{kernel_size}'
     layer = DilatedReparamConv(4, kernel_size, BN)
-    load_part(layer, 'unireplknet', 'eq/', 'stages.0.0.large_kernel.', 'stages.0.0.dwconv.')
+    weights = {}
+    for key, value in layer.state_dict().items():
+        official = key.replace('large.conv', 'lk_origin').replace('large.bn', 'origin_bn')
+        official = re.sub(r'k(\d)_r(\d)\.(conv|bn)', r'dil_\3_k\1_\2', official)
+        weights[key] = weight_for(official, value.shape, 'eq/')
+    layer.load_state_dict(weights)
     layer.double().eval()
     for name, got in zip(('kernel', 'bias'), layer.merged(), strict=True):
         GOLDENS.assert_close(case, name, got, 1e-6)
-    x = input_for((2, 4, 11, 7), 9).double()
+    x = input_for((2, 4, 21, 18) if kernel_size > 13 else (2, 4, 11, 7), 9).double()
     with torch.no_grad():
         GOLDENS.assert_close(case, 'out', layer(x), 1e-6)
         layer.switch_to_deploy()
@@ -242,6 +250,35 @@ def test_files_of_the_first_revisions():
     report = load_pretrained(deployed, bare)
     assert report.converted['stages.1.0.dwconv.weight'] == 'stages.1.0.large_kernel.large.conv.weight'
     assert all(torch.equal(v, deployed.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_networks_without_large_kernels():
+    """Their official names are told from ConvNeXt's and ShiftWise's."""
+    torch.manual_seed(0)
+    source, target = (small(kernel_sizes=(3, 5, (3, 0), 5)) for _ in range(2))
+    report = load_pretrained(target, to_official(source.state_dict()))
+    assert report.format == 'unireplknet' and 'kernels 3/5/3 0/5' in report.variant
+    assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'theirs, ours, message',
+    [
+        ({}, dict(kernel_sizes=(3, 13, 7, 9)), 'have 3/13/7 5/9, those of the model 3/13/7/9; set kernel_sizes'),
+        ({}, dict(width_factor=2), r'another width: .*8/12/16/20 .* 16/24/32/40'),
+        (dict(layer_scale_init_value=0), {}, 'set layer_scale_init_value to 0'),
+        (dict(deploy=True), {}, 'folded for deployment and the model is in training form'),
+    ],
+)
+def test_what_differs_is_named(theirs, ours, message):
+    with pytest.raises(CheckpointMismatch, match=message) as error:
+        load_pretrained(small(**ours), to_official(small(**theirs).state_dict()))
+    assert len(error.value.causes) == 1
+
+
+def test_large_kernels_can_be_masked_alone():
+    names = list(select_parameters(small(), 'large_kernel'))
+    assert names == [f'stages.{block}.large_kernel.large.conv.weight' for block in ('1.0', '2.0', '3.0')]
 
 
 def test_published_models():
