@@ -7,14 +7,17 @@ branch the faster of NCHW and channels-last, and leaves out the copies between t
 stands its rate in GFLOP/s, and as a fraction of that of a matrix product of this run; taps that
 meet padding do not count.
 
+``--family replknet`` and ``--family unireplknet`` do the same for square kernels: RepLKNet-31B with the small kernel
+beside each, and UniRepLKNet-T, whose dilated branches are one kernel.
+
 ``--family shiftwise`` compares the convolution with assembled kernels to the shifted sum of
 filtered maps, which the official code computes: once with a hand-written adjoint, as the official
 CUDA code has, and once left to autograd.
 
 The passes: ``fwd`` is forward in training form, with one result for each branch; ``sum`` the
-deployed form, with one result and a bias (slak only; the small kernel has been added to the wide
-one, for ``best mix`` too); ``f+b`` forward and backward with the gradients of the input and all
-weights.
+deployed form, with one result and a bias (not shiftwise; the small kernel has been added to the wide
+one, for ``best mix`` too, or to the square one, for all); ``f+b`` forward and backward with the
+gradients of the input and all weights.
 """
 
 from __future__ import annotations
@@ -36,17 +39,25 @@ from . import common
 from .peak import measure_peak
 from .shifted_sum import activation_space
 
-# SLaK-T, and the convolved channels of ShiftWise-T.
-CHANNELS = dict(slak=(124, 249, 499, 998), shiftwise=(60, 122, 246, 492))
-KERNELS = (51, 49, 47, 13)
-SMALL_KERNEL = dict(slak=5, shiftwise=3)
-CONTENDERS = dict(
-    slak=('ours', 'NCHW', 'channels-last', 'best mix'), shiftwise=('ours', 'shifted, own adjoint', 'shifted, autograd')
+# SLaK-T, RepLKNet-31B, UniRepLKNet-T, and the convolved channels of ShiftWise-T.
+CHANNELS = dict(
+    slak=(124, 249, 499, 998),
+    replknet=(128, 256, 512, 1024),
+    unireplknet=(80, 160, 320, 640),
+    shiftwise=(60, 122, 246, 492),
 )
-PASSES = dict(slak=('fwd', 'sum', 'f+b'), shiftwise=('fwd', 'f+b'))
+KERNELS = dict(
+    slak=(51, 49, 47, 13), replknet=(31, 29, 27, 13), unireplknet=(3, 13, 13, 13), shiftwise=(51, 49, 47, 13)
+)
+SMALL_KERNEL = dict(slak=5, replknet=5, unireplknet=None, shiftwise=3)
+CONTENDERS: dict[str, tuple[str, ...]] = dict.fromkeys(CHANNELS, ('ours', 'NCHW', 'channels-last', 'best mix'))
+CONTENDERS['shiftwise'] = ('ours', 'shifted, own adjoint', 'shifted, autograd')
+PASSES: dict[str, tuple[str, ...]] = dict.fromkeys(CHANNELS, ('fwd', 'sum', 'f+b'))
+PASSES['shiftwise'] = ('fwd', 'f+b')
 LAYOUTS = {'NCHW': torch.contiguous_format, 'channels-last': torch.channels_last}
 # The plain convolutions, or the shifted sum of the official code.
-JUDGE = dict(slak='channels-last', shiftwise='shifted, own adjoint')
+JUDGE = dict.fromkeys(CHANNELS, 'channels-last')
+JUDGE['shiftwise'] = 'shifted, own adjoint'
 NUM_REPS = 4
 MATRIX_SIZE = 2048
 
@@ -80,11 +91,11 @@ class Case:
     ) -> None:
         self.family, self.stage, self.batch = family, stage, batch
         self.size = tuple(size)
-        self.kernel = KERNELS[stage]
+        self.kernel = KERNELS[family][stage]
         self.small = SMALL_KERNEL[family]
         self.channels = channels or CHANNELS[family][stage]
         stride = 2 ** (stage + 2)
-        self.map = tuple(math.ceil(n / stride) if family == 'shiftwise' else n // stride for n in size)
+        self.map = tuple(n // stride if family == 'slak' else math.ceil(n / stride) for n in size)
         self.dtype = common.DTYPES[dtype]
         self.device = device
         generator = torch.Generator().manual_seed(0)
@@ -97,17 +108,28 @@ class Case:
         self.grads = [normal(batch, c, *self.map) for _ in range(3)]
         if family == 'slak':
             self.weights = [normal(c, m, n), normal(c, n, m), normal(c, n, n)]
+        elif family != 'shiftwise':
+            self.weights = [normal(c, m, m), *(() if n is None else (normal(c, n, n),))]
         else:
             self.weights = [normal(c * num_filters(m, n), 1, n, n)]
             tables = shift_tables(c, m, n, NUM_REPS)
             self.shifts, self.picks = (t.to(device) for t in tables)
+        if family != 'shiftwise':
+            del self.grads[len(self.weights) :]
         # Sums over hundreds of products of size 1 would leave bfloat16 little to agree on.
         self.weights = [(w / w[0].numel() ** 0.5).requires_grad_() for w in self.weights]
         self.bias = normal(c)
-        if family == 'slak':
-            tall, wide, small = (w.detach() for w in self.weights)
-            pad = (m - n) // 2
-            self.merged = [tall, wide + F.pad(small, (pad, pad))]
+        if family != 'shiftwise':
+            *self.merged, last = (w.detach() for w in self.weights)
+            if n is None:
+                self.merged = [last]
+            else:  # the small kernel becomes a part of the one before
+                rows, columns = ((self.merged[-1].shape[i] - n) // 2 for i in (1, 2))
+                self.merged[-1] = self.merged[-1] + F.pad(last, (columns, columns, rows, rows))
+
+    def kernels(self, passing: str) -> Sequence[Tensor]:
+        """What PyTorch convolves with; the official code merges the small kernel into a square one only."""
+        return self.merged if passing == 'sum' and self.family != 'slak' else self.weights
 
     def contenders(self) -> list[str]:
         """All of them, ours first, with the backends that could take its place."""
@@ -116,7 +138,7 @@ class Case:
         backends = [
             name
             for name, backend in BACKENDS.items()
-            if self.family == 'slak'
+            if self.family != 'shiftwise'
             and name not in ('reference', choose_backend(self.x, weights))
             and backend.unavailable_reason(self.x, weights) is None
             and (not hasattr(backend, 'is_preferred') or backend.is_preferred(self.x, weights))
@@ -132,14 +154,15 @@ class Case:
         return torch.channels_last if is_ours and self.device == 'cpu' else torch.contiguous_format
 
     def _run(self, contender: str, x: Tensor, reduce: bool) -> Sequence[Any]:
-        if self.family == 'slak':
+        if self.family != 'shiftwise':
             if contender != 'ours':
                 with use_backend(contender):
                     return self._run('ours', x, reduce)
             if reduce:
-                tall, wide = self.merged
-                return [cross_dwconv2d(x, tall, wide, bias=self.bias, reduce=True)]
-            return cross_dwconv2d(x, *self.weights)
+                return [cross_dwconv2d(x, *self.merged, bias=self.bias, reduce=True)]
+            first, *others = self.weights
+            others = others if self.family == 'slak' else [None, *others]
+            return [y for y in cross_dwconv2d(x, first, *others) if y is not None]
         (filters,) = self.weights
         if contender == 'ours':
             tall, wide, small = assemble_kernels(filters, self.shifts, self.picks, self.kernel)
@@ -150,7 +173,7 @@ class Case:
     def step(self, contender: str, passing: str) -> Callable[[], list[Tensor]]:
         """One pass, a value of :data:`PASSES`; returns results and gradients."""
         if contender in LAYOUTS:
-            steps = [self.branch(contender, i, passing) for i in range(3)]
+            steps = [self.branch(contender, i, passing) for i in range(len(self.kernels(passing)))]
             return lambda: self.joined([step() for step in steps], passing)
         layout = self.layout(contender)
         x = self.x.clone(memory_format=layout).requires_grad_()
@@ -168,7 +191,7 @@ class Case:
 
     def branch(self, layout: str, index: int, passing: str) -> Callable[[], list[Tensor]]:
         """PyTorch's convolution with one of the kernels; result, and gradients of both."""
-        weight = self.weights[index]
+        weight = self.kernels(passing)[index]
         x = self.x.clone(memory_format=LAYOUTS[layout]).requires_grad_()
         grad = self.grads[index].contiguous(memory_format=LAYOUTS[layout])
         padding = (weight.shape[1] // 2, weight.shape[2] // 2)
@@ -267,10 +290,11 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one pass at one stage."""
     steps = {name: case.step(name, passing) for name in names if name != 'best mix'}
-    if 'best mix' in names:  # branch by branch, with one result in memory at a time
-        steps.update((f'{layout} {i}', case.branch(layout, i, passing)) for layout in LAYOUTS for i in range(3))
+    count = range(len(case.kernels(passing))) if 'best mix' in names else ()
+    # Branch by branch, with one result in memory at a time.
+    steps.update((f'{layout} {i}', case.branch(layout, i, passing)) for layout in LAYOUTS for i in count)
     times, results = common.measure_times(steps, args.repeats, args.device)
-    branches = {layout: [times[f'{layout} {i}'] for i in range(3)] for layout in LAYOUTS if 'best mix' in names}
+    branches = {layout: [times[f'{layout} {i}'] for i in count] for layout in LAYOUTS if 'best mix' in names}
     results = {name: result for name, result in results.items() if name in names}
     judge = JUDGE[case.family]
     is_short = case.dtype in (torch.bfloat16, torch.float16)
@@ -283,14 +307,14 @@ def measure(
     del results, want
     seconds = {name: times[name] for name in names if name in times and name not in disagrees}
     if 'best mix' in names and not set(LAYOUTS) & set(disagrees):
-        # The small kernel of the deployed form is part of the wide one.
+        # The small kernel of the deployed form is part of a larger one.
         fastest = [min(pair) for pair in zip(*branches.values(), strict=True)]
-        seconds['best mix'] = sum(fastest[:2] if passing == 'sum' else fastest)
+        seconds['best mix'] = sum(fastest[: len(case.merged)] if passing == 'sum' else fastest)
     memory = {}
     if with_memory:
         for name in set(names) - set(disagrees):
             memory[name] = measure_peak(__name__, dict(options, contender=name, passing=passing))
-    flops = case.flops(passing) if case.family == 'slak' else None
+    flops = None if case.family == 'shiftwise' else case.flops(passing)
     return dict(
         **{**options, 'size': list(options['size'])},
         map=list(case.map),

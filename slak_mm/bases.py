@@ -25,17 +25,6 @@ def benchmark(name: str) -> ModuleType:
     return importlib.import_module(f'benchmarks.{name}')
 
 
-def own_folder() -> Path:
-    """The folder with this package's ``model-index.yml`` and ``configs``.
-
-    In an installed package that is ``slak_mm/.mim``, where OpenMMLab's packages have theirs; in a checkout, the
-    checkout.
-    """
-    package = Path(__file__).resolve().parent
-    index = package / '.mim' / 'model-index.yml'  # in an editable install, a link to that of the checkout
-    return index.resolve().parent if index.is_file() else package.parent
-
-
 def framework_configs(package: str, *names: str) -> list[str]:
     """Absolute paths of base configs that an installed framework, 'mmseg' or 'mmdet', ships in ``configs/_base_``.
 

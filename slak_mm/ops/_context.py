@@ -49,6 +49,13 @@ def is_observed(*tensors: Tensor) -> bool:
     )
 
 
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd, or ``torch.func.grad``, records what is computed from some tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    )
+
+
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether forward-mode AD or a transform of ``torch.func`` other than ``grad`` is at work.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._context import is_compiling, is_counted, is_observed, is_transformed
+from ._context import is_compiling, is_counted, is_observed, is_recorded, is_transformed
 from .backends import BACKENDS, choose_backend, forced_backend, leave_out, reference, use_backend
 from .backends.layout import in_memory, memory_format
 
@@ -33,7 +33,9 @@ def apply(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: boo
         if not HAS_LIBRARY:
             return reference.forward(x, kernels, bias, reduce)
         return torch.ops.slak_mm.cross_dwconv2d(x, list(kernels), bias, reduce)
-    return _CrossDwconv2d.apply(x, bias, reduce, *kernels)
+    if is_recorded(x, *kernels, *(() if bias is None else (bias,))):
+        return _CrossDwconv2d.apply(x, bias, reduce, *kernels)
+    return forward(x, kernels, bias, reduce)  # on small maps autograd's share of the time is that of the arithmetic
 
 
 def _wants_plain_graph() -> bool:

@@ -13,12 +13,12 @@ from slak_mm.ops import BACKENDS
 @pytest.fixture
 def run(call_tool, monkeypatch):
     """Run the tool with a few channels."""
-    monkeypatch.setattr(op, 'CHANNELS', dict(slak=(4,) * 4, shiftwise=(6,) * 4))
+    monkeypatch.setattr(op, 'CHANNELS', dict.fromkeys(op.CHANNELS, (6,) * 4))
     monkeypatch.setattr(op, 'MATRIX_SIZE', 128)
     return lambda *arguments, code=0: call_tool('benchmark', 'op', *arguments, code=code)
 
 
-@pytest.mark.parametrize('family', ['slak', 'shiftwise'])
+@pytest.mark.parametrize('family', op.CHANNELS)
 @pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
 def test_table_and_json(run, family, dtype, tmp_path):
     out, plot = tmp_path / 'out.json', tmp_path / 'out.png'

@@ -32,6 +32,8 @@ CASES = [
     ((2, 1, 6, 7), [(21, 3), (3, 21), (3, 3)]),
     ((1, 1, 12, 15), [(9, 9), None, (3, 3)]),
     ((1, 2, 1, 1), [(7, 7), None, None]),
+    ((1, 2, 7, 9), [(13, 13), None, (5, 5)]),
+    ((1, 1, 20, 70), [(31, 31), None, None]),
 ]
 g = torch.Generator().manual_seed(0)
 
@@ -116,7 +118,7 @@ def run_program(folder, program, *arguments, **environment):
 def test_results_and_gradients_in_the_interpreter(tmp_path):
     done = run_program(tmp_path, INTERPRETED, TRITON_INTERPRET='1')
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'checked 12' in done.stdout
+    assert 'checked 16' in done.stdout
 
 
 COMPILED = """
@@ -141,12 +143,12 @@ def compile(function, constants, capability, warps=4):
     assert compiled.metadata.shared <= {80: 99, 90: 227}[capability] << 10
 
 capability = int(sys.argv[1])
-for length, kh, kw in ((128, 5, 51), (32, 3, 47)):
+for length, kh, kw in ((128, 5, 51), (32, 3, 47), (128, 31, 31), (14, 27, 27), (14, 13, 13)):
     kernel = torch.empty(1, kh, kw, dtype=torch.bfloat16)
     blocks = backend._blocks(length, kernel, 2)
     keeps = backend._keeps(blocks, kernel)
     del blocks['KW']  # known at run time
-    for tall in (False, True):
+    for tall in (False, True) if kh < kw else (False,):
         compile(kernels.convolve_rows, dict(
             blocks, KEEP=keeps, TRANSPOSED=tall, HAS_BIAS=not tall,
             HAS_ADDEND=not tall, PRECISION='tf32'), capability)

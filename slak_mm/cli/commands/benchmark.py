@@ -4,6 +4,7 @@ No figure is printed for a result that disagrees with the reference.
 
 Examples:
     slak-mm benchmark op --family slak --size 512x512
+    slak-mm benchmark op --family replknet --size 224x224 512x512
     slak-mm benchmark op --family shiftwise --stages 0 1 --json out.json --plot out.png
     slak-mm benchmark model --size 800x1344 --batch 1 2
     slak-mm benchmark segmentor upernet_slak_t_ade20k --size 256x256

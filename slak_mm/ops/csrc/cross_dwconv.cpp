@@ -607,7 +607,9 @@ class Forward {
     const int64_t spill_columns = divide_up(p_.width, tile_.columns) * tile_.columns - p_.width;
     for (int i = 0; i < p_.branches; ++i) {
       const SlakBranch given = trimmed<S>(p_.branch[i], p_.channels);
-      const Branch b{given, given.rows > given.columns};
+      // A tile loads fewer inputs for a square kernel if the taps go by along its shorter side.
+      const bool is_square_tall = given.rows == given.columns && kTaps == 1 && tile_.rows <= tile_.columns;
+      const Branch b{given, given.rows > given.columns || is_square_tall};
       branches_.push_back(b);
       vectors_ += b.vectors();
       up_ = std::max(up_, int64_t(b.up()));
@@ -755,27 +757,30 @@ class Forward {
     const SlakBranch& k = b.given;
     const int length = b.is_tall ? b.columns() : b.rows();  // of the short axis
     const int64_t step_along = b.is_tall ? 1 : kTaps, step_across = b.is_tall ? kTaps : 1;
-    const Split split(length, kShort);
-    for (int piece = 0; piece < split.pieces; ++piece) {
-      const int first = split.first(piece), size = split.size(piece);
-      const MultiplyTile<F> multiply = choose_tile<F, kTaps>(tile_, b.is_tall, size);
-      for (int64_t c = 0; c < columns; c += tile_.columns) {
+    const int64_t along_size = b.is_tall ? p_.height : p_.width;
+    const int64_t across_size = b.is_tall ? p_.width : p_.height;
+    const int64_t along_tile = b.is_tall ? tile_.rows : tile_.columns;
+    const int64_t across_tile = b.is_tall ? tile_.columns : tile_.rows;
+    // Taps of an axis which meet the map from a tile whose first output meets input `at` with tap 0.
+    auto meets = [](int64_t at, int64_t tile, int64_t size, int64_t step, int64_t taps) {
+      const int64_t low = std::max<int64_t>(0, divide_up(2 - step - tile - at, step));
+      return std::pair(low, std::min<int64_t>(taps, divide_up(size - at, step)));
+    };
+    for (int64_t c = 0; c < columns; c += tile_.columns) {
+      const int64_t y = row - k.row, x = column + c - k.column;
+      const auto [low, high] = meets(b.is_tall ? y : x, along_tile, along_size, step_along,
+                                     b.is_tall ? b.rows() : b.columns());
+      const auto [begin, end] =
+          meets(b.is_tall ? x : y, across_tile, across_size, step_across, length);
+      if (low >= high || begin >= end) continue;
+      const Split split(int(end - begin), kShort);
+      for (int piece = 0; piece < split.pieces; ++piece) {
+        const int64_t first = begin + split.first(piece);
         // The input that the first tap meets at the first output of the tile.
-        const int64_t y = row - k.row + (b.is_tall ? 0 : first);
-        const int64_t x = column + c - k.column + (b.is_tall ? kTaps * first : 0);
-        const int64_t along = b.is_tall ? y : x, across = b.is_tall ? x : y;
-        const int64_t along_size = b.is_tall ? p_.height : p_.width;
-        const int64_t across_size = b.is_tall ? p_.width : p_.height;
-        const int64_t along_tile = b.is_tall ? tile_.rows : tile_.columns;
-        const int64_t across_tile = b.is_tall ? tile_.columns : tile_.rows;
-        if (across >= across_size || across + across_tile + step_across * size - 1 <= 0) continue;
-        const int64_t low =
-            std::max<int64_t>(0, divide_up(2 - step_along - along_tile - along, step_along));
-        const int64_t high = std::min<int64_t>(b.is_tall ? b.rows() : b.columns(),
-                                               divide_up(along_size - along, step_along));
-        if (low >= high) continue;
-        const Vec<F>* input = source + plane.at(y, x);
-        multiply(band + c, strip_, input, plane.width, weight + first, length, low, high);
+        const Vec<F>* input = source + plane.at(y + (b.is_tall ? 0 : first),
+                                                x + (b.is_tall ? kTaps * first : 0));
+        choose_tile<F, kTaps>(tile_, b.is_tall, split.size(piece))(
+            band + c, strip_, input, plane.width, weight + first, length, low, high);
       }
     }
   }
