@@ -287,7 +287,8 @@ def _double_center(scores: np.ndarray, official: bool) -> tuple[int, int]:
 def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str = '') -> np.ndarray:
     """Draw maps side by side: each on its own scale with the squares of :func:`area_ratios`, and all on one scale.
 
-    Scales are logarithmic over four decades; officially they are linear in log10(x + 1).
+    Scales are logarithmic over four decades; officially they are linear in log10(x + 1). Large maps are averaged over
+    blocks of pixels. What lies beyond the image, where a map was moved, is white.
 
     Args:
         maps: Contributions (H, W) by the name of the network, at least one.
@@ -306,16 +307,18 @@ def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str
         maximum = maximum or 1.0
         return Normalize(0, maximum) if official else LogNorm(maximum / 10**_DECADES, maximum, clip=True)
 
-    shown = {name: np.log10(1 + scores) if official else scores for name, scores in maps.items()}
-    maxima = {name: float(scores.max()) for name, scores in shown.items()}
+    shown = {name: _reduced(np.log10(1 + scores) if official else scores) for name, scores in maps.items()}
+    maxima = {name: float(np.nanmax(scores)) for name, scores in shown.items()}
     rows = 1 if len(maps) == 1 else 2
     figure = Figure(figsize=(3 * len(maps) + 0.9, 3.2 * rows + 0.85), dpi=100, layout='constrained')
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(maps), squeeze=False)
     image = None
     for (name, scores), axis in zip(shown.items(), axes[0]):
-        image = axis.imshow(scores / (maxima[name] or 1), norm=scale(1), cmap='magma')
-        row, column = (double / 2 for double in _double_center(scores, official))
+        height, width = maps[name].shape
+        look = dict(cmap='magma', interpolation='nearest', extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        image = axis.imshow(scores / (maxima[name] or 1), norm=scale(1), **look)
+        row, column = (double / 2 for double in _double_center(maps[name], official))
         texts = []
         for square in area_ratios(maps[name], official=official):
             texts.append('–' if square is None else f'{square[1]:.1%}')
@@ -327,7 +330,7 @@ def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str
     _color_bar(figure, image, axes[0], 'log10(x + 1), ' * official + 'fraction of own maximum')
     if rows > 1:
         for scores, axis in zip(shown.values(), axes[1]):
-            image = axis.imshow(scores, norm=scale(max(maxima.values())), cmap='magma')
+            image = axis.imshow(scores, norm=scale(max(maxima.values())), cmap='magma', interpolation='nearest')
         _color_bar(figure, image, axes[1], 'log10(x + 1), one scale' if official else 'share per pixel, one scale')
     for axis in axes.ravel():
         axis.set_xticks([])
@@ -336,6 +339,22 @@ def draw_maps(maps: Mapping[str, np.ndarray], official: bool = False, title: str
     figure.suptitle(f'{title}\nSquares hold {thresholds} of all contributions.'.strip(), fontsize=10)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _reduced(scores: np.ndarray) -> np.ndarray:
+    """Means over square blocks, 128 to 255 of them along the longer side; NaN beyond the image."""
+    is_seen = scores != 0
+    scores = scores.copy()
+    for axis in range(2):
+        seen = np.flatnonzero(is_seen.any(1 - axis))
+        if len(seen):
+            # Without contributions on one side only.
+            excess = int(scores.shape[axis] - 1 - seen[-1] - seen[0])
+            beyond = slice(scores.shape[axis] - excess, None) if excess > 0 else slice(-excess)
+            np.moveaxis(scores, axis, 0)[beyond] = np.nan
+    block = max(1, max(scores.shape) // 128)
+    height, width = (size // block for size in scores.shape)
+    return scores[: height * block, : width * block].reshape(height, block, width, block).mean((1, 3))
 
 
 def _color_bar(figure: Any, image: Any, axes: np.ndarray, label: str) -> None:

@@ -25,7 +25,7 @@ from .errors import ConfigOverrideError, reason
 from .launch import build_model
 
 SYNTAX = (
-    '[NAME=]NETWORK[@WEIGHTS]: a zoo name, a config, a registered backbone with its arguments ("SLaK arch=small") or '
+    '[NAME=]NETWORK[@WEIGHTS]: a zoo name, a config, a registered backbone with its arguments ("TYPE arch=small") or '
     'timm:MODEL with arguments; weights are a file, an address, a zoo name, "random", or "pretrained" for those of a '
     'zoo name or timm'
 )

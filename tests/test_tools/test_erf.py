@@ -124,6 +124,7 @@ def test_official_images_are_those_of_image_folder(folder):
         (['SLaK@missing.pth'], 'missing.pth'),
         (['timm:convnext_tinny'], 'Did you mean convnext_tiny'),
         (['configs/upernet_slak_q_ade20k.py'], 'There is no config file'),
+        ([TINY, '--device nonsense'], 'The device "nonsense" cannot be used'),
         ([TINY, TINY], 'Two networks are named tiny'),
         ([TINY + ' in_channels=4'], 'tiny cannot be evaluated on an RGB image of 64x64'),
         ([TINY, '--images', 'nowhere'], 'There is no image or folder "nowhere"'),

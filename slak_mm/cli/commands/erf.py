@@ -66,6 +66,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    cli.usable_device(args.device)
     MMLogger.get_current_instance().setLevel('WARNING')
     networks = [build_network(text, args.seed) for text in args.networks]
     names = [file_name(network.name) for network in networks]
