@@ -7,6 +7,7 @@ Examples:
     python tools/benchmark.py op --family slak --size 512x512
     python tools/benchmark.py op --family shiftwise --stages 0 1 --json out.json --plot out.png
     python tools/benchmark.py model --size 800x1344 --batch 1 2
+    python tools/benchmark.py infer configs/upernet_slak_t_ade20k.py --size 512x512
     python tools/benchmark.py segmentor configs/upernet_slak_t_ade20k.py --size 256x256
     python tools/benchmark.py gpu --out results
     python tools/benchmark.py sparse --size 512x512 --batch 1 2 --mode rigl
@@ -20,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import gpu, model, op, segmentor, sparse
+from benchmarks import gpu, infer, model, op, segmentor, sparse
 from slak_mm import cli
 
-COMMANDS = (op, model, segmentor, sparse, gpu)
+COMMANDS = (op, model, infer, segmentor, sparse, gpu)
 
 
 def parse_args() -> argparse.Namespace:
