@@ -55,10 +55,11 @@ class CocoResults:
         images: Paths of images that will come, to be looked for in the file before anything is computed.
 
     Raises:
-        ConfigOverrideError: The file is none of a data set, or lacks a class or an image.
+        ConfigOverrideError: The file is none of a data set, or lacks a class or an image; or pycocotools is missing.
     """
 
     def __init__(self, classes: Sequence[str], annotation_file: str | None = None, images: Sequence[str] = ()) -> None:
+        self.encode = mask_api().encode
         self.results: list[dict[str, Any]] = []
         self.images: list[dict[str, Any]] = []
         self.known: dict[str, int] | None = None
@@ -90,11 +91,11 @@ class CocoResults:
 
     def add_labels(self, path: str, labels: np.ndarray, **more: Any) -> None:
         """Add a label map (H, W): one mask for each class in it. ``more`` is noted of the image."""
-        image_id, encode = self._image(path, labels.shape, **more), mask_api().encode
+        image_id = self._image(path, labels.shape, **more)
         for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=len(self.category_ids))):
             if label < len(self.category_ids):
                 mask = np.asfortranarray(labels == label, np.uint8)
-                segmentation = _text(encode(mask))
+                segmentation = _text(self.encode(mask))
                 self.results.append(
                     dict(image_id=image_id, category_id=self.category_ids[label], segmentation=segmentation)
                 )

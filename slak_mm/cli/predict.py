@@ -37,7 +37,7 @@ class Predictor:
         self.model: Any = model
         self.transforms = list(pipeline.transforms)
         self.window = window
-        self.stride = stride or (window and (-(-window[0] * 2 // 3), -(-window[1] * 2 // 3)))
+        self.stride = stride or (window and (max(window[0] * 2 // 3, 1), max(window[1] * 2 // 3, 1)))
 
     def read(self, path: str) -> dict[str, Any]:
         """An image as the pipeline reads it: ``img`` and what it notes beside it.

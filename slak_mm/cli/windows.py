@@ -5,6 +5,7 @@ A window is (top, bottom, left, right) in pixels of the image.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from mmengine.structures import InstanceData
@@ -43,7 +44,9 @@ def label_map(windows: Sequence[Window], scores: Iterable[Tensor], classify: Cal
     _, height, _, width = windows[-1]
     tops = sorted({top for top, *_ in windows})
     below = dict(zip(tops, [*tops[1:], height]))
-    labels = band = counts = None
+    labels: Any = None
+    band: Any = None
+    counts: Any = None
     for part, (top, bottom, left, right) in zip(scores, windows):
         if band is None:
             band = part.new_zeros(len(part), bottom - top, width)
@@ -110,7 +113,8 @@ def merged_instances(
 
     size = windows[-1][1], windows[-1][3]
     kept = []
-    own_rows, own_columns = (_own_parts(window[axis : axis + 2] for window in windows) for axis in (0, 2))
+    own_rows = _own_parts(window[:2] for window in windows)
+    own_columns = _own_parts(window[2:] for window in windows)
     for instances, window in zip(found, windows):
         instances = placed(instances, window, size)
         x, y = (instances.bboxes[:, :2] + instances.bboxes[:, 2:]).T / 2

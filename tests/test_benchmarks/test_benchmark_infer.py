@@ -26,12 +26,10 @@ def shapes(cfg):
     return {key: value.shape for key, value in cli.build_model(cfg, cfg.model).state_dict().items()}
 
 
-FRAMEWORK = [('mmseg', SLAK, 'Swin-T (mmseg)')]
-if importlib.util.find_spec('mmcv._ext'):
-    FRAMEWORK += [('mmdet', 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'Swin-T (mmdet)')]
-
-
-@pytest.mark.parametrize('scope, heads, name', FRAMEWORK)
+@pytest.mark.parametrize(
+    'scope, heads, name',
+    [('mmseg', SLAK, 'Swin-T (mmseg)'), ('mmdet', 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'Swin-T (mmdet)')],
+)
 def test_what_is_beside_is_the_model_of_the_framework(scope, heads, name):
     source = infer.load(infer.beside(scope)[name])
     cfg = infer.load(str(heads))
@@ -82,7 +80,6 @@ def test_memory(call_tool, tiny, tmp_path):
         assert 1 < row['peak_mib'] / (150 * 256 * 320 * 4 / 2**20) < 5
 
 
-@pytest.mark.skipif(not importlib.util.find_spec('mmcv._ext'), reason="needs mmcv's compiled operators")
 def test_detectors(call_tool, tiny_detector, tmp_path):
     options = tiny_detector(DETECTOR.stem)
     arguments = [DETECTOR, '--size 96x128 --repeats 1 --no-memory --cfg-options', *options]

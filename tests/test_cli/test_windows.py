@@ -88,7 +88,6 @@ def cut(boxes, window):
 
 
 def test_objects_up_to_half_the_overlap_are_found_whole_and_once():
-    pytest.importorskip('mmcv._ext', reason="needs mmcv's compiled operators")
     size, window, stride = (211, 300), (64, 80), (40, 48)
     generator = np.random.default_rng(0)
     # In a grid, so that none overlaps another.
@@ -127,7 +126,6 @@ class Bright:
 
 @pytest.mark.parametrize('left', [3, 50, 190])
 def test_an_object_inside_a_window_is_found_as_in_the_whole_image(left):
-    pytest.importorskip('mmcv._ext', reason="needs mmcv's compiled operators")
     pytest.importorskip('mmdet')
     image = np.zeros((100, 220, 3), np.uint8)
     image[40:52, left : left + 10] = 255
