@@ -1,9 +1,12 @@
 """Videos, frame by frame."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
 
+from slak_mm.cli import ConfigOverrideError
 from slak_mm.cli.video import Video, writing_video
 from slak_mm.engine.samples import DataError
 
@@ -57,3 +60,13 @@ def test_a_video_that_ends_early(tmp_path):
         for _ in video:
             count += 1
     assert 10 < count < 40
+
+
+def test_a_video_that_is_not_written_whole_is_an_error(tmp_path, monkeypatch):
+    """OpenCV's writer is silent on a full disk."""
+    write_frames(tmp_path / 'a.mp4', 3)
+    silent = SimpleNamespace(isOpened=lambda: True, write=lambda picture: None, release=lambda: None)
+    monkeypatch.setattr(cv2, 'VideoWriter', lambda *arguments: silent)
+    with pytest.raises(ConfigOverrideError, match='a.mp4" cannot be written whole'):
+        write_frames(tmp_path / 'a.mp4', 5)
+    assert [file.name for file in tmp_path.iterdir()] == ['a.mp4'] and len(Video(str(tmp_path / 'a.mp4'))) == 3
