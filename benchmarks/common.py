@@ -121,6 +121,14 @@ def measure_times(
     Returns:
         Median seconds of each, and what the first run of each returned.
     """
+    rounds, results = measure_rounds(steps, repeats, device)
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}, results
+
+
+def measure_rounds(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = 'cpu'
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """As :func:`measure_times`, but with all seconds of each, round by round."""
     warm, results = {}, {}
     for name, step in steps.items():
         warm[name], results[name] = timed(step, device)
@@ -133,7 +141,7 @@ def measure_times(
         for name, step in steps.items():
             if warm[name] < LONG_SECONDS:
                 times[name].append(timed(step, device)[0])
-    return {name: statistics.median(t) if t else warm[name] for name, t in times.items()}, results
+    return {name: seconds or [warm[name]] for name, seconds in times.items()}, results
 
 
 def timed(step: Callable[[], Any], device: str = 'cpu') -> tuple[float, Any]:

@@ -123,6 +123,15 @@ def official_shiftwise(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
+def draw_statistics(network: nn.Module) -> None:
+    """Give batch norms random statistics and weights: those of a fresh norm would leave nothing to fold."""
+    for norm in network.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+
+
 def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
     """A network in eval mode; networks of one family have the same weights."""
     with torch.random.fork_rng(devices=[]):
@@ -136,12 +145,7 @@ def _build(name: str, size: Sequence[int], dtype: torch.dtype) -> nn.Module:
                 return timm.create_model('convnext_tiny', **options).eval()
             return timm.create_model('swin_tiny_patch4_window7_224', img_size=tuple(size), **options).eval()
         network: nn.Module = MODELS.build(dict(CONFIGS[family]))
-        for norm in network.modules():
-            # Statistics of a fresh norm would leave nothing to fold.
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
-                norm.running_mean.normal_(0, 0.1)
-                norm.running_var.uniform_(0.5, 2)
-                nn.init.uniform_(norm.weight, 0.5, 1.5)
+        draw_statistics(network)
     # What is folded is folded in float32 at least.
     network.eval().to(torch.promote_types(dtype, torch.float32))
     if form == 'deploy':

@@ -55,7 +55,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             'The GPU has too little memory for this run: lower --batch-size, --crop-size '
-            f'or --img-scale, or use --amp ({text.splitlines()[0]}).'
+            f'or --img-scale, use --amp, or infer with a --window ({text.splitlines()[0]}).'
         )
     if 'Expected more than 1 value per channel' in text:
         remedy = 'raise --batch-size, or train with SyncBN on several GPUs.'

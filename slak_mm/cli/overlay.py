@@ -4,7 +4,7 @@ Images are RGB arrays (H, W, 3) of uint8, label maps integer arrays (H, W) of cl
 0; indices without a class (255, for example) are unlabeled and keep the image's own colors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,17 @@ Palette = Sequence[Sequence[int]]
 _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
 
 
+def _bands(image: np.ndarray) -> Iterator[slice]:
+    """Rows of an image, some at a time: what is computed of them takes more memory than they do."""
+    yield from (slice(top, top + 256) for top in range(0, len(image), 256))
+
+
 def class_shares(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
     """Index and share of all pixels, 0..1, of the classes in a label map (H, W), the largest first."""
-    counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(), minlength=num_classes)
+    counts = np.zeros(num_classes, np.int64)
+    for rows in _bands(labels):
+        part = labels[rows]
+        counts += np.bincount(part[(part >= 0) & (part < num_classes)], minlength=num_classes)
     order = np.argsort(-counts, kind='stable')
     return [(int(index), float(counts[index] / labels.size)) for index in order if counts[index]]
 
@@ -55,9 +63,12 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: fl
         raise ValueError(f'Image {image.shape[:2]} and label map {labels.shape} differ in size.')
     if not 0 <= opacity <= 1:
         raise ValueError(f'Opacity must be from 0 to 1, got {opacity}.')
-    mixed = (1 - opacity) * image + opacity * colorize(labels, palette)
-    known = (labels >= 0) & (labels < len(palette))
-    return np.where(known[..., None], np.rint(mixed), image).astype(np.uint8)
+    picture = image.copy()
+    for rows in _bands(image):
+        mixed = (1 - opacity) * image[rows] + opacity * colorize(labels[rows], palette)
+        known = (labels[rows] >= 0) & (labels[rows] < len(palette))
+        picture[rows][known] = np.rint(mixed[known])
+    return picture
 
 
 def _font(size: int) -> Any:

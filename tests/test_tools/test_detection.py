@@ -1,5 +1,6 @@
 """The detection configs through ``tools/train.py``, ``test.py`` and ``infer.py``, made tiny."""
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -106,6 +107,31 @@ def test_learns_and_draws(call_tool, arguments, tiny_detector, tmp_path, demo_vo
     again = [*arguments(name, 'test'), tmp_path / 'official.pth', '--cfg-options', *options]
     result = call_tool('test', *again, code=0)
     assert metrics(result.text, 'test') == expected
+
+
+def test_json_is_what_the_metric_of_coco_writes(call_tool, arguments, tiny_detector, demo_coco, tmp_path):
+    name = 'cascade_mask_rcnn_slak_t_coco'
+    options = [*tiny_detector(name), ALL_BOXES]
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg.merge_from_dict(parsed(options))
+    cli.adapt_to_device(cfg, has_gpu=lambda: False)
+    torch.manual_seed(0)
+    torch.save(dict(state_dict=cli.build_model(cfg, cfg.model).state_dict()), tmp_path / 'random.pth')
+    written = ['--cfg-options', *options, f'test_evaluator.outfile_prefix={tmp_path}/metric']
+    call_tool('test', *arguments(name), tmp_path / 'random.pth', *written, code=0)
+    expected = json.loads((tmp_path / 'metric.segm.json').read_text())
+    boxes = [result['bbox'] for result in json.loads((tmp_path / 'metric.bbox.json').read_text())]
+
+    config, files = arguments(name)[0], ['--json', tmp_path / 'out.json', '--out-dir', tmp_path / 'drawn']
+    ids = ['--ann-file', Path(demo_coco, 'annotations/instances_val2017.json'), '--device cpu --img-scale 96x64']
+    images = Path(demo_coco, 'val2017')
+    call_tool('infer', config, tmp_path / 'random.pth', images, *files, *ids, '--cfg-options', *options, code=0)
+    ours = json.loads((tmp_path / 'out.json').read_text())
+    assert len(ours) == len(expected) == 40
+    assert [result.pop('bbox') for result in ours] == boxes
+    for result in expected:
+        result.pop('bbox', None)
+    assert ours == expected
 
 
 def test_resumed_is_the_same_run(call_tool, arguments, tiny_detector, tmp_path):

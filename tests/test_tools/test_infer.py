@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.cli.overlay import displayable
+from slak_mm.cli.video import Video, writing_video
 
 
 @pytest.fixture(scope='module')
@@ -28,14 +31,20 @@ def checkpoint(build_tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def run(call_tool, config_path, checkpoint, tiny, tmp_path):
-    def run(*images, **options):
-        out = ['--out-dir', tmp_path / 'out', '--device cpu', *(f'--{key} {value}' for key, value in options.items())]
+def arguments(config_path, checkpoint, tiny, tmp_path):
+    def arguments(*images, **options):
+        out = ['--out-dir', tmp_path / 'out', '--device cpu']
+        out += [f'--{key.replace("_", "-")} {value}' for key, value in options.items()]
         # Small scales, or the images would be enlarged to 512 pixels.
         scales = ['test_dataloader.dataset.pipeline.1.scale=(256,64)', 'model.test_cfg.mode=whole']
-        return call_tool('infer', config_path, checkpoint, *images, *out, '--cfg-options', *tiny, *scales)
+        return [config_path, checkpoint, *images, *out, '--cfg-options', *tiny, *scales]
 
-    return run
+    return arguments
+
+
+@pytest.fixture
+def run(call_tool, arguments):
+    return lambda *images, **options: call_tool('infer', *arguments(*images, **options))
 
 
 def test_overlay_of_images_of_any_size(run, tmp_path):
@@ -75,7 +84,7 @@ def test_unreadable_images_are_named_and_skipped(run, tmp_path):
     Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(tmp_path / 'fine.jpg')
     result = run(tmp_path / 'broken.jpg', tmp_path / 'fine.jpg')
     assert result.code == 1
-    assert re.search(r'error: 1 of 2 images could not be read: .*broken.jpg', result.err)
+    assert re.search(r'error: 1 of 2 files could not be read: .*broken.jpg', result.err)
     assert (tmp_path / 'out' / 'fine.png').is_file()
     assert not (tmp_path / 'out' / 'broken.png').exists()
 
@@ -83,9 +92,9 @@ def test_unreadable_images_are_named_and_skipped(run, tmp_path):
 def test_nothing_to_do_is_an_error(run, tmp_path):
     (tmp_path / 'empty').mkdir()
     result = run(tmp_path / 'empty')
-    assert result.code == 1 and 'has no images' in result.err
+    assert result.code == 1 and 'has no images or videos' in result.err
     result = run(tmp_path / 'nowhere.jpg')
-    assert result.code == 1 and 'no image or folder' in result.err
+    assert result.code == 1 and 'no image, video or folder' in result.err
 
 
 # Pixels (H, W, C) and EXIF orientation of an image, and how a config loads it.
@@ -182,3 +191,95 @@ def test_an_address_is_read_by_the_backend_of_the_config(run, tmp_path, monkeypa
 )
 def test_pictures_have_8_bit_colors(image, picture):
     assert displayable(image).tolist() == picture
+
+
+def movie(path, count, size=(64, 80)):
+    with writing_video(path, 12.5, size) as write:
+        for _ in range(count):
+            write(np.full((*size, 3), 90, np.uint8))
+    return path
+
+
+def coco(path):
+    """Results and the data set that was written beside them."""
+    annotations = pytest.importorskip('pycocotools.coco').COCO(str(path.with_name(f'{path.stem}_dataset.json')))
+    return annotations.loadRes(str(path))
+
+
+def test_video_in_and_out(run, tmp_path):
+    from mmseg.datasets import ADE20KDataset
+
+    result = run(movie(tmp_path / 'clip.mp4', 9), json=tmp_path / 'out.json')
+    assert result.code == 0 and 'clip.mp4: 9 frames' in result.out, result.text
+    assert '100%' in result.err
+    video = Video(str(tmp_path / 'out' / 'clip.mp4'))
+    assert (video.fps, video.size, len(video)) == (12.5, (64, 80), 9)
+    sky = ADE20KDataset.METAINFO['palette'][2]
+    for frame in video:
+        assert np.abs(frame[..., ::-1] - (90 + np.array(sky)) / 2).mean() < 5
+    results = coco(tmp_path / 'out.json')
+    images = results.loadImgs(results.getImgIds())
+    assert {image['video'] for image in images} == {str(tmp_path / 'clip.mp4')}
+    assert [image['frame_id'] for image in images] == list(range(9))
+    assert len(results.anns) == 9
+    for annotation in results.anns.values():
+        assert results.loadCats(annotation['category_id'])[0]['name'] == 'sky'
+        assert results.annToMask(annotation).all() and annotation['segmentation']['size'] == [64, 80]
+
+
+def test_damaged_video_is_named(run, tmp_path):
+    (tmp_path / 'in').mkdir()
+    damaged = movie(tmp_path / 'in' / 'a.mp4', 9)
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    movie(tmp_path / 'in' / 'b.mp4', 2)
+    result = run(tmp_path / 'in')
+    assert result.code == 1 and re.search('error: 1 of 2 files could not be read: .*a.mp4$', result.err.strip())
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['b.mp4']
+
+
+def test_an_interrupt_leaves_what_is_done(start_tool, arguments, tmp_path):
+    process = start_tool('infer', *arguments(movie(tmp_path / 'clip.mp4', 3000), json=tmp_path / 'out.json'))
+    begin = time.monotonic()
+    while not list((tmp_path / 'out').glob('.*.mp4')):
+        assert process.poll() is None and time.monotonic() - begin < 120
+        time.sleep(0.2)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in output, output
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['clip.mp4']
+    count = len(list(Video(str(tmp_path / 'out' / 'clip.mp4'))))
+    assert 0 < count < 3000 and count <= len(coco(tmp_path / 'out.json').getImgIds()) <= count + 1
+
+
+def test_windows_of_a_large_image(run, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (200, 150, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / 'large.png')
+    result = run(tmp_path / 'large.png', window='64', stride='40x48', json=tmp_path / 'out.json')
+    assert result.code == 0 and 'sky 100.0%' in result.out, result.text
+    [annotation] = coco(tmp_path / 'out.json').anns.values()
+    assert annotation['area'] == 200 * 150
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(stride='40'), 'there is none'),
+        (dict(window='40', stride='41'), 'parts of an image are left out'),
+        (dict(ann_file='a.json'), 'there is none'),
+        (dict(json='out.json', ann_file='nowhere.json'), '"nowhere.json" is no annotation file'),
+    ],
+)
+def test_options_that_do_not_fit(run, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (60, 60)).save('a.png')
+    result = run('a.png', **options)
+    assert result.code == 1 and message in result.err and not (tmp_path / 'out').exists()
+
+
+def test_sources_are_not_overwritten(call_tool, arguments, tmp_path):
+    (tmp_path / 'out').mkdir()
+    path = movie(tmp_path / 'out' / 'clip.mp4', 2)
+    before = path.read_bytes()
+    result = call_tool('infer', *arguments(path), code=1)
+    assert 'would be overwritten' in result.err and path.read_bytes() == before

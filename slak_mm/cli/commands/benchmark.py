@@ -7,6 +7,7 @@ Examples:
     slak-mm benchmark op --family replknet --size 224x224 512x512
     slak-mm benchmark op --family shiftwise --stages 0 1 --json out.json --plot out.png
     slak-mm benchmark model --size 800x1344 --batch 1 2
+    slak-mm benchmark infer upernet_slak_t_ade20k --size 512x512
     slak-mm benchmark segmentor upernet_slak_t_ade20k --size 256x256
     slak-mm benchmark gpu --out results
     slak-mm benchmark sparse --size 512x512 --batch 1 2 --mode rigl
@@ -19,7 +20,7 @@ import argparse
 from slak_mm import cli
 from slak_mm.bases import benchmark
 
-COMMANDS = ('op', 'model', 'segmentor', 'sparse', 'gpu')
+COMMANDS = ('op', 'model', 'infer', 'segmentor', 'sparse', 'gpu')
 
 
 def parse_args() -> argparse.Namespace:
