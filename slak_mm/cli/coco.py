@@ -115,7 +115,12 @@ class CocoResults:
             self.results.append(result)
 
     def write(self, path: str) -> None:
-        """Write the results, and ``<name>_dataset.json`` unless the ids are those of an annotation file."""
+        """Write the results, and ``<name>_dataset.json`` unless the ids are those of an annotation file.
+
+        Without any image, what is there stays as it is.
+        """
+        if not self.images:
+            return
         files: dict[Path, Any] = {Path(path): self.results}
         if self.known is None:
             categories = [dict(id=number, name=name) for name, number in self.categories.items()]

@@ -34,6 +34,8 @@ def load(path, annotations):
 
 def test_label_maps_come_back(tmp_path):
     results = CocoResults(CLASSES)
+    results.write(str(tmp_path / 'out.json'))
+    assert not list(tmp_path.iterdir())  # nothing was predicted
     results.add_labels('a/b.png', LABELS)
     results.add_labels('clip.mp4#0', LABELS.T, video='clip.mp4', frame_id=0)
     results.write(str(tmp_path / 'deeper' / 'out.json'))
