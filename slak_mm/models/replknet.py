@@ -77,10 +77,18 @@ class _ResidualBlock(RecomputableBlock):
 class RepLKBlock(_ResidualBlock):
     """Large-kernel convolution between two 1x1 convolutions: ``f = BN W2 relu(L(relu(BN W1 BN(x))))``."""
 
-    def __init__(self, channels: int, large_kernel: LargeKernelConv, hidden: int, *rest: Any) -> None:
-        super().__init__(channels, hidden, *rest)
+    def __init__(
+        self,
+        channels: int,
+        large_kernel: LargeKernelConv,
+        hidden: int,
+        drop_path: float,
+        norm_cfg: dict,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__(channels, hidden, drop_path, norm_cfg, with_cp)
         self.large_kernel = large_kernel
-        self.prelkb_bn = build_branch_norm(rest[1], channels)
+        self.prelkb_bn = build_branch_norm(norm_cfg, channels)
 
     def _residual(self, x: Tensor) -> Tensor:
         y = F.relu(self.pw1(self.prelkb_bn(x)))
@@ -90,9 +98,9 @@ class RepLKBlock(_ResidualBlock):
 class ConvFFN(_ResidualBlock):
     """Two 1x1 convolutions with the expansion ratio 4: ``f = BN W2 GELU(BN W1 BN(x))``."""
 
-    def __init__(self, channels: int, *rest: Any) -> None:
-        super().__init__(channels, 4 * channels, *rest)
-        self.preffn_bn = build_branch_norm(rest[1], channels)
+    def __init__(self, channels: int, drop_path: float, norm_cfg: dict, with_cp: bool = False) -> None:
+        super().__init__(channels, 4 * channels, drop_path, norm_cfg, with_cp)
+        self.preffn_bn = build_branch_norm(norm_cfg, channels)
 
     def _residual(self, x: Tensor) -> Tensor:
         return self.pw2(F.gelu(self.pw1(self.preffn_bn(x))))
@@ -130,7 +138,7 @@ class RepLKNetVariant(Variant):
             is_final=True,
         ),
         Cause(
-            differs('dw_ratio'),
+            lambda theirs, ours: theirs.dw_ratio and ours.dw_ratio and theirs.dw_ratio != ours.dw_ratio,
             "large kernels on {theirs.dw_ratio:g} times the stage's channels in the checkpoint, on {ours.dw_ratio:g} "
             'times in the model; set dw_ratio={theirs.dw_ratio:g}',
         ),
