@@ -242,7 +242,7 @@ def area_ratios(
     The middle of the map is where :func:`contribution_map` has put the pixel of the last stage. Squares are cut off at
     the border of maps that are not square. Ratios stay the same when the map is multiplied by a number.
 
-    The published rule (RepLKNet's) takes log10(x + 1) of the map first, centers the squares on the pixel
+    The rule of the first published script takes log10(x + 1) of the map first, centers the squares on the pixel
     (H // 2, W // 2), and tries sides from 3 to 2 (H // 2) - 1.
 
     Args:

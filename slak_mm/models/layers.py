@@ -369,6 +369,11 @@ class DepthwiseBranch(nn.Module):
         """Add the bias to the convolution's result, (N, C, H, W)."""
         return y if self.conv.bias is None else y + self.conv.bias.view(-1, 1, 1)
 
+    def finish(self, y: Tensor) -> Tensor:
+        """Add the bias to the convolution's result, (N, C, H, W), and normalize."""
+        y = self.with_bias(y)
+        return y if self.bn is None else self.bn(y)
+
     def is_read(self) -> bool:
         """Whether the operator may take the place of :meth:`forward`, but for the norm."""
         return is_plain(self, DepthwiseBranch) and is_plain(self.conv, nn.Conv2d) and self._has_same_size()

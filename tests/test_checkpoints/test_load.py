@@ -315,7 +315,7 @@ def test_message_names_keys_shapes_and_counts(toy):
 def test_other_projects_weights(toy, segmentor):
     model = toy.backbone()
     resnet = {'conv1.weight': torch.ones(1), 'layer1.0.conv1.weight': torch.ones(1)}
-    refused(toy, model, resnet, 'no SLaK, ConvNeXt or ShiftWise backbone')
+    refused(toy, model, resnet, 'no SLaK, ConvNeXt, RepLKNet, ShiftWise or UniRepLKNet backbone')
     convnext = to_official(toy.backbone(**toy.CONVNEXT).state_dict(), 'facebook')
     refused(toy, model, convnext, r'ConvNeXt weights.*small_kernel=None, decomposed=False')
     refused(toy, toy.backbone(**toy.CONVNEXT), toy.official(), 'the model is in ConvNeXt mode')

@@ -101,7 +101,7 @@ def test_a_full_disk(tmp_path, name):
 
 
 def test_unknown_content(toy):
-    with pytest.raises(CheckpointError, match='no SLaK, ConvNeXt or ShiftWise backbone'):
+    with pytest.raises(CheckpointError, match='no SLaK, ConvNeXt, RepLKNet, ShiftWise or UniRepLKNet backbone'):
         convert_checkpoint({'layer1.weight': torch.ones(1)})
     with pytest.raises(CheckpointError, match=r'stages\.0\.0\.grn'):
         convert_checkpoint({**toy.official(), 'stages.0.0.grn': torch.ones(1)})
