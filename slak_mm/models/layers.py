@@ -7,10 +7,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
@@ -20,8 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from slak_mm._config import type_name
-from slak_mm.ops import pointwise_mlp
+from slak_mm.ops import branch_norm, pointwise_mlp, row_mlp
 from slak_mm.ops._context import is_counted
+from slak_mm.ops.branch_norm import BranchNorms
 from slak_mm.ops.pointwise import global_response_norm, scaled_sum
 
 
@@ -95,8 +98,44 @@ def passes(drop_path: nn.Module) -> bool:
     return is_plain(drop_path, nn.Identity) or (not drop_path.training and is_plain(drop_path, DropPath))
 
 
+@dataclass
+class Branches:
+    """Maps (N, C, H, W) that are to be added up, each behind its norm.
+
+    Attributes:
+        maps: One or more.
+        norms: As many batch norms, or none.
+    """
+
+    maps: Sequence[Tensor]
+    norms: Sequence[nn.Module] = ()
+
+    def sum(self) -> Tensor:
+        """The sum, (N, C, H, W)."""
+        return sum_maps([norm(y) for norm, y in zip(self.norms, self.maps)] if self.norms else self.maps)
+
+    def tensors_of_norms(self) -> BranchNorms | str | None:
+        """What the fused passes read of the norms, None if there are none, or why they must be called."""
+        if not self.norms:
+            return None
+        if not all(is_plain(bn, nn.BatchNorm2d, nn.SyncBatchNorm) for bn in self.norms):
+            return 'a norm is no plain batch norm'
+        bns: Any = self.norms
+        tensors = [(bn.weight, bn.bias, bn.running_mean, bn.running_var) for bn in bns]
+        counters = [bn.num_batches_tracked for bn in bns if bn.training and bn.num_batches_tracked is not None]
+        kinds = {(bn.training, bn.momentum, bn.eps, type(bn), getattr(bn, 'process_group', None)) for bn in bns}
+        if len(kinds) > 1 or any(t is None for some in tensors for t in some) or len(counters) % len(bns):
+            return 'the norms are of several kinds, or lack tensors'
+        ((training, momentum, eps, kind, group),) = kinds
+        is_shared = training and kind is nn.SyncBatchNorm and dist.is_available() and dist.is_initialized()
+        group = (group or dist.group.WORLD) if is_shared else None
+        if group is not None and dist.get_world_size(group) == 1:
+            group = None
+        return BranchNorms(*zip(*tensors), tuple(counters), momentum, eps, training, group)
+
+
 def perceptron(
-    x: Tensor,
+    x: Tensor | Branches,
     linear1: Any,
     act: Any,
     linear2: Any,
@@ -106,13 +145,23 @@ def perceptron(
     grn: Any = None,
     scale: Tensor | None = None,
     residual: Tensor | None = None,
+    drop_path: nn.Module | None = None,
 ) -> Tensor:
-    """Compute ``residual + scale * linear2(grn(act(linear1(norm(gate * x)))))`` for each pixel.
+    """Compute ``residual + drop_path(scale * linear2(grn(act(linear1(norm(gate * x))))))`` for each pixel.
 
-    Plain modules are computed by :func:`slak_mm.ops.pointwise_mlp`; else all of them are called,
-    with whole maps of shape (N, H, W, channels). ``x`` is (N, C, H, W), ``gate`` (N, C, 1, 1), ``scale`` (E,), and
-    ``residual`` (N, E, H, W) as the result; what is None is left out.
+    Plain modules are computed by fused passes where :mod:`slak_mm.ops.row_mlp` can run, else by
+    :func:`slak_mm.ops.pointwise_mlp`; other modules are called, with whole maps of shape (N, H, W, channels). ``x`` is
+    (N, C, H, W) or branches of this shape, ``gate`` (N, C, 1, 1), ``scale`` (E,), and ``residual`` (N, E, H, W) as the
+    result; what is None is left out.
     """
+    if drop_path is not None and residual is not None:
+        y = _by_fused_passes(x, linear1, act, linear2, norm, scale, residual, drop_path) if gate is grn is None else None
+        if y is not None:
+            return y
+        if not passes(drop_path):
+            y = perceptron(x, linear1, act, linear2, gate=gate, norm=norm, grn=grn, scale=scale)
+            return residual + drop_path(y)
+    x = x.sum() if isinstance(x, Branches) else x
     if (
         is_plain(linear1, nn.Linear)
         and is_plain(linear2, nn.Linear)
@@ -137,6 +186,44 @@ def perceptron(
     y = act(linear1(y if norm is None else norm(y)))
     y = linear2(y if grn is None else grn(y)).permute(0, 3, 1, 2)
     return scaled_sum(y, None if scale is None else scale.view(-1, 1, 1), residual)
+
+
+def _by_fused_passes(
+    x: Tensor | Branches,
+    linear1: Any,
+    act: Any,
+    linear2: Any,
+    norm: Any,
+    scale: Tensor | None,
+    residual: Tensor,
+    drop_path: nn.Module,
+) -> Tensor | None:
+    """:func:`perceptron` by the passes of :mod:`slak_mm.ops.row_mlp`, or None where they cannot run."""
+    x = x if isinstance(x, Branches) else Branches([x])
+    # The least expensive question first: it rules out CPUs.
+    if row_mlp.why_not_fused(residual, scale):
+        return None
+    drops = not passes(drop_path)
+    if (
+        not (is_plain(linear1, nn.Linear) and is_plain(linear2, nn.Linear) and is_plain(act, nn.GELU))
+        or act.approximate != 'none'
+        or not is_plain(norm, nn.LayerNorm)
+        or (drops and not is_plain(drop_path, DropPath))
+    ):
+        return None
+    norms = x.tensors_of_norms()
+    layer_norm = (norm.weight, norm.bias, norm.eps)
+    weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+    if (
+        isinstance(norms, str)
+        or any(t is None for t in (*layer_norm, *weights))
+        or branch_norm.why_not_fused(x.maps, norms, layer_norm)
+        or row_mlp.why_not_fused(*weights)
+    ):
+        return None
+    keep = 1 - drop_path.drop_prob if drops else 1.0
+    rows = branch_norm.branch_norm_rows(x.maps, norms, layer_norm)
+    return row_mlp.row_mlp(rows, *weights, scale, keep, residual)
 
 
 class GRN(nn.Module):
@@ -238,7 +325,7 @@ class DepthwiseBranch(nn.Module):
     """One depthwise convolution and the batch norm behind it.
 
     Plain modules are not called: the operator of the block computes their convolution together
-    with the block's other branches, and :meth:`finish` the rest. ``kernel_size`` is (height, width), both odd.
+    with the block's other branches. ``kernel_size`` is (height, width), both odd.
     """
 
     def __init__(self, channels: int, kernel_size: tuple[int, int], bias: bool, norm_cfg: dict | None) -> None:
@@ -257,11 +344,9 @@ class DepthwiseBranch(nn.Module):
         """The kernel in the operator's shape, (C, height, width)."""
         return self.conv.weight.squeeze(1)
 
-    def finish(self, y: Tensor) -> Tensor:
-        """Add the bias and normalize the convolution's result, (N, C, H, W)."""
-        if self.conv.bias is not None:
-            y = y + self.conv.bias.view(-1, 1, 1)
-        return y if self.bn is None else self.bn(y)
+    def with_bias(self, y: Tensor) -> Tensor:
+        """Add the bias to the convolution's result, (N, C, H, W)."""
+        return y if self.conv.bias is None else y + self.conv.bias.view(-1, 1, 1)
 
     def is_read(self) -> bool:
         """Whether the operator may take the place of :meth:`forward`, but for the norm."""

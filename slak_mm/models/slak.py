@@ -32,7 +32,7 @@ from slak_mm.ops import cross_dwconv2d
 from slak_mm.sparsity import PRESETS
 
 from .base import LargeKernelBackbone, LargeKernelLayer
-from .layers import DepthwiseBranch, RecomputableBlock, passes, perceptron, sum_maps
+from .layers import Branches, DepthwiseBranch, RecomputableBlock, is_plain, perceptron, sum_maps
 
 
 class LargeKernelConv(LargeKernelLayer):
@@ -84,17 +84,22 @@ class LargeKernelConv(LargeKernelLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
+        return self.convolve(x).sum()
+
+    def convolve(self, x: Tensor) -> Branches:
+        """The results of the convolutions, and the norms that they are to pass before they are added up."""
         branches: dict[str, Any] = {name: getattr(self, name) for name in self.branch_names}
         if not all(isinstance(branch, DepthwiseBranch) and branch.is_read() for branch in branches.values()):
             y = sum_maps([branch(x) for branch in branches.values()])
-            return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+            return Branches([y if self.bias is None else y + self.bias.view(-1, 1, 1)])
         kernels: dict[str, Tensor] = {name: branch.kernel for name, branch in branches.items()}
         k_v, k_h, k_s = kernels.get('tall', kernels.get('square')), kernels.get('wide'), kernels.get('small')
         assert k_v is not None
         if self.deploy:
-            return cross_dwconv2d(x, k_v, k_h, bias=self.bias, reduce=True)
+            return Branches([cross_dwconv2d(x, k_v, k_h, bias=self.bias, reduce=True)])
         results = [y for y in cross_dwconv2d(x, k_v, k_h, k_s) if y is not None]
-        return sum_maps([branch.finish(y) for branch, y in zip(branches.values(), results)])
+        maps = [branch.with_bias(y) for branch, y in zip(branches.values(), results)]
+        return Branches(maps, [branch.bn for branch in branches.values() if branch.bn is not None])
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -149,10 +154,10 @@ class SLaKBlock(RecomputableBlock):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.large_kernel(x)
-        residual = x if passes(self.drop_path) else None
-        y = perceptron(y, self.pwconv1, self.act, self.pwconv2, norm=self.norm, scale=self.gamma, residual=residual)
-        return x + self.drop_path(y) if residual is None else y
+        large_kernel: Any = self.large_kernel
+        y = large_kernel.convolve(x) if is_plain(large_kernel, LargeKernelConv) else large_kernel(x)
+        layers, rest = (self.pwconv1, self.act, self.pwconv2), dict(residual=x, drop_path=self.drop_path)
+        return perceptron(y, *layers, norm=self.norm, scale=self.gamma, **rest)
 
 
 _ARCHS = {

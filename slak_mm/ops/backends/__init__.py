@@ -130,6 +130,11 @@ def choose_backend(x: Tensor, kernels: Sequence[Tensor]) -> str:
     )
 
 
+def failure(name: str) -> str | None:
+    """Why a backend was left out after a failure, or None if it was not."""
+    return _failed.get(name)
+
+
 def leave_out(name: str, reason: str) -> None:
     """Take a backend out of the automatic choice for the rest of the process, with a warning."""
     if name not in _failed:

@@ -1,0 +1,103 @@
+"""Fused passes of a block on GPUs: when they run, how modes see them, and what takes their place.
+
+They belong to the backend ``triton`` of :func:`slak_mm.ops.cross_dwconv2d`, and run where it may run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._context import is_compiling, is_counted, is_observed, is_transformed
+from .backends import failure, forced_backend, leave_out, triton
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+TILE = dict(T=64, CB=64, num_warps=8)
+"""Pixels and channels that a program takes at a time."""
+
+_library = torch.library.Library('slak_mm', 'FRAGMENT')
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Say why fused passes cannot take the place of PyTorch's functions for these tensors, or None if they can.
+
+    Tensors without data (the meta device) take the way that they would on a GPU, so that its costs can be estimated.
+    """
+    # First what torch.compile evaluates while it records: it cannot look into the others.
+    if is_compiling() or torch.jit.is_tracing():
+        return 'a graph is recorded'
+    given = [t for t in tensors if t is not None]
+    x = given[0]
+    if is_transformed() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return 'a transform of torch.func is at work'
+    if is_counted() or (is_observed(*given) and not all(t.is_meta for t in given)):
+        return 'something looks at the operators'
+    forced = forced_backend()
+    if forced not in (None, 'triton'):
+        return f'the backend {forced!r} was asked for'
+    if forced is None and x.device.type not in ('cuda', 'meta'):
+        return f'the input is on {x.device.type}, not on cuda'
+    if any(t.dtype not in DTYPES or t.device != x.device for t in given):
+        return 'a tensor is on another device, or not float16, bfloat16 or float32'
+    if x.numel() == 0:
+        return 'the map is empty'
+    return failure('triton') or (None if x.is_meta else triton.unavailable_reason(x, ()))
+
+
+def visible(schema: str) -> Callable[[Callable], Callable]:
+    """Register a function that launches a kernel as an operator, which modes see on tensors without data.
+
+    The function allocates its results and launches nothing if they have no data. Elsewhere it is called as it is,
+    which takes the host a fraction of the time.
+    """
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__.lstrip('_')
+        _library.define(name + schema)
+        _library.impl(name, function, 'CompositeExplicitAutograd')
+        operator = getattr(torch.ops.slak_mm, name)
+
+        @functools.wraps(function)
+        def call(x: Any, *args: Any) -> Any:
+            return (operator if (x if isinstance(x, Tensor) else x[0]).is_meta else function)(x, *args)
+
+        return call
+
+    return register
+
+
+def gradients(
+    fused: Callable[[], Sequence[Tensor | None]],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    grad: Tensor,
+) -> Sequence[Tensor | None]:
+    """Gradients of inputs by a fused backward pass, or by autograd through ``reference(*inputs)``.
+
+    The latter where they are to be differentiated again, or carry a further axis, or the fused pass fails.
+    """
+    again = torch.is_grad_enabled()
+    if not again and not is_transformed(grad):
+        try:
+            return fused()
+        except Exception as error:
+            if grad.device.type != 'cuda' or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            leave_out('triton', f'{type(error).__name__}: {error}')
+    if not again:
+        inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    with torch.enable_grad():
+        result = reference(*inputs)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(result, wanted, grad, create_graph=again, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def eights(n: int) -> int:
+    """Round up to a multiple of 8: 16 bytes in half precision."""
+    return -(-n // 8) * 8

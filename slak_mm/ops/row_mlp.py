@@ -1,0 +1,218 @@
+"""The linear layers of a block on aligned rows, with layer scale, drop path and residual in one pass behind them.
+
+``reference`` is plain PyTorch. On GPUs the weights are brought to the dtype of the rows and filled up with zeros to
+multiples of 8 by one launch, the hidden layer is kept once (GELU is computed again in the backward pass, in the pass
+that gives its gradient and that of the bias), and what follows the second layer is one pass, forward and backward. The
+padding stays zero: GELU(0) is 0, and its gradients are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._fused import TILE, eights, gradients, visible, why_not
+from .backends.layout import in_memory, memory_format
+
+
+def why_not_fused(x: Tensor, *tensors: Tensor | None) -> str | None:
+    """Say why :func:`row_mlp` cannot run with these weights and this residual, or None if it can."""
+    return why_not(x, *tensors)
+
+
+def row_mlp(
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    scale: Tensor | None,
+    keep: float,
+    residual: Tensor,
+) -> Tensor:
+    """Compute ``residual + kept * scale * (W2 GELU(W1 rows + b1) + b2)`` by fused passes.
+
+    Args:
+        rows: (N, H, W, C rounded up to a multiple of 8).
+        weight1: W1, (D, C).
+        bias1: b1, (D,).
+        weight2: W2, (E, D).
+        bias2: b2, (E,).
+        scale: Layer scale, (E,), or None.
+        keep: Probability to keep an image; what is kept is divided by it (drop path).
+        residual: (N, E, H, W).
+
+    Returns:
+        Shape, and memory format, of the residual; in the widest dtype of rows, scale and residual.
+    """
+    kept = None if keep == 1 else torch.empty(len(rows), dtype=rows.dtype, device=rows.device).bernoulli_(keep)
+    return _RowMLP.apply(kept, keep, rows, weight1, bias1, weight2, bias2, scale, residual)
+
+
+def reference(
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    scale: Tensor | None,
+    residual: Tensor,
+    kept: Tensor | None = None,
+    keep: float = 1.0,
+) -> Tensor:
+    """Compute :func:`row_mlp` by PyTorch's functions, for given images (N,) that are kept."""
+    weight1, bias1, weight2, bias2 = (t.to(rows.dtype) for t in (weight1, bias1, weight2, bias2))
+    y = F.gelu(F.linear(rows[..., : weight1.shape[1]], weight1, bias1))
+    y = F.linear(y, weight2, bias2).permute(0, 3, 1, 2)
+    y = y if scale is None else y * scale.view(-1, 1, 1)
+    return residual + (y if kept is None else y * kept.view(-1, 1, 1, 1) / keep)
+
+
+class _RowMLP(torch.autograd.Function):
+    """Takes (kept, keep, *the tensors of :func:`row_mlp`)."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor | None, keep: float, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        rows, weight1, bias1, weight2, bias2, scale, residual = tensors
+        flat = in_memory(rows).contiguous().view(-1, rows.shape[-1])
+        resized = _aligned((weight1, bias1, weight2, bias2), rows.dtype)
+        w1, b1, w2, b2 = resized
+        hidden = torch.addmm(b1, flat, w1.t())
+        y = torch.addmm(b2, F.gelu(hidden), w2.t())
+        ctx.save_for_backward(kept, hidden, y if scale is not None and scale.requires_grad else None, w1, w2, *tensors)
+        ctx.keep = keep
+        return _scaled_residual(y, in_memory(residual), scale, kept, 1 / keep)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        kept, hidden, y, w1, w2, *inputs = ctx.saved_tensors
+
+        def fused() -> list[Tensor | None]:
+            rows, weight1, bias1, weight2, bias2, scale, residual = inputs
+            g = in_memory(grad).contiguous(memory_format=memory_format(residual))
+            grad_y, sums = _scaled_residual_gradients(g, y, w2.shape[0], scale, kept, 1 / ctx.keep, rows.dtype)
+            of_bias2, *of_scale = sums.sum(0).unbind()
+            grad_hidden = grad_y @ w2
+            activation, of_bias1 = _gelu_gradients(hidden, grad_hidden)
+            flat = rows.reshape(-1, rows.shape[-1])
+            grad_rows = (grad_hidden @ w1).view(rows.shape) if ctx.needs_input_grad[2] else None
+            products = grad_hidden.t() @ flat, grad_y.t() @ activation
+            of_weights = _cut(products[0], of_bias1.sum(0), products[1], of_bias2, (weight1, bias1, weight2, bias2))
+            of_scale = of_scale[0].to(scale.dtype) if y is not None else None
+            return [grad_rows, *of_weights, of_scale, g.to(residual.dtype)]
+
+        def plain(*tensors: Tensor) -> Tensor:
+            return reference(*tensors, kept=kept, keep=ctx.keep).to(grad.dtype)
+
+        return None, None, *gradients(fused, plain, inputs, grad)
+
+
+def _aligned(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Weights and biases in a dtype, with all sizes rounded up to multiples of 8."""
+    (d, c), e = weights[0].shape, len(weights[2])
+    sizes = eights(c), eights(d), eights(e)
+    if sizes == (c, d, e) and all(t.dtype is dtype and t.is_contiguous() for t in weights):
+        return weights
+    return _resize_weights([t.contiguous() for t in weights], *sizes, [dtype])
+
+
+def _cut(
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, like: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Gradients of aligned weights as those of the weights themselves."""
+    given = (weight1, bias1, weight2, bias2)
+    if all(a.shape == b.shape and a.dtype is b.dtype for a, b in zip(given, like)):
+        return given
+    return _resize_weights(given, like[0].shape[1], len(like[0]), len(like[2]), [t.dtype for t in like])
+
+
+# ---------------------------------------------------------------------------- kernels' launches
+
+
+@visible('(Tensor[] weights, int c, int d, int e, ScalarType[] dtypes) -> Tensor[]')
+def _resize_weights(weights: Sequence[Tensor], c: int, d: int, e: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Copies of W1, b1, W2 and b2 for other sizes, cut or filled with zeros, each of its dtype or all of one."""
+    dtypes = [*dtypes] * (4 // len(dtypes))
+    out = [weights[0].new_empty(shape, dtype=t) for shape, t in zip(((d, c), (d,), (e, d), (e,)), dtypes)]
+    if not out[0].is_meta:
+        from .backends import _triton_passes
+
+        (own_d, own_c), own_e = weights[0].shape, len(weights[3])
+        _triton_passes.resize_weights[(d + e + 2,)](
+            *weights, *out, own_c, own_d, own_e, c, d, e, CB=512, num_warps=4
+        )
+    return out
+
+
+@visible('(Tensor y, Tensor residual, Tensor? scale, Tensor? kept, float share) -> Tensor')
+def _scaled_residual(
+    y: Tensor, residual: Tensor, scale: Tensor | None, kept: Tensor | None, share: float
+) -> Tensor:
+    """``residual + kept * share * scale * y``."""
+    n, e, h, w = residual.shape
+    layout = memory_format(residual)
+    dtype = torch.promote_types(residual.dtype, y.dtype if scale is None else torch.promote_types(y.dtype, scale.dtype))
+    out = torch.empty_like(residual, dtype=dtype, memory_format=layout)
+    if not y.is_meta:
+        from .backends import _triton_passes
+
+        tiles = -(-h * w // TILE['T'])
+        _triton_passes.scaled_residual[(n * tiles, -(-e // TILE['CB']))](
+            *(y, y if scale is None else scale, y if kept is None else kept),
+            *(residual.contiguous(memory_format=layout), out, e, h * w, tiles, y.shape[-1] // 8, share),
+            HAS_SCALE=scale is not None,
+            HAS_KEPT=kept is not None,
+            LAST=layout is torch.channels_last,
+            **TILE,
+        )
+    return out
+
+
+@visible(
+    '(Tensor grad, Tensor? y, int columns, Tensor? scale, Tensor? kept, float share, ScalarType dtype) '
+    '-> (Tensor, Tensor)'
+)
+def _scaled_residual_gradients(
+    grad: Tensor,
+    y: Tensor | None,
+    columns: int,
+    scale: Tensor | None,
+    kept: Tensor | None,
+    share: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``y`` (pixels, columns), and sums of some pixels each: of it, and of that of ``scale`` if ``y`` is."""
+    n, e, h, w = grad.shape
+    tiles = -(-h * w // TILE['T'])
+    grad_y = grad.new_empty(n * h * w, columns, dtype=dtype)
+    sums = grad.new_empty(n * tiles, 1 if y is None else 2, e, dtype=torch.float32)
+    if not grad.is_meta:
+        from .backends import _triton_passes
+
+        _triton_passes.scaled_residual_gradients[(n * tiles, -(-columns // TILE['CB']))](
+            *(grad if y is None else y, grad if scale is None else scale, grad if kept is None else kept),
+            *(grad, grad_y, sums, e, h * w, tiles, columns // 8, share),
+            HAS_SCALE=scale is not None,
+            HAS_KEPT=kept is not None,
+            NEEDS_SCALE=y is not None,
+            LAST=memory_format(grad) is torch.channels_last,
+            **TILE,
+        )
+    return grad_y, sums
+
+
+@visible('(Tensor hidden, Tensor(a!) grad) -> (Tensor, Tensor)')
+def _gelu_gradients(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU of ``hidden`` (pixels, D), and sums of some pixels each of its gradient, which takes the place of ``grad``."""
+    pixels, d = hidden.shape
+    blocks = -(-pixels // TILE['T'])
+    activation, sums = torch.empty_like(hidden), hidden.new_empty(blocks, d, dtype=torch.float32)
+    if not hidden.is_meta:
+        from .backends import _triton_passes
+
+        _triton_passes.gelu_gradients[(blocks, -(-d // TILE['CB']))](hidden, grad, activation, sums, pixels, d, **TILE)
+    return activation, sums
