@@ -131,7 +131,7 @@ class Branches:
         group = (group or dist.group.WORLD) if is_shared else None
         if group is not None and dist.get_world_size(group) == 1:
             group = None
-        return BranchNorms(*zip(*tensors), tuple(counters), momentum, eps, training, group)
+        return BranchNorms(*map(tuple, zip(*tensors)), tuple(counters), momentum, eps, training, group)  # type: ignore
 
 
 def perceptron(
@@ -155,7 +155,11 @@ def perceptron(
     result; what is None is left out.
     """
     if drop_path is not None and residual is not None:
-        y = _by_fused_passes(x, linear1, act, linear2, norm, scale, residual, drop_path) if gate is grn is None else None
+        y = (
+            _by_fused_passes(x, linear1, act, linear2, norm, scale, residual, drop_path)
+            if gate is grn is None
+            else None
+        )
         if y is not None:
             return y
         if not passes(drop_path):
@@ -196,7 +200,7 @@ def _by_fused_passes(
     norm: Any,
     scale: Tensor | None,
     residual: Tensor,
-    drop_path: nn.Module,
+    drop_path: Any,
 ) -> Tensor | None:
     """:func:`perceptron` by the passes of :mod:`slak_mm.ops.row_mlp`, or None where they cannot run."""
     x = x if isinstance(x, Branches) else Branches([x])
@@ -221,7 +225,7 @@ def _by_fused_passes(
         or row_mlp.why_not_fused(*weights)
     ):
         return None
-    keep = 1 - drop_path.drop_prob if drops else 1.0
+    keep = 1.0 - drop_path.drop_prob if drops else 1.0
     rows = branch_norm.branch_norm_rows(x.maps, norms, layer_norm)
     return row_mlp.row_mlp(rows, *weights, scale, keep, residual)
 

@@ -156,8 +156,8 @@ class SLaKBlock(RecomputableBlock):
     def _forward(self, x: Tensor) -> Tensor:
         large_kernel: Any = self.large_kernel
         y = large_kernel.convolve(x) if is_plain(large_kernel, LargeKernelConv) else large_kernel(x)
-        layers, rest = (self.pwconv1, self.act, self.pwconv2), dict(residual=x, drop_path=self.drop_path)
-        return perceptron(y, *layers, norm=self.norm, scale=self.gamma, **rest)
+        behind: Any = dict(scale=self.gamma, drop_path=self.drop_path, residual=x)
+        return perceptron(y, self.pwconv1, self.act, self.pwconv2, norm=self.norm, **behind)
 
 
 _ARCHS = {

@@ -138,9 +138,7 @@ class _BranchNormRows(torch.autograd.Function):
                 if norms.training and norms.group is not None:
                     dist.all_reduce(sums[2:], group=norms.group)
             training = norms is not None and norms.training
-            of_maps = _norm_rows_gradients(
-                maps, coefficients, weight, rows, pixels, of_pixels, sums, training
-            )
+            of_maps = _norm_rows_gradients(maps, coefficients, weight, rows, pixels, of_pixels, sums, training)
             return [of_weight, of_bias, *(of_maps.unbind() if norms is not None else list(of_maps) * count), *of_norms]
 
         def plain(weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
@@ -271,12 +269,7 @@ def _batch_norm_coefficients(
     '(Tensor[] maps, Tensor? coefficients, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor)'
 )
 def _norm_rows(
-    maps: Sequence[Tensor],
-    coefficients: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
+    maps: Sequence[Tensor], coefficients: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Rows, and mean and reciprocal standard deviation of each pixel, (2, pixels)."""
     x = maps[0]

@@ -105,8 +105,8 @@ class _RowMLP(torch.autograd.Function):
             of_scale = of_scale[0].to(scale.dtype) if y is not None else None
             return [grad_rows, *of_weights, of_scale, g.to(residual.dtype)]
 
-        def plain(*tensors: Tensor) -> Tensor:
-            return reference(*tensors, kept=kept, keep=ctx.keep).to(grad.dtype)
+        def plain(*tensors: Any) -> Tensor:
+            return reference(*tensors, kept, ctx.keep).to(grad.dtype)
 
         return None, None, *gradients(fused, plain, inputs, grad)
 
@@ -120,9 +120,7 @@ def _aligned(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     return _resize_weights([t.contiguous() for t in weights], *sizes, [dtype])
 
 
-def _cut(
-    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, like: Sequence[Tensor]
-) -> Sequence[Tensor]:
+def _cut(weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Gradients of aligned weights as those of the weights themselves."""
     given = (weight1, bias1, weight2, bias2)
     if all(a.shape == b.shape and a.dtype is b.dtype for a, b in zip(given, like)):
@@ -142,16 +140,12 @@ def _resize_weights(weights: Sequence[Tensor], c: int, d: int, e: int, dtypes: S
         from .backends import _triton_passes
 
         (own_d, own_c), own_e = weights[0].shape, len(weights[3])
-        _triton_passes.resize_weights[(d + e + 2,)](
-            *weights, *out, own_c, own_d, own_e, c, d, e, CB=512, num_warps=4
-        )
+        _triton_passes.resize_weights[(d + e + 2,)](*weights, *out, own_c, own_d, own_e, c, d, e, CB=512, num_warps=4)
     return out
 
 
 @visible('(Tensor y, Tensor residual, Tensor? scale, Tensor? kept, float share) -> Tensor')
-def _scaled_residual(
-    y: Tensor, residual: Tensor, scale: Tensor | None, kept: Tensor | None, share: float
-) -> Tensor:
+def _scaled_residual(y: Tensor, residual: Tensor, scale: Tensor | None, kept: Tensor | None, share: float) -> Tensor:
     """``residual + kept * share * scale * y``."""
     n, e, h, w = residual.shape
     layout = memory_format(residual)
@@ -185,7 +179,7 @@ def _scaled_residual_gradients(
     share: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of ``y`` (pixels, columns), and sums of some pixels each: of it, and of that of ``scale`` if ``y`` is."""
+    """Gradient of ``y`` (pixels, columns), and sums over the pixels of each program: of it, and of that of ``scale``."""
     n, e, h, w = grad.shape
     tiles = -(-h * w // TILE['T'])
     grad_y = grad.new_empty(n * h * w, columns, dtype=dtype)
@@ -207,12 +201,14 @@ def _scaled_residual_gradients(
 
 @visible('(Tensor hidden, Tensor(a!) grad) -> (Tensor, Tensor)')
 def _gelu_gradients(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU of ``hidden`` (pixels, D), and sums of some pixels each of its gradient, which takes the place of ``grad``."""
+    """GELU of ``hidden`` (pixels, D), and sums of its gradient, which takes the place of ``grad``."""
     pixels, d = hidden.shape
     blocks = -(-pixels // TILE['T'])
     activation, sums = torch.empty_like(hidden), hidden.new_empty(blocks, d, dtype=torch.float32)
     if not hidden.is_meta:
         from .backends import _triton_passes
 
-        _triton_passes.gelu_gradients[(blocks, -(-d // TILE['CB']))](hidden, grad, activation, sums, pixels, d, **TILE)
+        _triton_passes.gelu_gradients[(blocks, -(-d // TILE['CB']))](
+            hidden, grad, activation, sums, pixels, d // 8, **TILE
+        )
     return activation, sums

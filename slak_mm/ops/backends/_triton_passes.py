@@ -33,6 +33,13 @@ def _vector(source, c, C):
 
 
 @triton.jit
+def _row(rows, row, ok, c, eighths):
+    """Values (T, CB) of rows of ``8 * eighths`` channels, the padding too: no vector is cut in two."""
+    at = row.to(tl.int64)[:, None] * (eighths * 8) + c[None, :]
+    return tl.load(rows + at, mask=ok[:, None] & (c < eighths * 8)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _pick(a, b, c, i: tl.constexpr):
     """One of three."""
     if i == 0:
@@ -308,7 +315,7 @@ def norm_rows_sums(
         c = start + tl.arange(0, CB)
         ok = pok[:, None] & (c < C)[None, :]
         v = _summed(y0, y1, y2, _at(n, p, c, C, HW, LAST), ok, coefficients, c, C, B, NORMED)
-        g = tl.load(grad + row.to(tl.int64)[:, None] * (eighths * 8) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        g = _row(grad, row, pok, c, eighths)
         g *= _vector(weight, c, C)
         first += g
         second += g * (v - mean) * rstd
@@ -322,7 +329,7 @@ def norm_rows_sums(
         ok = pok[:, None] & (c < C)[None, :]
         at = _at(n, p, c, C, HW, LAST)
         v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, NORMED)
-        g = tl.load(grad + row.to(tl.int64)[:, None] * (eighths * 8) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        g = _row(grad, row, pok, c, eighths)
         hat = tl.where(ok, (v - mean) * rstd, 0.0)
         tl.store(to + c, tl.sum(g * hat, 0), mask=c < C)
         tl.store(to + C + c, tl.sum(g, 0), mask=c < C)
@@ -372,7 +379,7 @@ def norm_rows_gradients(
     c1 = tl.load(of_pixels + row, mask=pok, other=0.0)[:, None]
     c2 = tl.load(of_pixels + images * HW + row, mask=pok, other=0.0)[:, None]
     v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, NORMED)
-    g = tl.load(grad + row.to(tl.int64)[:, None] * (eighths * 8) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    g = _row(grad, row, pok, c, eighths)
     d = rstd * (g * _vector(weight, c, C) - c1 - (v - mean) * rstd * c2)
     if NORMED:
         if TRAINING:
@@ -429,8 +436,7 @@ def scaled_residual(
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     ok = (p < HW)[:, None] & (c < C)[None, :]
     at = _at(n, p, c, C, HW, LAST)
-    row = (n * HW + p).to(tl.int64)[:, None] * (eighths * 8) + c[None, :]
-    v = tl.load(rows + row, mask=ok, other=0.0).to(tl.float32)
+    v = _row(rows, n * HW + p, p < HW, c, eighths)
     v *= _factor(scale, kept, n, c, C, share, HAS_SCALE, HAS_KEPT)
     v += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + at, v.to(out.dtype.element_ty), mask=ok)
@@ -456,7 +462,7 @@ def scaled_residual_gradients(
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Gradient of the rows, and sums over the pixels of each program, (programs, 1 or 2, C): of it and of the scale's."""
+    """Gradient of the rows, and sums over the pixels of each program, (programs, 1 or 2, C): of it, of the scale's."""
     K: tl.constexpr = 2 if NEEDS_SCALE else 1
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
@@ -469,7 +475,7 @@ def scaled_residual_gradients(
     tl.store(grad_rows + row, own.to(grad_rows.dtype.element_ty), mask=(p < HW)[:, None] & (c < eighths * 8)[None, :])
     tl.store(to, tl.sum(own, 0), mask=c < C)
     if NEEDS_SCALE:
-        y = tl.load(rows + row, mask=ok, other=0.0).to(tl.float32)
+        y = _row(rows, n * HW + p, p < HW, c, eighths)
         y *= _factor(scale, kept, n, c, C, share, False, HAS_KEPT)
         tl.store(to + C, tl.sum(g * y, 0), mask=c < C)
 
@@ -477,12 +483,13 @@ def scaled_residual_gradients(
 # ------------------------------------------------------------------------- GELU and weights
 
 
-@triton.jit(do_not_specialize=['pixels'])
-def gelu_gradients(hidden, grad, activation, sums, pixels, D, T: tl.constexpr, CB: tl.constexpr):
+@triton.jit(do_not_specialize=['number', 'eighths'])
+def gelu_gradients(hidden, grad, activation, sums, number, eighths, T: tl.constexpr, CB: tl.constexpr):
     """Make GELU(hidden), and in place of its gradient that of ``hidden``, whose sums are (programs, D)."""
+    D = eighths * 8
     p = tl.program_id(0) * T + tl.arange(0, T)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
-    ok = (p < pixels)[:, None] & (c < D)[None, :]
+    ok = (p < number)[:, None] & (c < D)[None, :]
     at = p.to(tl.int64)[:, None] * D + c[None, :]
     h = tl.load(hidden + at, mask=ok, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
