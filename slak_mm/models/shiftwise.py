@@ -35,6 +35,7 @@ from slak_mm.checkpoints import (
     register_family,
 )
 from slak_mm.ops import cross_dwconv2d
+from slak_mm.ops.assembly import centered_kernels
 from slak_mm.ops.shift_tables import (
     assemble_kernels,
     ghost_channels,
@@ -127,14 +128,14 @@ class ShiftWiseConv(LargeKernelLayer):
             build_branch_norm(norm_cfg, n) if branch_norm else None for _ in range(3)
         )
 
-    def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+    def kernels(self, assemble: Callable[..., tuple[Tensor, Tensor, Tensor]] = assemble_kernels) -> Any:
         """The assembled kernels: tall (n, nk * s, s), wide (n, s, nk * s), small (n, s, s)."""
         weights: list[Tensor] = [path.weight for path in self.filters]  # type: ignore[misc]
         device = weights[0].device.type
         # Weights keep their precision; the meta device has no autocast.
         with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):
             filters = sum(weights[1:], start=weights[0])
-            return assemble_kernels(filters, self.shifts, self.picks, self.kernel_size)
+            return assemble(filters, self.shifts, self.picks, self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape, channels in the order (rep, ghost)."""
@@ -154,9 +155,9 @@ class ShiftWiseConv(LargeKernelLayer):
             filtered = [path(x) for path in self.filters]
             ys = shifted_sums(sum_maps(filtered), self.shifts, self.picks, self.kernel_size, self.small_kernel)
         elif reduce:
-            ys = [cross_dwconv2d(x, *self.kernels(), reduce=True, center=self.kernel_size // 2)]
+            ys = [cross_dwconv2d(x, *self.kernels(centered_kernels), reduce=True)]
         else:
-            ys = cross_dwconv2d(x, *self.kernels(), center=self.kernel_size // 2)
+            ys = cross_dwconv2d(x, *self.kernels(centered_kernels))
         y = sum_maps([y if norm is None else norm(y) for y, norm in zip(ys, norms)])
         return torch.cat([y + x, ghosts], dim=1)
 

@@ -73,20 +73,20 @@ def visible(schema: str) -> Callable[[Callable], Callable]:
 
 def gradients(
     fused: Callable[[], Sequence[Tensor | None]],
-    reference: Callable[..., Tensor],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
-    grad: Tensor,
+    *grads: Tensor,
 ) -> Sequence[Tensor | None]:
     """Gradients of inputs by a fused backward pass, or by autograd through ``reference(*inputs)``.
 
     The latter where they are to be differentiated again, or carry a further axis, or the fused pass fails.
     """
     again = torch.is_grad_enabled()
-    if not again and not is_transformed(grad):
+    if not again and not is_transformed(*grads):
         try:
             return fused()
         except Exception as error:
-            if grad.device.type != 'cuda' or isinstance(error, torch.cuda.OutOfMemoryError):
+            if grads[0].device.type != 'cuda' or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             leave_out('triton', f'{type(error).__name__}: {error}')
     if not again:
@@ -94,7 +94,7 @@ def gradients(
     with torch.enable_grad():
         result = reference(*inputs)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(result, wanted, grad, create_graph=again, allow_unused=True))
+    found = iter(torch.autograd.grad(result, wanted, grads, create_graph=again, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 

@@ -106,7 +106,7 @@ class _RowMLP(torch.autograd.Function):
             return [grad_rows, *of_weights, of_scale, g.to(residual.dtype)]
 
         def plain(*tensors: Any) -> Tensor:
-            return reference(*tensors, kept, ctx.keep).to(grad.dtype)
+            return reference(*tensors, kept, ctx.keep).to(grad.dtype)  # type: ignore[call-arg]
 
         return None, None, *gradients(fused, plain, inputs, grad)
 
@@ -179,7 +179,7 @@ def _scaled_residual_gradients(
     share: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of ``y`` (pixels, columns), and sums over the pixels of each program: of it, and of that of ``scale``."""
+    """Gradient of ``y`` (pixels, columns), and sums over the pixels of each program: of it, of that of ``scale``."""
     n, e, h, w = grad.shape
     tiles = -(-h * w // TILE['T'])
     grad_y = grad.new_empty(n * h * w, columns, dtype=dtype)

@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slak_mm.models.layers import Branches, perceptron
 from slak_mm.ops import _fused, branch_norm, row_mlp, use_backend
+from slak_mm.ops.assembly import centered_kernels
 from slak_mm.ops.backends import triton as backend
+from slak_mm.ops.shift_tables import num_filters, shift_tables
 
 IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in Triton's interpreter, in another process")
@@ -286,6 +288,22 @@ def test_backbones_agree_with_plain_pytorch(fused, form):
         assert len(fused) == 4
         assert_close([p.grad for p in model.parameters()], [p.grad for p in exact.parameters()], 1e-3)
         assert_close(model.buffers(), exact.buffers(), 1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(('size', 'small', 'reps'), [(13, 3, 2), (7, 5, 1), (5, 5, 3), (51, 3, 2)])
+def test_kernels_assembled_from_filters(fused, size, small, reps, dtype):
+    tables = shift_tables(3, size, small, reps)
+    filters = randn(3 * num_filters(size, small), 1, small, small).to(dtype).requires_grad_()
+    exact = filters.detach().double().requires_grad_()
+    got, want = (centered_kernels(f, *tables, size) for f in (filters, exact))
+    assert got[0].grad_fn.name() == '_CenteredKernelsBackward' and 'Centered' not in want[0].grad_fn.name()
+    grads = [randn(*kernel.shape, seed=i).to(dtype) for i, kernel in enumerate(want)]
+    tolerance = 1e-6 if dtype is torch.float32 else 1e-2
+    assert_close(got, want, tolerance)
+    of_filters = (torch.autograd.grad(k, f, [g.to(f.dtype) for g in grads]) for k, f in ((got, filters), (want, exact)))
+    assert_close(*of_filters, tolerance)
 
 
 class Adapter(nn.Linear):

@@ -522,3 +522,86 @@ def resize_weights(
         _resized_row(bias1, to_bias1, 0, 1, d, to_d, CB)
     else:
         _resized_row(bias2, to_bias2, 0, 1, e, to_e, CB)
+
+
+# ----------------------------------------------------------------------- kernels made of filters
+
+
+@triton.jit(do_not_specialize=['first', 'before', 'length'])
+def assemble(
+    filters,
+    shifts,
+    picks,
+    tall,
+    wide,
+    small,
+    first,
+    before,
+    length,
+    NK: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+):
+    """Kernels of one channel of its NK filters, of G orders each, behind ``before`` zero taps; ``length`` in all.
+
+    The filter of shift z stands at tap ``first - z``. E is a power of two not below ``length * S``.
+    """
+    c = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E)
+    ok = e < length * S
+    along = e // S - before  # the tap and, across, the column of an entry of the tall kernel
+    across = e % S
+    of_tall = tl.zeros((E,), tl.float32)
+    of_wide = tl.zeros((E,), tl.float32)
+    for p in range(NK):
+        for g in tl.static_range(G):
+            z = shifts + (c * NK + p) * 2 * G + g
+            tap = along - (first - tl.load(z + G))
+            here = ok & (tap >= 0) & (tap < S)
+            of_tall += tl.load(filters + ((c * NK + p) * S + tap) * S + across, mask=here, other=0.0).to(tl.float32)
+            tap = along - (first - tl.load(z))
+            here = ok & (tap >= 0) & (tap < S)
+            of_wide += tl.load(filters + ((c * NK + p) * S + across) * S + tap, mask=here, other=0.0).to(tl.float32)
+    tl.store(tall + c * length * S + e, of_tall.to(tall.dtype.element_ty), mask=ok)
+    tl.store(wide + (c * S + across) * length + e // S, of_wide.to(wide.dtype.element_ty), mask=ok)
+    of_small = tl.zeros((E,), tl.float32)
+    for g in tl.static_range(G):
+        pick = tl.load(picks + c * G + g).to(tl.int64)
+        of_small += tl.load(filters + pick * S * S + e, mask=e < S * S, other=0.0).to(tl.float32)
+    tl.store(small + c * S * S + e, of_small.to(small.dtype.element_ty), mask=e < S * S)
+
+
+@triton.jit(do_not_specialize=['first', 'before', 'length'])
+def assemble_gradient(
+    tall,
+    wide,
+    small,
+    shifts,
+    picks,
+    out,
+    first,
+    before,
+    length,
+    NK: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+):
+    """Gradient of the filters of one channel, of those of its kernels; E is a power of two not below ``NK * S * S``."""
+    c = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E)
+    ok = e < NK * S * S
+    p = c * NK + e // (S * S)
+    row = e % (S * S) // S
+    column = e % S
+    total = tl.zeros((E,), tl.float32)
+    for g in tl.static_range(G):
+        z = shifts + p * 2 * G + g
+        at = before + first - tl.load(z + G, mask=ok, other=0) + row
+        total += tl.load(tall + (c * length + at) * S + column, mask=ok, other=0.0).to(tl.float32)
+        at = before + first - tl.load(z, mask=ok, other=0) + column
+        total += tl.load(wide + (c * S + row) * length + at, mask=ok, other=0.0).to(tl.float32)
+        picked = ok & (p == tl.load(picks + c * G + g))
+        total += tl.load(small + c * S * S + row * S + column, mask=picked, other=0.0).to(tl.float32)
+    tl.store(out + c * NK * S * S + e, total.to(out.dtype.element_ty), mask=ok)
