@@ -9,6 +9,7 @@ step of a new process, and a training step of UperNet with mixed precision and m
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slak_mm.models.slak import LargeKernelConv, SLaKBlock
 from slak_mm.ops import cross_dwconv2d
 
 from . import common, model, op
@@ -85,6 +87,27 @@ def correctness(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if not worst <= common.TOLERANCE[common.DTYPES[dtype]]:
             raise common.BenchmarkError(f'cross_dwconv2d differs from float64 by {worst:.1e} in {dtype}.')
         yield dict(name=f'operator against float64, {dtype}', text=f'{worst:.1e}', difference=worst)
+    worst = block_difference(args.device)
+    if not worst <= 0.05:
+        raise common.BenchmarkError(f'A block of SLaK differs from float64 by {worst:.1e} under autocast.')
+    yield dict(name='block against float64, bfloat16 autocast', text=f'{worst:.1e}', difference=worst)
+
+
+def block_difference(device: str) -> float:
+    """The worst difference of a training block under autocast, forward and backward, from float64."""
+    torch.manual_seed(0)
+    branches = LargeKernelConv(124, 51, 5, True, True, False, dict(type='BN'))
+    block = SLaKBlock(124, branches, drop_path=0.0, layer_scale_init_value=1.0).to(device)
+    x = torch.randn(2, 124, 32, 32, device=device)
+    results = []
+    for network, dtype in ((copy.deepcopy(block).double(), torch.float64), (block, torch.float32)):
+        image = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype is torch.float32):
+            y = network(image)
+        leaves = [image, *(p for p in network.parameters() if p.requires_grad)]
+        results.append([y, *torch.autograd.grad(y, leaves, x.to(y.dtype))])
+    exact, got = results
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(exact, got))
 
 
 def networks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -40,6 +40,7 @@ MARKED = {
         'tests/test_models/test_slak_parity.py',
         'tests/test_ops/test_cpu_native.py',
         'tests/test_ops/test_cross_dwconv.py',
+        'tests/test_ops/test_fused.py',
         'tests/test_ops/test_triton.py',
         'tests/test_sparsity/test_sparsity_distributed.py',
     ),

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from slak_mm._config import type_name
 from slak_mm.ops import branch_norm, pointwise_mlp, row_mlp
 from slak_mm.ops._context import is_counted
+from slak_mm.ops._fused import attempt
 from slak_mm.ops.branch_norm import BranchNorms
 from slak_mm.ops.pointwise import global_response_norm, scaled_sum
 
@@ -226,8 +227,13 @@ def _by_fused_passes(
     ):
         return None
     keep = 1.0 - drop_path.drop_prob if drops else 1.0
-    rows = branch_norm.branch_norm_rows(x.maps, norms, layer_norm)
-    return row_mlp.row_mlp(rows, *weights, scale, keep, residual)
+    maps = x.maps
+
+    def run() -> Tensor:
+        rows = branch_norm.branch_norm_rows(maps, norms, layer_norm)
+        return row_mlp.row_mlp(rows, *weights, scale, keep, residual)
+
+    return attempt(run, residual)
 
 
 class GRN(nn.Module):

@@ -17,6 +17,8 @@ from .backends import failure, forced_backend, leave_out, triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+_NAME = 'fused passes'
+
 TILE = dict(T=64, CB=64, num_warps=8)
 """Pixels and channels that a program takes at a time."""
 
@@ -46,7 +48,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
         return 'a tensor is on another device, or not float16, bfloat16 or float32'
     if x.numel() == 0:
         return 'the map is empty'
-    return failure('triton') or (None if x.is_meta else triton.unavailable_reason(x, ()))
+    return failure(_NAME) or (None if x.is_meta else triton.unavailable_reason(x, ()))
 
 
 def visible(schema: str) -> Callable[[Callable], Callable]:
@@ -71,6 +73,17 @@ def visible(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def attempt(fused: Callable[[], Any], x: Tensor) -> Any:
+    """The result of fused passes, or None if they fail on a GPU; then PyTorch's functions are used from now on."""
+    try:
+        return fused()
+    except Exception as error:
+        if x.device.type != 'cuda' or isinstance(error, torch.cuda.OutOfMemoryError) or forced_backend() is not None:
+            raise
+        leave_out(_NAME, f'{type(error).__name__}: {error}')
+        return None
+
+
 def gradients(
     fused: Callable[[], Sequence[Tensor | None]],
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -83,19 +96,16 @@ def gradients(
     """
     again = torch.is_grad_enabled()
     if not again and not is_transformed(*grads):
-        try:
-            return fused()
-        except Exception as error:
-            if grads[0].device.type != 'cuda' or isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            leave_out('triton', f'{type(error).__name__}: {error}')
+        found = attempt(fused, grads[0])
+        if found is not None:
+            return found
     if not again:
         inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():
         result = reference(*inputs)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(result, wanted, grads, create_graph=again, allow_unused=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+    results = iter(torch.autograd.grad(result, wanted, grads, create_graph=again, allow_unused=True))
+    return [next(results) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def eights(n: int) -> int:

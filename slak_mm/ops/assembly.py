@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._fused import gradients, visible, why_not
+from ._fused import attempt, gradients, visible, why_not
 from .backends.layout import in_memory
 from .shift_tables import assemble_kernels
 
@@ -34,7 +34,8 @@ def centered_kernels(filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size
     """
     if why_not(filters) or not shifts.dtype is picks.dtype is torch.int32:
         return reference(filters, shifts, picks, kernel_size)
-    return _CenteredKernels.apply(filters, shifts, picks, kernel_size)
+    operands = filters, shifts, picks, kernel_size
+    return attempt(lambda: _CenteredKernels.apply(*operands), filters) or reference(*operands)
 
 
 def reference(filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size: int) -> Kernels:

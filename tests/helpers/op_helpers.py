@@ -1,5 +1,10 @@
 """What the tests of the operator share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -24,3 +29,13 @@ def convolution(x, kernel):
 def relative_error(got, want):
     """The largest difference as a fraction of the largest value."""
     return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)) if want.numel() else 0.0
+
+
+def run_program(folder, program, *arguments, **environment):
+    """Run it in a process of its own, from a file, as Triton reads the source of its functions."""
+    file = folder / 'program.py'
+    file.write_text(program)
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **environment}
+    command = [sys.executable, '-W', 'ignore', str(file), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)

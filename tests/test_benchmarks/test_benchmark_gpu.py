@@ -21,7 +21,7 @@ def small(monkeypatch):
 def test_every_result_is_written_as_it_is_known(small, call_tool, config_path, tmp_path):
     call_tool('benchmark', 'gpu', '--out', tmp_path, '--device cpu --repeats 1', '--config', config_path, code=0)
     rows = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
-    parts = ['correctness'] * 3 + ['networks'] * 4 + ['operator'] * 4 + ['host_time'] * 2 + ['start_up'] * 4
+    parts = ['correctness'] * 4 + ['networks'] * 4 + ['operator'] * 4 + ['host_time'] * 2 + ['start_up'] * 4
     parts += ['segmentor']
     assert [row['part'] for row in rows] == parts
     for row in rows[3:7]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
+from op_helpers import run_program
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -340,6 +341,101 @@ def test_what_looks_on_sees_plain_operators(fused):
     torch.func.vmap(Block('evaluation', 2, 4, 8, 4))(*(torch.stack([y, y]) for y in maps))
     assert Block('training', 2, 4, 8, 4)(*(y[:0] for y in maps)).shape == (0, 4, 3, 3)
     assert not fused
+
+
+COMPILED = """
+import os, re, subprocess, sys, tempfile
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from slak_mm.ops.backends import _triton_passes as kernels
+
+capability = int(sys.argv[1])
+DUMP = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
+HALF = 'y0 y1 y2 rows grad residual out hidden activation grad_y grad_rows kept'.split()
+FLOAT = 'coefficients weight bias pixels of_pixels sums scale'.split()
+
+def compile(name, warps=8, half=HALF, single=FLOAT, **constants):
+    function = getattr(kernels, name)
+    names = function.arg_names
+    kind = lambda n: ('constexpr' if n in constants else '*bf16' if n in half else '*fp32' if n in single else
+                      'fp32' if n in ('eps', 'share') else '*i64' if n.startswith('counter') else 'i32')
+    types = {n: kind(n) for n in names}
+    # Pointers are aligned, and the maps have a multiple of 16 pixels.
+    aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if types[n].startswith('*') or n == 'HW'}
+    source = ASTSource(fn=function, signature=types, attrs=aligned,
+                       constexprs={(names.index(k),): v for k, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
+    assert 'ld.global.v4.b32' in re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx']), f'{name}: narrow loads'
+    assert compiled.metadata.shared <= 48 << 10, name
+    if os.path.exists(DUMP):
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+            file.write(compiled.asm['cubin'])
+            file.flush()
+            usage = subprocess.run([DUMP, '-res-usage', file.name], capture_output=True, text=True).stdout
+        assert 'STACK:0' in usage and 'LOCAL:0' in usage, f'{name}: registers are spilled: {usage}'
+
+block = dict(T=64, CB=64)
+for branches, normed in ((3, True), (1, False)):
+    form = dict(block, B=branches, NORMED=normed, LAST=False)
+    compile('norm_rows', **form)
+    compile('norm_rows_sums', **form)
+    compile('norm_rows_gradients', TRAINING=normed, **form)
+form = dict(block, HAS_SCALE=True, HAS_KEPT=True, LAST=False)
+compile('scaled_residual', **form)
+compile('scaled_residual_gradients', NEEDS_SCALE=True, **form)
+compile('gelu_gradients', **block)
+compile('branch_moments', 4, ['y0', 'y1', 'y2'], ['out'], B=3, COUNTED=True, LAST=False, T=1024, CB=1)
+print('compiled')
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(IS_INTERPRETED, reason='the interpreter compiles nothing')
+@pytest.mark.parametrize('capability', [80, 90])
+def test_passes_compile_to_wide_loads_without_spills(tmp_path, capability):
+    """Without a GPU: loads of 16 bytes, and registers and shared memory that are there."""
+    done = run_program(tmp_path, COMPILED, str(capability), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
+        pytest.skip('this Triton has another compiler interface')
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_captured_training_step_replays_to_the_same_bits():
+    """Nothing waits for the GPU, forward or backward, which a capture would refuse."""
+    kind = dict(type='SLaK', arch=dict(depths=(1, 1), dims=(9, 12)), kernel_sizes=(21, 9), small_kernel=3)
+    model = MODELS.build(dict(kind, out_indices=(0, 1), norm_cfg=dict(type='BN'))).cuda()
+    x = randn(2, 3, 64, 64).float().cuda()
+
+    def step():
+        with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
+            sum(y.float().square().mean() for y in model(x)).backward()
+
+    def gradients():
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad(set_to_none=False)
+        return found
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    replays = []
+    for _ in range(2):
+        gradients()
+        graph.replay()
+        replays.append(gradients())
+    step()
+    assert all(map(torch.equal, *replays))
+    assert all(map(torch.equal, replays[0], gradients()))
 
 
 def test_cpus_have_no_fused_passes():

@@ -3,13 +3,9 @@
 The interpreter must be chosen before Triton is imported, hence a process of its own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from op_helpers import run_program
 
 from slak_mm.ops import choose_backend, use_backend
 from slak_mm.ops.backends import triton as backend
@@ -100,16 +96,6 @@ for shape in ((0, 2, 9, 8), (2, 2, 0, 8), (2, 0, 9, 8)):
 
 print('checked', count)
 """
-
-
-def run_program(folder, program, *arguments, **environment):
-    """Run it in a process of its own, from a file, as Triton reads the source of its functions."""
-    file = folder / 'program.py'
-    file.write_text(program)
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **environment}
-    command = [sys.executable, '-W', 'ignore', str(file), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @needs_triton

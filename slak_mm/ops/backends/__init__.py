@@ -136,7 +136,7 @@ def failure(name: str) -> str | None:
 
 
 def leave_out(name: str, reason: str) -> None:
-    """Take a backend out of the automatic choice for the rest of the process, with a warning."""
+    """Take a backend, or the fused passes, out of the choice for the rest of the process, with a warning."""
     if name not in _failed:
         _failed[name] = reason
         logging.getLogger('slak_mm').warning('The backend %r of cross_dwconv2d is not used any more: %s', name, reason)
