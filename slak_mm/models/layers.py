@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from slak_mm._config import type_name
 from slak_mm.ops import branch_norm, pointwise_mlp, row_mlp
 from slak_mm.ops._context import is_counted
-from slak_mm.ops._fused import attempt
+from slak_mm.ops._fused import attempt, why_not
 from slak_mm.ops.branch_norm import BranchNorms
 from slak_mm.ops.pointwise import global_response_norm, scaled_sum
 
@@ -207,7 +207,7 @@ def _by_fused_passes(
     """:func:`perceptron` by the passes of :mod:`slak_mm.ops.row_mlp`, or None where they cannot run."""
     x = x if isinstance(x, Branches) else Branches([x])
     # The least expensive question first: it rules out CPUs.
-    if row_mlp.why_not_fused(residual, scale):
+    if why_not(residual, scale):
         return None
     drops = not passes(drop_path)
     if (
@@ -224,7 +224,7 @@ def _by_fused_passes(
         isinstance(norms, str)
         or any(t is None for t in (*layer_norm, *weights))
         or branch_norm.why_not_fused(x.maps, norms, layer_norm)
-        or row_mlp.why_not_fused(*weights)
+        or why_not(*weights)
     ):
         return None
     keep = 1.0 - drop_path.drop_prob if drops else 1.0

@@ -18,6 +18,7 @@ from .backends import failure, forced_backend, leave_out, triton
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _NAME = 'fused passes'
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 TILE = dict(T=64, CB=64, num_warps=8)
 """Pixels and channels that a program takes at a time."""
@@ -37,7 +38,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
     x = given[0]
     if is_transformed() or torch._C._functorch.peek_interpreter_stack() is not None:
         return 'a transform of torch.func is at work'
-    if is_counted() or (is_observed(*given) and not all(t.is_meta for t in given)):
+    if is_counted() or (is_observed(*given) and not all(t.is_meta and type(t) in _PLAIN for t in given)):
         return 'something looks at the operators'
     forced = forced_backend()
     if forced not in (None, 'triton'):

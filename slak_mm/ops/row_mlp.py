@@ -15,13 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._fused import TILE, eights, gradients, visible, why_not
+from ._fused import TILE, eights, gradients, visible
 from .backends.layout import in_memory, memory_format
-
-
-def why_not_fused(x: Tensor, *tensors: Tensor | None) -> str | None:
-    """Say why :func:`row_mlp` cannot run with these weights and this residual, or None if it can."""
-    return why_not(x, *tensors)
 
 
 def row_mlp(
