@@ -225,8 +225,10 @@ def _whole(name: str, task: str, config: str, drive: str, figures: dict[str, flo
     return ModelInfo(name, _DRIVE.format(drive), task, backbone, _README, config, figures, **size)
 
 
-def _upernet(name: str, drive: str, miou: float, params: float, flops: float, config: str = '') -> ModelInfo:
-    figures = dict(miou_percent=miou, params_m=params, flops_g=flops)
+def _upernet(
+    name: str, drive: str, miou: float, multi_scale: float, params: float, flops: float, config: str = ''
+) -> ModelInfo:
+    figures = dict(miou_percent=miou, miou_ms_percent=multi_scale, params_m=params, flops_g=flops)
     size = {} if config else dict(size=(640, 2560))
     return _whole(f'upernet_replknet_{name}', 'segmentation', config, drive, figures, **size)
 
@@ -265,10 +267,12 @@ _MODELS = (
             ('xl_meg73m_in1k_320', 'XL', 320, 87.57, 'XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d'),
         )
     ),
-    _upernet('31b_ade20k_160k', '1ZV1CP1KzeSdH6_wKw4ytVe9BlCGHf89s', 49.9, 112, 1170, 'upernet_replknet_31b_ade20k.py'),
-    _upernet('31b_in22k_ade20k_640_160k', '1W2W4nD2HzTsG_yP9ppLYAqMo3T3JHBNW', 51.5, 112, 1829),
-    _upernet('31l_in22k_ade20k_640_160k', '1nrZ723LC3QYjcVHJm8jpOOcecfWMsjxL', 52.4, 207, 2404),
-    _upernet('xl_meg73m_ade20k_640_160k', '14GbBI8tdeEl_ECytDCdrfAfNm1McqMv4', 55.2, 374, 3431),
+    _upernet(
+        '31b_ade20k_160k', '1ZV1CP1KzeSdH6_wKw4ytVe9BlCGHf89s', 49.9, 50.6, 112, 1170, 'upernet_replknet_31b_ade20k.py'
+    ),
+    _upernet('31b_in22k_ade20k_640_160k', '1W2W4nD2HzTsG_yP9ppLYAqMo3T3JHBNW', 51.5, 52.3, 112, 1829),
+    _upernet('31l_in22k_ade20k_640_160k', '1nrZ723LC3QYjcVHJm8jpOOcecfWMsjxL', 52.4, 52.7, 207, 2404),
+    _upernet('xl_meg73m_ade20k_640_160k', '14GbBI8tdeEl_ECytDCdrfAfNm1McqMv4', 55.2, 56.0, 374, 3431),
     _whole(
         'upernet_replknet_31b_cityscapes_80k',
         'segmentation',
