@@ -35,7 +35,7 @@ def pip(command, *arguments):
 def source(tmp_path_factory):
     """A copy, so that no build leaves anything in the checkout."""
     folder = tmp_path_factory.mktemp('packaging') / 'source'
-    for name in ('configs', 'requirements', 'slak_mm', 'tools'):
+    for name in ('benchmarks', 'configs', 'requirements', 'slak_mm', 'tools'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
     for name in ('LICENSE', 'MANIFEST.in', 'README.md', 'model-index.yml', 'pyproject.toml', 'setup.py'):
         shutil.copy(ROOT / name, folder)
@@ -90,7 +90,11 @@ def test_extras(metadata):
         name = re.match(r'[\w-]+', requirement)[0]
         extra = re.search(r'extra == .(\w+).', requirement)[1]
         by_extra.setdefault(extra, set()).add(name)
-    assert set(by_extra) == set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev', 'export', 'hub'}
+    assert (
+        set(by_extra)
+        == set(metadata.get_all('Provides-Extra'))
+        == {'onedl', 'openmmlab', 'dev', 'export', 'hub', 'timm'}
+    )
     onedl = {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     original = {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
     torch = {'torch', 'torchvision'}
