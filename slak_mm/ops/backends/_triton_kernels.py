@@ -21,10 +21,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _band(k, c, i, u, t, KW, KH: tl.constexpr, OFF: tl.constexpr):
-    """Toeplitz matrix (U, T) of row ``i`` of the kernel of channel ``c``."""
+def _band(k, k_tap, u, t, KW, OFF: tl.constexpr):
+    """Toeplitz matrix (U, T) of the row of a kernel that begins at ``k``, with ``k_tap`` entries from tap to tap."""
     tap = u[:, None] - t[None, :] + (KW // 2 - OFF)
-    return tl.load(k + (c * KH + i) * KW + tap, mask=(tap >= 0) & (tap < KW), other=0.0)
+    return tl.load(k + tap * k_tap, mask=(tap >= 0) & (tap < KW), other=0.0)
 
 
 @triton.jit
@@ -36,7 +36,10 @@ def _shifted(x, plane, h, ok, shift, u, uok, H, stride):
 
 
 # Sizes are not specialized: each kind would be compiled again for every network and image.
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'x_eighths', 'y_eighths', 'steps', 'KW'])
+_SIZES = ['N', 'C', 'H', 'W', 'x_eighths', 'y_eighths', 'steps', 'KW', 'k_first', 'k_channel', 'k_row', 'k_tap']
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def convolve_rows(
     x,
     k,
@@ -51,6 +54,10 @@ def convolve_rows(
     y_eighths,
     steps,
     KW,
+    k_first,
+    k_channel,
+    k_row,
+    k_tap,
     KH: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
@@ -65,9 +72,11 @@ def convolve_rows(
     """``y = x * k`` along the rows, plus a bias (C,) and a float32 addend of the layout of ``y``.
 
     Planes of ``x`` are H by ``8 * x_eighths``; of ``y`` likewise, or with ``TRANSPOSED`` W by ``8 * y_eighths``,
-    columns and rows exchanged. ``KEEP`` (at most five kernel rows) holds all bands for the whole program.
+    columns and rows exchanged. ``KEEP`` (at most five kernel rows) holds all bands for the whole program. Tap m of row
+    i of the kernel of channel c is ``k[k_first + c * k_channel + i * k_row + m * k_tap]``.
     """
     c = tl.program_id(0)
+    k += k_first + c * k_channel
     w0 = tl.program_id(1) * T
     split = tl.program_id(2)
     t = tl.arange(0, T)
@@ -79,13 +88,13 @@ def convolve_rows(
     y_stride = y_eighths * 8
     start = tl.load(bias + c).to(tl.float32) if HAS_BIAS else 0.0
     if KEEP:
-        band0 = _band(k, c, 0, ul, t, KW, KH, OFF)
+        band0 = _band(k, k_tap, ul, t, KW, OFF)
         if KH > 1:
-            band1 = _band(k, c, 1, ul, t, KW, KH, OFF)
-            band2 = _band(k, c, 2, ul, t, KW, KH, OFF)
+            band1 = _band(k + k_row, k_tap, ul, t, KW, OFF)
+            band2 = _band(k + 2 * k_row, k_tap, ul, t, KW, OFF)
         if KH > 3:
-            band3 = _band(k, c, 3, ul, t, KW, KH, OFF)
-            band4 = _band(k, c, 4, ul, t, KW, KH, OFF)
+            band3 = _band(k + 3 * k_row, k_tap, ul, t, KW, OFF)
+            band4 = _band(k + 4 * k_row, k_tap, ul, t, KW, OFF)
     for step in tl.range(0, steps, num_stages=1):
         r = (split * steps + step) * R + tl.arange(0, R)
         ok = r < N * H
@@ -103,7 +112,7 @@ def convolve_rows(
                 acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, H, stride), band4, acc, PRECISION)
         else:
             for i in range(KH):
-                band = _band(k, c, i, ul, t, KW, KH, OFF)
+                band = _band(k + i * k_row, k_tap, ul, t, KW, OFF)
                 acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, H, stride), band, acc, PRECISION)
         # Not (w < W) for rows: what lands in their padding is not read, and whole vectors can be stored.
         mask = ok[:, None] & (w < (W if TRANSPOSED else y_stride))[None, :]

@@ -38,7 +38,7 @@ def unavailable_reason(x: Tensor, kernels: Sequence[Tensor]) -> str | None:
     if not is_installed():
         return 'Triton 3 or later is not installed'
     if x.device.type == 'cuda' and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(x.device)
+        capability = _capability(x.device)
         least = (8, 0) if x.dtype is torch.bfloat16 else (7, 0)
         if capability < least:
             return f'the GPU has compute capability {capability[0]}.{capability[1]}, below {least[0]}.{least[1]}'
@@ -52,6 +52,11 @@ def is_preferred(x: Tensor, kernels: Sequence[Tensor]) -> bool:
 
 def _is_interpreted() -> bool:
     return os.environ.get('TRITON_INTERPRET') == '1'
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -82,7 +87,7 @@ def backward(
     grad_x = grad_kernels = None
     if needs_x:
         # The adjoint is the same convolution with the kernels flipped.
-        (grad_x,) = _convolve(gradients, [k.flip(1, 2) for k in kernels], None, True)
+        (grad_x,) = _convolve(gradients, kernels, None, True, flipped=True)
     if needs_kernels:
         planes = _Planes(x)
         grad_kernels = tuple(_kernel_gradient(planes, g, kernel) for g, kernel in zip(gradients, kernels))
@@ -122,16 +127,16 @@ class _Planes:
         return planes
 
     def along(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        """The planes whose rows lie along the longer side of a kernel, and the kernel as it lies on them."""
+        """The planes whose rows lie along the longer side of a kernel, and a view of the kernel as it lies on them."""
         if kernel.shape[1] > kernel.shape[2]:
-            return self.columns, kernel.transpose(1, 2).contiguous()
-        return self.rows, kernel.contiguous()
+            return self.columns, kernel.transpose(1, 2)
+        return self.rows, kernel
 
 
 def _convolve(
-    inputs: Sequence[_Planes], kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool
+    inputs: Sequence[_Planes], kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool, flipped: bool = False
 ) -> tuple[Tensor, ...]:
-    """Convolve each input with its kernel; the results have the layout of the inputs."""
+    """Convolve each input with its kernel, or with it flipped; the results have the layout of the inputs."""
     from . import _triton_kernels
 
     x = inputs[0].x
@@ -146,15 +151,18 @@ def _convolve(
         blocks = _blocks(length, kernel, x.element_size())
         tiles = -(-length // blocks['T'])
         steps, splits = _split(rows, blocks['R'], c * tiles)
+        channel, row, tap = kernel.stride()
+        first = (kernel.shape[1] - 1) * row + (kernel.shape[2] - 1) * tap if flipped else 0
         _triton_kernels.convolve_rows[(c, tiles, splits)](
             *(source, kernel, kernel if bias is None else bias.contiguous(), into if sums is None else sums, into),
             *(n, c, source.shape[2], length, source.shape[3] // 8, results.shape[-1] // 8, steps),
+            *(kernel.shape[2], first, channel, -row if flipped else row, -tap if flipped else tap),
             KEEP=_keeps(blocks, kernel),
             TRANSPOSED=source is not planes.rows,
             HAS_BIAS=bias is not None and is_last,
             HAS_ADDEND=reduce and i > 0,
             PRECISION=_precision(x),
-            **blocks,
+            **{name: size for name, size in blocks.items() if name != 'KW'},
             num_warps=8 if blocks['U'] == _TILE else 4,
         )
     return _unstage(results, w, inputs[0].layout)
