@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbone_helpers import SMALL, build, random_
-from reference import Goldens, input_for, weight_for
+from reference import Goldens, input_for, official_weights
 from torch import nn
 
 from slak_mm import load_pretrained
-from slak_mm.checkpoints import to_official
 from slak_mm.erf import THRESHOLDS, MeanMap, area_ratios, contribution_map, contributions, draw_maps
-from slak_mm.models import SLaK
+from slak_mm.models import RepLKNet, SLaK, UniRepLKNet
 
 DATA = np.load(Path(__file__).parent / 'data' / 'erf_goldens.npz')
 GOLDENS = Goldens(Path(__file__).parent / 'data' / 'erf_goldens.npz')
@@ -44,15 +43,19 @@ def test_published_area_ratios(name):
 
 
 @pytest.mark.parametrize(
-    ('case', 'options'),
-    [('erf_slak_tiny_convnext_w1.0__1x3x256x256', CONVNEXT), ('erf_slak_tiny_k51_w1.3__1x3x256x256', {})],
+    ('case', 'build'),
+    [
+        ('erf_slak_tiny_convnext_w1.0__1x3x256x256', lambda: SLaK(**CONVNEXT)),
+        ('erf_slak_tiny_k51_w1.3__1x3x256x256', SLaK),
+        ('erf_unireplknet_t__1x3x192x192', UniRepLKNet),
+        ('erf_replknet_31b__1x3x128x160', RepLKNet),
+    ],
 )
-def test_published_contributions(case, options):
-    model = SLaK(**options)
-    load_pretrained(
-        model, {key: weight_for(key, value.shape) for key, value in to_official(model.state_dict()).items()}
-    )
-    got = contribution_map(model.double(), input_for((1, 3, 256, 256), 5).double(), official=True)
+def test_published_contributions(case, build):
+    model = build()
+    load_pretrained(model, official_weights(model, model.family.name))
+    shape = map(int, case.split('__')[1].split('x'))
+    got = contribution_map(model.double(), input_for(tuple(shape), 5).double(), official=True)
     GOLDENS.assert_close(case, 'contribution', torch.from_numpy(got), 1e-6)
     assert got.sum() == pytest.approx(DATA[f'{case}/total'], rel=1e-9)
     assert area_ratios(got, official=True) == published(case)
