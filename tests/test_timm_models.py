@@ -65,12 +65,13 @@ def test_every_name(name):
     """The layers that the default cfg names exist, and channels and reductions are those of the maps."""
     with torch.device('meta'):
         model = timm.create_model(name)
-        features = model.forward_intermediates(torch.empty(1, 3, 224, 224), intermediates_only=True)
+        _, side, _ = model.default_cfg['input_size']
+        features = model.forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
     cfg, weights = model.default_cfg, model.state_dict()
     assert f'{cfg["first_conv"]}.weight' in weights and weights[f'{cfg["classifier"]}.weight'].shape[0] == 1000
     assert [info['num_chs'] for info in model.feature_info] == [x.shape[1] for x in features] == list(model.dims)
-    assert [224 // info['reduction'] for info in model.feature_info] == [x.shape[2] for x in features]
-    assert features[-1].shape[2:] == cfg['pool_size'] == (7, 7)
+    assert [side // info['reduction'] for info in model.feature_info] == [x.shape[2] for x in features]
+    assert features[-1].shape[2:] == cfg['pool_size'] == (side // 32, side // 32)
 
 
 @pytest.mark.parametrize('name', NAMES)
