@@ -28,6 +28,7 @@ from slak_mm.checkpoints import CONVENTIONS, PUBLISHED, ZOO, Published, prepare_
 from slak_mm.cli import ConfigOverrideError
 from slak_mm.models import LargeKernelBackbone, LargeKernelLayer, switch_to_deploy
 from slak_mm.models.base import num_masked
+from slak_mm.ops import use_backend
 
 __all__ = ['DEFAULT_SIZES', 'Cost', 'count', 'count_backbone', 'saved_for_backward']
 
@@ -281,7 +282,10 @@ def count_backbone(
 
 
 def saved_for_backward(model: nn.Module, image: Tensor) -> int:
-    """Bytes of the tensors that a forward pass in training mode keeps for the backward pass, without the weights."""
+    """Bytes of the tensors that a forward pass in training mode keeps for the backward pass, without the weights.
+
+    By PyTorch's functions, also for tensors without data; the fused passes on GPUs keep other ones.
+    """
     own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}  # references, or an address could be another storage's later on
 
@@ -291,7 +295,8 @@ def saved_for_backward(model: nn.Module, image: Tensor) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.enable_grad(), hooks, use_backend('reference'):
         result = model.train()(image)
         del result
     return sum(storage.nbytes() for storage in kept.values())
