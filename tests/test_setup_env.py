@@ -15,8 +15,7 @@ import pytest
 SPEC = importlib.util.spec_from_file_location('s', Path(__file__).parents[1] / 'tools' / 'setup_env.py')
 TAG = f'cp{sys.version_info.major}{sys.version_info.minor}'
 WHEEL = f'onedl_mmcv-2.3.6-{TAG}-{TAG}-linux_x86_64.whl'
-# What the commands of a new environment are known by.
-NEW = ['--clear', 'torch.txt', 'openmmlab.txt', ' -e ', 'import_module']
+NEW = ['--clear', 'torch.txt', 'openmmlab.txt', ' -e ', 'import_module']  # words of the commands of a new environment
 
 
 def make_wheel(path, extension='mmcv/_ext.cpython.so'):
@@ -40,13 +39,11 @@ def setup(tmp_path, monkeypatch):
             shutil.rmtree(module.VENV, ignore_errors=True)
             module.VENV.mkdir()
             (module.VENV / 'pyvenv.cfg').write_text('home = /usr/bin\nprompt = slak_mm\n')
-        elif step == ' -e ':
-            (module.VENV / 'bin').mkdir()
-            (module.VENV / 'bin' / 'slak-mm').touch()
         elif step == 'pip wheel':
             shutil.copy(module.wheel, command[-1])
-        elif step == '.whl':
-            (module.VENV / 'lib' / 'python3' / 'site-packages' / 'mmcv' / '_ext.so').mkdir(parents=True)
+        elif step in (' -e ', '.whl'):
+            made = 'bin/slak-mm' if step == ' -e ' else 'lib/python3/site-packages/mmcv/_ext.so'
+            (module.VENV / made).mkdir(parents=True)
         return SimpleNamespace(returncode=int(step == module.broken), stdout='key-cpu\n')
 
     def call(*arguments):
