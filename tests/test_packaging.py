@@ -36,7 +36,7 @@ def source(tmp_path_factory):
     """A copy, so that no build leaves anything in the checkout."""
     folder = tmp_path_factory.mktemp('packaging') / 'source'
     for name in ('benchmarks', 'configs', 'requirements', 'slak_mm', 'tools'):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.pyc', '.mim'))
     for name in ('LICENSE', 'MANIFEST.in', 'README.md', 'model-index.yml', 'pyproject.toml', 'setup.py'):
         shutil.copy(ROOT / name, folder)
     return folder
