@@ -14,7 +14,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from slak_mm._config import framework, model_of
+from slak_mm._config import config_names, framework, model_of
 from slak_mm.checkpoints import ZOO, CheckpointNotFound, find_backbones, load_pretrained, read_checkpoint
 from slak_mm.engine.hooks import load_whole_model
 from slak_mm.models import registered_backbones
@@ -75,17 +75,18 @@ def build_network(text: str, seed: int = 0) -> Network:
     spec, _, weights = name.partition('@')
     kind, *words = spec.split()
     options = _options(words, text)
+    is_config = kind.endswith('.py') or (kind in config_names() and kind not in ZOO)
     if kind in ZOO and not weights:
         weights = 'pretrained'
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind.startswith('timm:'):
             network = _of_timm(kind.removeprefix('timm:'), options, weights)
-        elif kind.endswith('.py'):
+        elif is_config:
             network = _of_config(kind, options, weights)
         else:
             network = _of_registry(kind, options, weights)
-    network.name = label or (Path(kind).stem if kind.endswith('.py') else spec.removeprefix('timm:'))
+    network.name = label or (Path(kind).stem if is_config else spec.removeprefix('timm:'))
     network.weights = weights or 'random'
     network.model.eval()
     return network

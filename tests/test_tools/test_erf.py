@@ -216,3 +216,8 @@ def test_zoo_names_stand_for_their_weights(monkeypatch):
     asked = []
     monkeypatch.setattr('slak_mm.cli.networks.load_pretrained', lambda model, source: asked.append(source))
     assert build_network('slak_t_in1k_300e').weights == 'pretrained' and asked == ['slak_t_in1k_300e']
+
+
+def test_configs_go_by_name():
+    network = build_network('upernet_shiftwise_t_ade20k')
+    assert (network.name, type(network.model).__name__) == ('upernet_shiftwise_t_ade20k', 'ShiftWise')
