@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,9 @@ class _ResidualBlock(RecomputableBlock):
         y = self._residual(x)
         return x + (y if passes(self.drop_path) else self.drop_path(y))
 
+    @abstractmethod
     def _residual(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What is added to the input."""
 
 
 class RepLKBlock(_ResidualBlock):

@@ -107,8 +107,3 @@ def gradients(
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     results = iter(torch.autograd.grad(result, wanted, grads, create_graph=again, allow_unused=True))
     return [next(results) if t is not None and t.requires_grad else None for t in inputs]
-
-
-def eights(n: int) -> int:
-    """Round up to a multiple of 8: 16 bytes in half precision."""
-    return -(-n // 8) * 8

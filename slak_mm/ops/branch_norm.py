@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._context import autocast_dtype, is_autocast_enabled
-from ._fused import TILE, eights, gradients, visible, why_not
-from .backends.layout import in_memory, memory_format
+from ._fused import TILE, gradients, visible, why_not
+from .backends.layout import eights, in_memory, memory_format, power_of_two
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon."""
@@ -187,10 +187,6 @@ def _layout(x: Tensor) -> dict[str, Any]:
     return dict(LAST=memory_format(x) is torch.channels_last)
 
 
-def _power_of_two(n: int) -> int:
-    return max(2, 1 << (n - 1).bit_length())
-
-
 @visible('(Tensor[] maps, Tensor(a!)[] counters) -> Tensor')
 def _branch_moments(maps: Sequence[Tensor], counters: Sequence[Tensor]) -> Tensor:
     """Moments of parts of the maps, (splits, B, 3, C) in float32; adds one to the counters."""
@@ -225,7 +221,7 @@ def _merge_moments(moments: Tensor) -> Tensor:
     if not moments.is_meta:
         from .backends import _triton_passes
 
-        sizes = dict(S=_power_of_two(splits), CB=16)
+        sizes = dict(S=power_of_two(splits, 2), CB=16)
         _triton_passes.merge_moments[(-(-c // 16),)](moments, out, splits, c, B=branches, **sizes, num_warps=4)
     return out
 
@@ -258,7 +254,7 @@ def _batch_norm_coefficients(
             B=branches,
             TRAINING=training,
             CUMULATIVE=momentum is None and bool(counters),
-            S=_power_of_two(len(moments)),
+            S=power_of_two(len(moments), 2),
             CB=16,
             num_warps=4,
         )

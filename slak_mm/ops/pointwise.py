@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._context import autocast_dtype, is_autocast_enabled, is_observed, is_transformed
+from .backends.layout import eights
 
 PIXELS_AT_ONCE = 1024
 """Pixels whose hidden layer fits into a CPU's cache; fewer make matrix products slower."""
@@ -132,14 +133,12 @@ def _grn_factor(norm: Tensor, gamma: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- aligned rows
 
-_ALIGNMENT = 8  # 16 bytes in half precision
-
 
 def _wants_alignment(x: Tensor, weight1: Tensor, weight2: Tensor, grn: Grn | None) -> bool:
     """Whether tensor cores would meet rows that are no multiple of 16 bytes; GRN has a mean over them."""
     is_half = torch.promote_types(x.dtype, weight1.dtype).itemsize == 2 or is_autocast_enabled('cuda')
     sizes = (*weight1.shape, len(weight2))
-    return x.device.type == 'cuda' and is_half and grn is None and any(size % _ALIGNMENT for size in sizes)
+    return x.device.type == 'cuda' and is_half and grn is None and any(size != eights(size) for size in sizes)
 
 
 def _aligned(
@@ -159,7 +158,7 @@ def _aligned(
     What is added is zero and stays zero, forward and backward: GELU(0) is 0, and the gradients of the padding
     are dropped.
     """
-    more_c, more_d, more_e = (-size % _ALIGNMENT for size in (weight1.shape[1], len(weight1), len(weight2)))
+    more_c, more_d, more_e = (eights(size) - size for size in (weight1.shape[1], len(weight1), len(weight2)))
     bias1, bias2 = (b if b is None else F.pad(b, (0, more)) for b, more in ((bias1, more_d), (bias2, more_e)))
     y = (x if gate is None else x * gate).permute(0, 2, 3, 1)
     if norm is not None:

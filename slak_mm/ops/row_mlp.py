@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._fused import TILE, eights, gradients, visible
-from .backends.layout import in_memory, memory_format
+from ._fused import TILE, gradients, visible
+from .backends.layout import eights, in_memory, memory_format
 
 
 def row_mlp(

@@ -1,13 +1,20 @@
 """RepLKNet against the official code's results: features, gradients, running statistics, merged kernels, names."""
 
-import functools
 import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
-from reference import REPLKNET_GOLDENS, Goldens, block_input, check_features, training_step, weight_for
+from reference import (
+    REPLKNET_GOLDENS,
+    Goldens,
+    block_input,
+    check_features,
+    official_weights,
+    training_step,
+    weight_for,
+)
 from torch import nn
 
 from slak_mm import load_pretrained, switch_to_deploy
@@ -24,18 +31,12 @@ HEAD |= {'head.weight', 'head.bias'}
 FOUR_BLOCKS = dict(arch=dict(layers=(1, 1, 1, 1), channels=(8, 12, 16, 20)), kernel_sizes=(13, 11, 9, 7))
 
 
-@functools.cache
-def official_weights() -> dict[str, torch.Tensor]:
-    names = to_official(RepLKNet(out_norm=True).state_dict())
-    return {key: weight_for(key, value.shape) for key, value in names.items()}
-
-
 @pytest.mark.parametrize('case', GOLDENS.cases('feat_'))
 @pytest.mark.parametrize('form', ['training', 'deployed'])
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 def test_features(case, form, dtype):
     model = RepLKNet(out_norm=True)
-    load_pretrained(model, official_weights())
+    load_pretrained(model, official_weights(model, 'replknet'))
     model.eval().to(dtype)
     if form == 'deployed':
         switch_to_deploy(model)
@@ -77,7 +78,7 @@ def test_pair_of_blocks_in_training(case, dtype, with_cp):
 def test_merged_kernels():
     """Of the whole network: shape, mean, deviation and first value of each tensor."""
     model = RepLKNet(out_norm=True)
-    load_pretrained(model, official_weights())
+    load_pretrained(model, official_weights(model, 'replknet'))
     merged = to_official(switch_to_deploy(model.double()).state_dict())
     (stats,) = json.loads(ARRAYS['merged_stats'].tobytes()).values()
     for name, (shape, *want) in stats.items():

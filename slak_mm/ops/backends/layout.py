@@ -17,6 +17,16 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def eights(n: int) -> int:
+    """Round up to a multiple of 8: 16 bytes in half precision."""
+    return -(-n // 8) * 8
+
+
+def power_of_two(n: int, least: int) -> int:
+    """The least power of two that is below neither ``n`` nor ``least``, a power of two itself."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
 def in_memory(t: Tensor) -> Tensor:
     """The tensor itself where its memory holds its values, else a copy.
 

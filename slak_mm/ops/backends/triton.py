@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import memory_format
+from .layout import eights, memory_format, power_of_two
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TILE = 64  # outputs along a row, and side of the tiles of transposed copies
+_LEAST = 16  # rows and columns of a matrix product
 _PROGRAMS = 1056  # eight for each of 132 multiprocessors; the rows are split among as many
 _MOST_KEPT_BYTES = 80 << 10  # of banded matrices, beside which a block of inputs fits into shared memory
 
@@ -106,7 +107,7 @@ class _Planes:
     def rows(self) -> Tensor:
         """(N, C, H, W rounded up)."""
         n, c, h, w = self.shape
-        padded = _eights(w)
+        padded = eights(w)
         if self.layout is torch.contiguous_format:
             return F.pad(self.x, (0, padded - w)) if padded > w else self.x
         planes = self.x.new_empty(n, c, h, padded)
@@ -117,7 +118,7 @@ class _Planes:
     def columns(self) -> Tensor:
         """(N, C, W, H rounded up)."""
         n, c, h, w = self.shape
-        padded = _eights(h)
+        padded = eights(h)
         planes = self.x.new_empty(n, c, w, padded)
         if self.layout is torch.contiguous_format:
             sizes, strides, to = (n, c, h, w), (c * h * w, h * w, w), (c * w * padded, w * padded, padded)
@@ -141,7 +142,7 @@ def _convolve(
 
     x = inputs[0].x
     n, c, h, w = inputs[0].shape
-    results = x.new_empty(1 if reduce else len(kernels), n, c, h, _eights(w))
+    results = x.new_empty(1 if reduce else len(kernels), n, c, h, eights(w))
     sums = x.new_empty(results.shape[1:], dtype=torch.float32) if reduce and len(kernels) > 1 else None
     for i, (planes, kernel) in enumerate(zip(inputs, kernels)):
         source, kernel = planes.along(kernel)
@@ -219,10 +220,12 @@ def _transpose(
 def _blocks(length: int, kernel: Tensor, itemsize: int) -> dict[str, int]:
     """Sizes of the kernels' blocks for rows of a length and a kernel (C, KH, KW) that lies along them."""
     kh, kw = kernel.shape[1:]
-    tile, reach = _TILE, max(32, _power_of_two(kw // 2))  # few values, each of which is compiled once
+    tile, reach = _TILE, max(32, power_of_two(kw // 2, _LEAST))  # few values, each of which is compiled once
     if length <= _TILE:  # a tile is the whole row, and so are its inputs
-        tile, reach = _power_of_two(length), 0
-    return dict(KW=kw, KH=kh, R=64 if itemsize == 2 else 32, T=tile, U=_power_of_two(tile + 2 * reach), OFF=reach)
+        tile, reach = power_of_two(length, _LEAST), 0
+    return dict(
+        KW=kw, KH=kh, R=64 if itemsize == 2 else 32, T=tile, U=power_of_two(tile + 2 * reach, _LEAST), OFF=reach
+    )
 
 
 def _keeps(blocks: dict[str, int], kernel: Tensor) -> bool:
@@ -237,16 +240,6 @@ def _split(rows: int, block: int, programs: int) -> tuple[int, int]:
     splits = max(1, min(total, -(-_PROGRAMS // programs)))
     steps = -(-total // splits)
     return steps, -(-total // steps)
-
-
-def _eights(n: int) -> int:
-    """Round up to a multiple of 8: 16 bytes in half precision."""
-    return -(-n // 8) * 8
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two from 16 on, which a matrix product needs, that is not below n."""
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def _precision(x: Tensor) -> str:
