@@ -87,17 +87,23 @@ def reference(
     maps: Sequence[Tensor], norms: BranchNorms | None, norm: LayerNorm, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Compute :func:`branch_norm_rows` by PyTorch's functions, but for the running statistics."""
-    if norms is not None:
-        running = zip(norms.running_means, norms.running_vars)
-        of_batch = [(None, None)] * len(maps) if norms.training else running
-        maps = [
-            F.batch_norm(y, *statistics, weight.to(y.dtype), bias.to(y.dtype), norms.training, eps=norms.eps)
-            for y, statistics, weight, bias in zip(maps, of_batch, norms.weights, norms.biases)
-        ]
+    maps = normalized(maps, norms)
     y = sum(maps[1:], start=maps[0]).permute(0, 2, 3, 1)
     weight, bias, eps = norm
     y = F.layer_norm(y, y.shape[-1:], weight.to(y.dtype), bias.to(y.dtype), eps).to(dtype or y.dtype)
     return F.pad(y, (0, eights(y.shape[-1]) - y.shape[-1]))
+
+
+def normalized(maps: Sequence[Tensor], norms: BranchNorms | None) -> Sequence[Tensor]:
+    """Maps behind their norms, by PyTorch's functions, but for the running statistics."""
+    if norms is None:
+        return maps
+    running = zip(norms.running_means, norms.running_vars)
+    of_batch = [(None, None)] * len(maps) if norms.training else running
+    return [
+        F.batch_norm(y, *statistics, weight.to(y.dtype), bias.to(y.dtype), norms.training, eps=norms.eps)
+        for y, statistics, weight, bias in zip(maps, of_batch, norms.weights, norms.biases)
+    ]
 
 
 class _BranchNormRows(torch.autograd.Function):
@@ -154,15 +160,18 @@ class _BranchNormRows(torch.autograd.Function):
 
 def batch_norm_coefficients(maps: Sequence[Tensor], norms: BranchNorms) -> Tensor:
     """What the norms do to their maps, see :mod:`slak_mm.ops.backends._triton_passes`; updates running statistics."""
-    moments = maps[0].new_empty(1, len(maps), 3, 0)
-    if norms.training:
-        moments = _branch_moments(maps, norms.counters)
-        if norms.group is not None:
-            # One message for all branches: every process fills in its row.
-            all_moments = moments.new_zeros(dist.get_world_size(norms.group), *moments.shape[1:])
-            all_moments[dist.get_rank(norms.group)] = _merge_moments(moments)
-            dist.all_reduce(all_moments, group=norms.group)
-            moments = all_moments
+    moments = _branch_moments(maps, norms.counters) if norms.training else maps[0].new_empty(1, len(maps), 3, 0)
+    return coefficients_of(moments, norms)
+
+
+def coefficients_of(moments: Tensor, norms: BranchNorms) -> Tensor:
+    """The same, of the moments (splits, B, 3, C) of parts of the maps."""
+    if norms.training and norms.group is not None:
+        # One message for all branches: every process fills in its row.
+        all_moments = moments.new_zeros(dist.get_world_size(norms.group), *moments.shape[1:])
+        all_moments[dist.get_rank(norms.group)] = _merge_moments(moments)
+        dist.all_reduce(all_moments, group=norms.group)
+        moments = all_moments
     return _batch_norm_coefficients(
         norms.weights,
         norms.biases,
@@ -179,8 +188,16 @@ def batch_norm_coefficients(maps: Sequence[Tensor], norms: BranchNorms) -> Tenso
 # ---------------------------------------------------------------------------- kernels' launches
 
 
-def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
+def three(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
+
+
+def stacked_like(x: Tensor, count: int, channels: int) -> Tensor:
+    """Memory for maps of the batch, size, layout and dtype of ``x``, (count, N, channels, H, W)."""
+    n, _, h, w = x.shape
+    if memory_format(x) is torch.channels_last:
+        return x.new_empty(count, n, h, w, channels).permute(0, 1, 4, 2, 3)
+    return x.new_empty(count, n, channels, h, w)
 
 
 def _layout(x: Tensor) -> dict[str, Any]:
@@ -204,7 +221,7 @@ def _branch_moments(maps: Sequence[Tensor], counters: Sequence[Tensor]) -> Tenso
         from .backends import _triton_passes
 
         _triton_passes.branch_moments[(blocks, splits)](
-            *(*_three(maps), *_three(counters or (out,)), out, n, c, h * w, tiles, steps),
+            *(*three(maps), *three(counters or (out,)), out, n, c, h * w, tiles, steps),
             B=len(maps),
             COUNTED=bool(counters),
             LAST=is_last,
@@ -249,7 +266,7 @@ def _batch_norm_coefficients(
 
         tensors = (weights, biases, means, variances)
         _triton_passes.batch_norm_coefficients[(-(-c // 16),)](
-            *(moments, *(t for some in tensors for t in _three(some)), counters[0] if counters else moments, out),
+            *(moments, *(t for some in tensors for t in three(some)), counters[0] if counters else moments, out),
             *(len(moments), c, 0.0 if momentum is None else float(momentum), float(eps)),
             B=branches,
             TRAINING=training,
@@ -277,7 +294,7 @@ def _norm_rows(
 
         tiles = -(-h * w // TILE['T'])
         _triton_passes.norm_rows[(n * tiles,)](
-            *(*_three(maps), pixels if coefficients is None else coefficients, weight, bias, rows, pixels),
+            *(*three(maps), pixels if coefficients is None else coefficients, weight, bias, rows, pixels),
             *(c, h * w, tiles, rows.shape[-1] // 8, float(eps)),
             B=len(maps),
             NORMED=coefficients is not None,
@@ -301,7 +318,7 @@ def _norm_rows_sums(
         from .backends import _triton_passes
 
         _triton_passes.norm_rows_sums[(n * tiles,)](
-            *(*_three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels, sums),
+            *(*three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels, sums),
             *(c, h * w, tiles, grad.shape[-1] // 8),
             B=len(maps),
             NORMED=coefficients is not None,
@@ -329,16 +346,13 @@ def _norm_rows_gradients(
     x = maps[0]
     n, c, h, w = x.shape
     count = 1 if coefficients is None else len(maps)
-    if memory_format(x) is torch.channels_last:
-        out = x.new_empty(count, n, h, w, c).permute(0, 1, 4, 2, 3)
-    else:
-        out = x.new_empty(count, n, c, h, w)
+    out = stacked_like(x, count, c)
     if not x.is_meta:
         from .backends import _triton_passes
 
         tiles = -(-h * w // TILE['T'])
         _triton_passes.norm_rows_gradients[(n * tiles, -(-c // TILE['CB']))](
-            *(*_three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels),
+            *(*three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels),
             *(sums, out, c, h * w, tiles, grad.shape[-1] // 8),
             B=len(maps),
             NORMED=coefficients is not None,

@@ -1,0 +1,458 @@
+"""The norm and the squeeze-excite gates behind a sum of branches, into the rows that a linear layer reads.
+
+``reference`` is plain PyTorch. On GPUs the sum, of which some channels consist of a map alone (ghosts), is computed
+again where it is needed and never stored: one pass takes its statistics, another writes the rows; one adds up what the
+backward pass needs of every image, and one gives all gradients. The gates are computed of the means of each image, by
+PyTorch's functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._context import autocast_dtype, is_autocast_enabled
+from ._fused import TILE, gradients, visible, why_not
+from .backends.layout import eights, in_memory, memory_format
+from .branch_norm import BranchNorms, batch_norm_coefficients, coefficients_of, normalized, stacked_like, three
+
+_MOST_PARTS = 16  # of an image, whose sums are added up in one step
+
+
+class Gates(NamedTuple):
+    """Tensors of squeeze-excite: two linear layers, C to J and back, ReLU between them and a sigmoid behind."""
+
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+# ------------------------------------------------------------------------------ order of channels
+
+
+def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring channels into the order (rep, ghost), by one pass, forward and backward.
+
+    Args:
+        x: (N, C, H, W).
+        rep: int64 indices of channels.
+        ghost: Those of the others, (C - len(rep),).
+
+    Returns:
+        The map, and a view of its first ``len(rep)`` channels.
+    """
+    if why_not(x):
+        order = torch.cat([rep, ghost])
+        permuted = x.index_select(1, order)
+        return permuted, permuted[:, : len(rep)]
+    return _PermuteChannels.apply(x, rep, ghost)
+
+
+class _PermuteChannels(torch.autograd.Function):
+    """Takes the arguments of :func:`permute_channels`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(rep, ghost)
+        x = in_memory(x).contiguous(memory_format=memory_format(x))
+        permuted = _permute_channels(x, None, rep, ghost)
+        return permuted, permuted.detach()[:, : len(rep)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, of_first: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rep, ghost = ctx.saved_tensors
+
+        def fused() -> list[Tensor]:
+            layout = memory_format(grad)
+            given = (in_memory(g).contiguous(memory_format=layout) for g in (grad, of_first))
+            return [_permute_channels(*given, rep, ghost)]
+
+        def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+            permuted = x.index_select(1, torch.cat([rep, ghost]))
+            return permuted, permuted[:, : len(rep)]
+
+        like = grad.new_zeros(grad.shape, requires_grad=True) if torch.is_grad_enabled() else grad
+        return *gradients(fused, plain, [like], grad, of_first), None, None
+
+
+# ----------------------------------------------------------------------------------- gated rows
+
+
+def why_not_fused(
+    maps: Sequence[Tensor], norms: BranchNorms | None, extra: Tensor, norm: BranchNorms, gates: Gates
+) -> str | None:
+    """Say why :func:`gated_rows` cannot run, or None if it can."""
+    n, c, h, w = extra.shape
+    if len(maps) > 3 or any(
+        y.shape[::2] != extra.shape[::2] or y.shape[3] != w or y.shape != maps[0].shape or y.dtype != extra.dtype
+        for y in maps
+    ):
+        return 'there are more than three branches, or branches of different kinds'
+    if norms is not None and (norms.training, norms.group) != (norm.training, norm.group):
+        return 'the norms are of several kinds'
+    of_norms = [t for some in (norms, norm) if some is not None for ts in some[:4] for t in ts]
+    return norm.why_not(extra) or why_not(extra, *maps, *gates, *of_norms)
+
+
+def gated_rows(
+    maps: Sequence[Tensor], norms: BranchNorms | None, extra: Tensor, norm: BranchNorms, gates: Gates
+) -> Tensor:
+    """Compute ``gate * norm(extra + sum of norms[i](maps[i]))`` for each pixel, by fused passes.
+
+    Args:
+        maps: Up to three maps (N, c, H, W), which are added to the first c channels.
+        norms: Their batch norms, or None. In training their running statistics are updated.
+        extra: (N, C, H, W).
+        norm: One batch norm over C channels, likewise.
+        gates: Squeeze-excite over the means of each image.
+
+    Returns:
+        Rows (N, H, W, C rounded up to a multiple of 8), filled up with zeros; in the dtype of autocast, or of the maps.
+    """
+    kind = extra.device.type
+    dtype = autocast_dtype(kind) if is_autocast_enabled(kind) else extra.dtype
+    of_norms = () if norms is None else (*norms.weights, *norms.biases)
+    tensors = (extra, *gates, norm.weights[0], norm.biases[0], *maps, *of_norms)
+    return _GatedRows.apply(norms, norm, dtype, len(maps), *tensors)
+
+
+def reference(
+    maps: Sequence[Tensor],
+    norms: BranchNorms | None,
+    extra: Tensor,
+    norm: BranchNorms,
+    gates: Gates,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute :func:`gated_rows` by PyTorch's functions, but for the running statistics."""
+    z = extra
+    if maps:
+        branches = sum(normalized(maps, norms))
+        z = z + F.pad(branches, (0, 0, 0, 0, 0, z.shape[1] - branches.shape[1]))
+    (z,) = normalized([z], norm)
+    logits, _ = _logits(z.mean((2, 3)), gates)
+    y = (z * logits.sigmoid().to(z.dtype)[..., None, None]).permute(0, 2, 3, 1)
+    return F.pad(y, (0, eights(y.shape[-1]) - y.shape[-1])).to(dtype or y.dtype)
+
+
+def _logits(means: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
+    """What the sigmoid makes gates of, (N, C), and the inner layer, (N, J)."""
+    hidden = F.relu(F.linear(means.to(gates.weight1.dtype), gates.weight1, gates.bias1))
+    return F.linear(hidden, gates.weight2, gates.bias2), hidden
+
+
+class _GatedRows(torch.autograd.Function):
+    """Takes (norms, norm, dtype, number of maps, extra, *gates, weight, bias, *maps, *weights and biases of norms)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, norms: BranchNorms | None, norm: BranchNorms, dtype: torch.dtype, count: int, *tensors: Tensor
+    ) -> Tensor:
+        gates = Gates(*tensors[1:5])
+        extra, maps = _lying(tensors[0], tensors[7 : 7 + count])
+        coefficients = None if norms is None else batch_norm_coefficients(maps, norms)
+        moments = _sum_moments(extra, maps, coefficients, norm.counters if norm.training else [], True)
+        of_z = coefficients_of(moments.unsqueeze(1), norm)
+        means = _image_means(moments, of_z[2:4], len(extra), gates.weight1.dtype)
+        with torch.autocast(extra.device.type, enabled=False) if not extra.is_meta else nullcontext():
+            logits, hidden = _logits(means, gates)
+        ctx.save_for_backward(coefficients, of_z, means, logits, hidden, *tensors)
+        ctx.norms, ctx.norm, ctx.dtype, ctx.count = norms, norm, dtype, count
+        return _gated_rows(extra, maps, coefficients, of_z[2:4], logits, True, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        coefficients, of_z, means, logits, hidden, *inputs = ctx.saved_tensors
+        norms, norm, count = ctx.norms, ctx.norm, ctx.count
+
+        def fused() -> list[Tensor]:
+            gates = Gates(*inputs[1:5])
+            extra, maps = _lying(inputs[0], inputs[7 : 7 + count])
+            rows = in_memory(grad).contiguous()
+            sums = _gated_sums(extra, maps, coefficients, of_z, rows)
+            sums, of_logits = _gate_gradients(sums, norm.weights[0], norm.biases[0], logits)
+            of_hidden = torch.ops.aten.threshold_backward(of_logits @ gates.weight2, hidden, 0)
+            of_means = of_hidden @ gates.weight1
+            of_gates = (of_hidden.t() @ means, of_hidden.sum(0), of_logits.t() @ hidden, of_logits.sum(0))
+            share = 1 / (extra.shape[2] * extra.shape[3])
+            own = total = _batch_sums(sums, logits, of_means, of_z, share)
+            if norm.training and norm.group is not None:
+                dist.all_reduce(total := own.clone(), group=norm.group)
+            of_maps, of_extra = _gated_gradients(
+                extra, maps, coefficients, of_z, logits, rows, of_means, total, norm.training
+            )
+            number = extra.numel() // extra.shape[1]
+            weights = [norm.weights[0], *(norms.weights if norms else ())]
+            of_norms = _norm_gradients(total, own, of_z, number, norm.training, weights)
+            of_weights, of_biases = of_norms[: len(weights)], of_norms[len(weights) :]
+            each = list(of_maps) * count if norms is None and count else of_maps.unbind()
+            return [of_extra, *of_gates, of_weights[0], of_biases[0], *each, *of_weights[1:], *of_biases[1:]]
+
+        def plain(*given: Tensor) -> Tensor:
+            if norm.group is not None and norm.training:
+                raise NotImplementedError('SyncBN has no gradients of gradients')
+            own = norm._replace(weights=given[5:6], biases=given[6:7])
+            of_maps = norms
+            if norms is not None:
+                of_maps = norms._replace(weights=given[7 + count : 7 + 2 * count], biases=given[7 + 2 * count :])
+            return reference(given[7 : 7 + count], of_maps, given[0], own, Gates(*given[1:5]), ctx.dtype)
+
+        return None, None, None, None, *gradients(fused, plain, inputs, grad)
+
+
+def _lying(extra: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    layout = memory_format(extra)
+    extra, *maps = (in_memory(y).contiguous(memory_format=layout) for y in (extra, *maps))
+    return extra, maps
+
+
+def deployed_rows(y: Tensor | None, extra: Tensor, affine: Tensor | None, gates: Gates) -> Tensor:
+    """Compute ``gate * cat(y, affine[0] * rest + affine[1])`` without autograd, the rest being the last channels.
+
+    Args:
+        y: (N, c, H, W), or None for none.
+        extra: (N, C, H, W).
+        affine: (2, C), or None. Its first c columns are ones and zeros.
+        gates: Squeeze-excite over the means of each image.
+
+    Returns:
+        Rows as of :func:`gated_rows`.
+    """
+    kind = extra.device.type
+    dtype = autocast_dtype(kind) if is_autocast_enabled(kind) else extra.dtype
+    extra, maps = _lying(extra, [] if y is None else [y])
+    if affine is None:
+        affine = extra.new_ones(2, extra.shape[1], dtype=torch.float32)
+        affine[1] = 0
+    moments = _sum_moments(extra, maps, None, [], False)
+    means = _image_means(moments, affine, len(extra), gates.weight1.dtype)
+    with torch.autocast(kind, enabled=False) if not extra.is_meta else nullcontext():
+        logits, _ = _logits(means, gates)
+    return _gated_rows(extra, maps, None, affine, logits, False, dtype)
+
+
+# ---------------------------------------------------------------------------- kernels' launches
+
+
+def _sizes(x: Tensor) -> dict[str, Any]:
+    """What kernels are told of maps."""
+    return dict(LAST=memory_format(x) is torch.channels_last)
+
+
+def _parts(x: Tensor, pixels: int, channels: int, most: int) -> tuple[int, int, int]:
+    """Blocks of channels, parts of an image and tiles in each, for tiles of some pixels and channels."""
+    n, c, h, w = x.shape
+    tiles, blocks = -(-h * w // pixels), -(-c // channels)
+    parts = max(1, min(tiles, most, -(-1056 // (blocks * n))))  # eight programs for each of 132 multiprocessors
+    steps = -(-tiles // parts)
+    return blocks, -(-tiles // steps), steps
+
+
+@visible('(Tensor x, Tensor? first, Tensor rep, Tensor ghost) -> Tensor')
+def _permute_channels(x: Tensor, first: Tensor | None, rep: Tensor, ghost: Tensor) -> Tensor:
+    """Channels in the order (rep, ghost), or with ``first`` back again."""
+    n, c, h, w = x.shape
+    out = torch.empty_like(x, memory_format=memory_format(x))
+    if not x.is_meta:
+        from .backends import _triton_gated
+
+        tiles = -(-h * w // TILE['T'])
+        _triton_gated.permute_channels[(n * tiles, -(-c // TILE['CB']))](
+            *(x, x if first is None else first, rep, ghost, out, c, len(rep), h * w, tiles),
+            BACKWARD=first is not None,
+            **_sizes(x),
+            **TILE,
+        )
+    return out
+
+
+@visible('(Tensor extra, Tensor[] maps, Tensor? coefficients, Tensor(a!)[] counters, bool added) -> Tensor')
+def _sum_moments(
+    extra: Tensor, maps: Sequence[Tensor], coefficients: Tensor | None, counters: Sequence[Tensor], added: bool
+) -> Tensor:
+    """Moments of parts of each image, (N * parts, 3, C) in float32; adds one to the counter."""
+    n, c, h, w = extra.shape
+    is_last = memory_format(extra) is torch.channels_last
+    tile = dict(T=32, CB=32) if is_last else dict(T=1024 if h * w >= 1024 else 256, CB=1)
+    blocks, parts, steps = _parts(extra, tile['T'], tile['CB'], _MOST_PARTS)
+    out = extra.new_empty(n * parts, 3, c, dtype=torch.float32)
+    if not extra.is_meta:
+        from .backends import _triton_gated
+
+        _triton_gated.sum_moments[(blocks, n * parts)](
+            *(*three(maps or [extra]), extra, out if coefficients is None else coefficients),
+            *(counters[0] if counters else out, out, c, _width(maps), h * w, parts, steps),
+            B=len(maps),
+            NORMED=coefficients is not None,
+            ADDED=added,
+            COUNTED=bool(counters),
+            LAST=is_last,
+            **tile,
+            num_warps=4,
+        )
+    return out
+
+
+def _width(maps: Sequence[Tensor]) -> int:
+    return maps[0].shape[1] if maps else 0
+
+
+@visible('(Tensor moments, Tensor affine, int images, ScalarType dtype) -> Tensor')
+def _image_means(moments: Tensor, affine: Tensor, images: int, dtype: torch.dtype) -> Tensor:
+    c = moments.shape[2]
+    out = moments.new_empty(images, c, dtype=dtype)
+    if not moments.is_meta:
+        from .backends import _triton_gated
+
+        parts = len(moments) // images
+        sizes = dict(S=_MOST_PARTS, CB=64)
+        _triton_gated.image_means[(images, -(-c // 64))](moments, affine, out, c, parts, **sizes, num_warps=4)
+    return out
+
+
+@visible(
+    '(Tensor extra, Tensor[] maps, Tensor? coefficients, Tensor affine, Tensor logits, bool added, ScalarType dtype) '
+    '-> Tensor'
+)
+def _gated_rows(
+    extra: Tensor,
+    maps: Sequence[Tensor],
+    coefficients: Tensor | None,
+    affine: Tensor,
+    logits: Tensor,
+    added: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    n, c, h, w = extra.shape
+    rows = extra.new_empty(n, h, w, eights(c), dtype=dtype)
+    if not extra.is_meta:
+        from .backends import _triton_gated
+
+        tiles = -(-h * w // TILE['T'])
+        _triton_gated.gated_rows[(n * tiles, -(-rows.shape[-1] // TILE['CB']))](
+            *(*three(maps or [extra]), extra, affine if coefficients is None else coefficients),
+            *(affine, logits, rows, c, _width(maps), h * w, tiles, rows.shape[-1] // 8),
+            B=len(maps),
+            NORMED=coefficients is not None,
+            ADDED=added,
+            **_sizes(extra),
+            **TILE,
+        )
+    return rows
+
+
+@visible('(Tensor extra, Tensor[] maps, Tensor? coefficients, Tensor of_z, Tensor grad) -> Tensor')
+def _gated_sums(
+    extra: Tensor, maps: Sequence[Tensor], coefficients: Tensor | None, of_z: Tensor, grad: Tensor
+) -> Tensor:
+    """Sums over parts of each image, (N * parts, K, C)."""
+    n, c, h, w = extra.shape
+    blocks, parts, steps = _parts(extra, TILE['T'], TILE['CB'], _MOST_PARTS)
+    out = extra.new_empty(n * parts, 3 if coefficients is None else 3 + 3 * len(maps), c, dtype=torch.float32)
+    if not extra.is_meta:
+        from .backends import _triton_gated
+
+        _triton_gated.gated_sums[(blocks, n * parts)](
+            *(*three(maps or [extra]), extra, out if coefficients is None else coefficients, of_z, grad, out),
+            *(c, _width(maps), h * w, parts, steps, grad.shape[-1] // 8),
+            B=len(maps),
+            NORMED=coefficients is not None,
+            **_sizes(extra),
+            **TILE,
+        )
+    return out
+
+
+@visible('(Tensor sums, Tensor weight, Tensor bias, Tensor logits) -> (Tensor, Tensor)')
+def _gate_gradients(sums: Tensor, weight: Tensor, bias: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over each image, (N, K, C), and the gradient of the logits, (N, C)."""
+    _, k, c = sums.shape
+    images = len(logits)
+    out, of_logits = sums.new_empty(images, k, c), torch.empty_like(logits)
+    if not sums.is_meta:
+        from .backends import _triton_gated
+
+        sizes = dict(S=_MOST_PARTS, CB=64)
+        _triton_gated.gate_gradients[(images, -(-c // 64))](
+            *(sums, weight, bias, logits, out, of_logits, c, len(sums) // images, k), **sizes, num_warps=4
+        )
+    return out, of_logits
+
+
+@visible('(Tensor sums, Tensor logits, Tensor of_means, Tensor of_z, float share) -> Tensor')
+def _batch_sums(sums: Tensor, logits: Tensor, of_means: Tensor, of_z: Tensor, share: float) -> Tensor:
+    images, k, c = sums.shape
+    out = sums.new_empty(k, c)
+    if not sums.is_meta:
+        from .backends import _triton_gated
+
+        sizes = dict(NB=16, CB=16)
+        _triton_gated.batch_sums[(-(-c // 16),)](
+            *(sums, logits, of_means, of_z, out, images, c, k, share), **sizes, num_warps=4
+        )
+    return out
+
+
+@visible(
+    '(Tensor extra, Tensor[] maps, Tensor? coefficients, Tensor of_z, Tensor logits, Tensor grad, Tensor of_means, '
+    'Tensor total, bool training) -> (Tensor, Tensor)'
+)
+def _gated_gradients(
+    extra: Tensor,
+    maps: Sequence[Tensor],
+    coefficients: Tensor | None,
+    of_z: Tensor,
+    logits: Tensor,
+    grad: Tensor,
+    of_means: Tensor,
+    total: Tensor,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the maps, (B, N, c, H, W) or without norms a single one, and of the extra map."""
+    n, c, h, w = extra.shape
+    count = len(maps) if coefficients is not None else min(len(maps), 1)
+    of_maps = stacked_like(extra, count, _width(maps))
+    of_extra = torch.empty_like(extra, memory_format=memory_format(extra))
+    if not extra.is_meta:
+        from .backends import _triton_gated
+
+        tiles = -(-h * w // TILE['T'])
+        _triton_gated.gated_gradients[(n * tiles, -(-c // TILE['CB']))](
+            *(*three(maps or [extra]), extra, total if coefficients is None else coefficients, of_z, logits, grad),
+            *(of_means, total, of_maps, of_extra, c, _width(maps), h * w, tiles, grad.shape[-1] // 8, 1 / (h * w)),
+            B=len(maps),
+            NORMED=coefficients is not None,
+            TRAINING=training,
+            **_sizes(extra),
+            **TILE,
+        )
+    return of_maps, of_extra
+
+
+@visible('(Tensor total, Tensor own, Tensor of_z, int number, bool training, Tensor[] weights) -> Tensor[]')
+def _norm_gradients(
+    total: Tensor, own: Tensor, of_z: Tensor, number: int, training: bool, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of the norms' weights, that of z first, and of their biases."""
+    out = [torch.empty_like(t) for t in (*weights, *weights)]
+    of_weights, of_biases = out[: len(weights)], out[len(weights) :]
+    if not total.is_meta:
+        from .backends import _triton_gated
+
+        c, width = len(weights[0]), len(weights[-1]) if len(weights) > 1 else 0
+        branches = [three(some[1:] or some) for some in (of_weights, of_biases)]
+        _triton_gated.norm_gradients[(-(-c // 64),)](
+            *(total, own, of_z, of_weights[0], of_biases[0], *branches[0], *branches[1], c, width, number),
+            B=len(weights) - 1,
+            TRAINING=training,
+            CB=64,
+            num_warps=4,
+        )
+    return out
