@@ -189,6 +189,7 @@ def coefficients_of(moments: Tensor, norms: BranchNorms) -> Tensor:
 
 
 def three(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Fill up with the first, which kernels for fewer branches do not read."""
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 

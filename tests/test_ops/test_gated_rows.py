@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from op_helpers import run_program
 from torch import nn
 
 from slak_mm.models.layers import Branches
@@ -80,12 +82,10 @@ def evaluate(function, block, maps, grad):
 
 
 def assert_close(got, want, tolerance):
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+    for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
         scale = max(float(b.detach().double().abs().max()), 1e-1)
-        torch.testing.assert_close(
-            a.detach().double(), b.detach().double(), rtol=0, atol=tolerance * scale, msg=lambda m: f'{i} {m}'
-        )
+        torch.testing.assert_close(a.detach().double(), b.detach().double(), rtol=0, atol=tolerance * scale)
 
 
 def draw(shape, c, branches, dtype, layout):
@@ -119,3 +119,140 @@ def test_results_and_gradients(fused, shape, c, kind, branches, dtype, layout):
     assert got[0].dtype is dtype and got[1].is_contiguous(memory_format=layout)
     assert_close(got, want, TOLERANCE[dtype])
     assert all(torch.equal(a, b) for a, b in zip(got, evaluate(again, again, maps, grad))), 'the same bits'
+
+
+@interpreted
+@pytest.mark.parametrize('layout', LAYOUTS, ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_order_of_channels(fused, layout, dtype):
+    x = randn(2, 70, 5, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    rep, ghost = order[:66], order[66:]
+    permuted, first = gated_rows.permute_channels(x, rep, ghost)
+    assert permuted.is_contiguous(memory_format=layout) and permuted.data_ptr() == first.data_ptr()
+    assert torch.equal(permuted, x[:, order]) and torch.equal(first, x[:, rep])
+    grads = randn(2, 70, 5, 7, seed=1).to(dtype), randn(2, 66, 5, 7, seed=2).to(dtype)
+    (got,) = torch.autograd.grad((permuted, first), x, grads)
+    exact = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad((exact[:, order], exact[:, rep]), exact, [g.double() for g in grads])
+    assert_close([got], [want], 1e-6 if dtype is torch.float32 else 1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize('layout', LAYOUTS, ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('width', [0, 5])
+def test_deployed(fused, width, layout):
+    (extra, *maps), _ = draw((2, 9, 3, 5), width, int(width > 0), torch.float32, layout)
+    se, affine = Block('evaluation', 0, 0, 9).se, randn(2, 9).float()
+    affine[:, :width] = torch.tensor([[1.0], [0.0]])
+    gates = gated_rows.Gates(se.down.weight.flatten(1), se.down.bias, se.up.weight.flatten(1), se.up.bias)
+    with torch.no_grad():
+        rows = gated_rows.deployed_rows(maps[0] if maps else None, extra, affine if width else None, gates)
+        z = torch.cat([*maps, extra[:, width:]], 1)
+        z = z * affine[0].view(-1, 1, 1) + affine[1].view(-1, 1, 1) if width else z
+        assert_close([rows[..., :9]], [se(z.contiguous()).permute(0, 2, 3, 1)], 1e-5)
+    assert rows.shape == (2, 3, 5, 16) and not rows[..., 9:].any()
+
+
+@interpreted
+def test_gradients_can_be_differentiated_again(fused):
+    block = Block('training', 2, 3, 5)
+    maps, _ = draw((2, 5, 2, 3), 3, 2, torch.float32, torch.contiguous_format)
+    exact = copy.deepcopy(block).double()
+
+    def penalty(function, block, maps):
+        maps = [y.detach().requires_grad_() for y in maps]
+        leaves = [*maps, *block.parameters()]
+        grads = torch.autograd.grad(function(*maps).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().mean() for grad in grads), leaves)
+
+    assert_close(penalty(block, block, maps), penalty(exact.plain, exact, [y.double() for y in maps]), 1e-3)
+
+
+def _process(rank, file, results):
+    dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+    _fused.forced_backend = lambda: 'triton'
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(Block('training', 2, 3, 5))
+    maps, grad = draw((3, 5, 2, 5), 3, 2, torch.float32, torch.contiguous_format)
+    own = slice(0, 1) if rank == 0 else slice(1, 3)
+    messages, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: messages.append(1) or reduce(*args, **kwargs)
+    found = evaluate(block, block, [y[own] for y in maps], grad[own])
+    assert len(messages) == 3, 'the branches, the norm of the sum, and both in the backward pass'
+    torch.save([t.detach() for t in found], f'{results}{rank}')
+    dist.destroy_process_group()
+
+
+@interpreted
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='this PyTorch has no gloo')
+def test_sync_bn(fused, tmp_path):
+    torch.multiprocessing.spawn(_process, (tmp_path / 'store', tmp_path / 'result'), nprocs=2)
+    maps, grad = draw((3, 5, 2, 5), 3, 2, torch.float32, torch.contiguous_format)
+    block = Block('training', 2, 3, 5).double()
+    want = evaluate(block.plain, block, [y.double() for y in maps], grad)
+    first, second = (torch.load(tmp_path / f'result{rank}') for rank in range(2))
+    behind = 4 + len(list(block.parameters()))
+    whole = [torch.cat(pair) for pair in zip(first[:4], second[:4])]
+    sums = [a + b for a, b in zip(first[4:behind], second[4:])]
+    assert_close(whole + sums + first[behind:], want, 1e-4)
+    assert all(map(torch.equal, first[behind:], second[behind:]))
+
+
+COMPILED = """
+import os, re, subprocess, sys, tempfile
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from slak_mm.ops.backends import _triton_gated as kernels
+
+capability = int(sys.argv[1])
+DUMP = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
+HALF = 'x first y0 y1 y2 extra rows grad of_maps of_extra'.split()
+WHOLE = 'C CN HW N K tiles parts steps eighths number'.split()
+
+def compile(name, wide=True, half=HALF, warps=8, **constants):
+    function = getattr(kernels, name)
+    names = function.arg_names
+    kind = lambda n: ('constexpr' if n in constants else '*bf16' if n in half else 'i32' if n in WHOLE else
+                      'fp32' if n == 'share' else '*i64' if n in ('rep', 'ghost', 'counter') else '*fp32')
+    types = {n: kind(n) for n in names}
+    # Pointers are aligned, and the maps have a multiple of 16 pixels.
+    aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if types[n].startswith('*') or n == 'HW'}
+    source = ASTSource(fn=function, signature=types, attrs=aligned,
+                       constexprs={(names.index(k),): v for k, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
+    if wide:
+        assert 'ld.global.v4.b32' in re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx']), f'{name}: narrow loads'
+    assert compiled.metadata.shared <= 48 << 10, name
+    if os.path.exists(DUMP):
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+            file.write(compiled.asm['cubin'])
+            file.flush()
+            usage = subprocess.run([DUMP, '-res-usage', file.name], capture_output=True, text=True).stdout
+        assert 'STACK:0' in usage and 'LOCAL:0' in usage, f'{name}: registers are spilled: {usage}'
+
+block, form = dict(T=64, CB=64, LAST=False), dict(B=3, NORMED=True)
+for back in (False, True):
+    compile('permute_channels', half=[*HALF, 'out'], BACKWARD=back, **block)
+compile('sum_moments', warps=4, **form, ADDED=True, COUNTED=True, LAST=False, T=1024, CB=1)
+compile('gated_rows', **form, ADDED=True, **block)
+compile('gated_rows', B=1, NORMED=False, ADDED=False, **block)
+compile('gated_sums', **form, **block)
+compile('gated_gradients', **form, TRAINING=True, **block)
+compile('image_means', False, warps=4, S=16, CB=64)
+compile('gate_gradients', False, warps=4, S=16, CB=64)
+compile('batch_sums', False, warps=4, NB=16, CB=16)
+compile('norm_gradients', False, warps=4, B=3, TRAINING=True, CB=64)
+print('compiled')
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(IS_INTERPRETED, reason='the interpreter compiles nothing')
+@pytest.mark.parametrize('capability', [80, 90])
+def test_passes_compile_to_wide_loads_without_spills(tmp_path, capability):
+    done = run_program(tmp_path, COMPILED, str(capability), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
+        pytest.skip('this Triton has another compiler interface')
+    assert done.returncode == 0, done.stderr[-3000:]
