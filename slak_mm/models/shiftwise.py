@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,11 @@ from slak_mm.checkpoints import (
     differs,
     register_family,
 )
-from slak_mm.ops import cross_dwconv2d
+from slak_mm.ops import cross_dwconv2d, gated_rows, grn_mlp
+from slak_mm.ops._context import is_recorded
+from slak_mm.ops._fused import attempt, why_not
 from slak_mm.ops.assembly import centered_kernels
+from slak_mm.ops.branch_norm import BranchNorms
 from slak_mm.ops.shift_tables import (
     assemble_kernels,
     ghost_channels,
@@ -49,6 +53,7 @@ from slak_mm.sparsity import PRESETS, SELECTIONS, path_groups
 from .base import KernelCost, LargeKernelBackbone, LargeKernelLayer, num_masked
 from .layers import (
     GRN,
+    Branches,
     LayerNorm2d,
     RecomputableBlock,
     batch_norm_affine,
@@ -161,6 +166,32 @@ class ShiftWiseConv(LargeKernelLayer):
         y = sum_maps([y if norm is None else norm(y) for y, norm in zip(ys, norms)])
         return torch.cat([y + x, ghosts], dim=1)
 
+    def parts(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """What is added up and put behind each other, for the passes of :mod:`slak_mm.ops.gated_rows`.
+
+        Returns:
+            The convolved maps of the first channels, in training form before their norms; and the input in the order
+            of the result, in deployed form with what was folded into the ghosts.
+        """
+        if self.deploy:
+            extra, x = gated_rows.ordered_channels(x, self.rep, self.ghost, self.ghost_scale, self.ghost_bias)
+            return [cross_dwconv2d(x, self.tall, self.wide, bias=self.bias, reduce=True)], extra
+        extra, x = gated_rows.permute_channels(x, self.rep, self.ghost)
+        kernels = self.kernels(centered_kernels)
+        return [cross_dwconv2d(x, *kernels, reduce=True)] if self.bn_tall is None else cross_dwconv2d(
+            x, *kernels
+        ), extra
+
+    def norms(self) -> list[nn.Module]:
+        """Those of the tall, wide and small kernel, if there are any."""
+        return [bn for bn in (self.bn_tall, self.bn_wide, self.bn_small) if bn is not None]
+
+    def is_read(self) -> bool:
+        """Whether :meth:`parts` may take the place of :meth:`forward`."""
+        return is_plain(self, ShiftWiseConv) and (
+            self.deploy or all(is_plain(path, nn.Conv2d) and self._is_filter(path) for path in self.filters)
+        )
+
     def _is_filter(self, path: nn.Module) -> bool:
         return isinstance(path, nn.Conv2d) and path.bias is None and is_depthwise(path, (self.small_kernel - 1,) * 2)
 
@@ -252,6 +283,19 @@ class SqueezeExcite(nn.Module):
         self.down = nn.Conv2d(channels, channels // 4, kernel_size=1)
         self.up = nn.Conv2d(channels // 4, channels, kernel_size=1)
 
+    def tensors(self) -> gated_rows.Gates | None:
+        """Its tensors, or None where its layers must be called."""
+        down, up = self.down, self.up
+        plain = all(
+            is_plain(conv, nn.Conv2d)
+            and conv.kernel_size == conv.stride == (1, 1)
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and conv.bias is not None
+            for conv in (down, up)
+        )
+        return gated_rows.Gates(down.weight.flatten(1), down.bias, up.weight.flatten(1), up.bias) if plain else None  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         return x * self.gate(x)
@@ -278,6 +322,14 @@ class FeedForward(nn.Module):
         self.grn = GRN(4 * channels, bias=not deploy)
         self.fc2 = nn.Linear(4 * channels, channels, bias=deploy)
         self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
+
+    def tensors(self) -> tuple[Tensor | None, ...] | None:
+        """Weights and biases of the first layer, GRN and the second layer, or None where they must be called."""
+        act: Any = self.act
+        layers = ((self.fc1, nn.Linear), (act, nn.GELU), (self.grn, GRN), (self.fc2, nn.Linear))
+        if not all(is_plain(layer, kind) for layer, kind in layers) or act.approximate != 'none':
+            return None
+        return self.fc1.weight, self.fc1.bias, *self.grn.tensors(), self.fc2.weight, self.fc2.bias
 
     def forward(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Map (N, C, H, W), times ``gate`` (N, C, 1, 1), to the same shape; add ``residual`` in deployed form."""
@@ -342,6 +394,9 @@ class ShiftWiseBlock(RecomputableBlock):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _forward(self, x: Tensor) -> Tensor:
+        fused = self._by_fused_passes(x)
+        if fused is not None:
+            return fused
         y = self.large_kernel(x)
         y = y if self.norm is None else self.norm(y)
         if (
@@ -354,6 +409,43 @@ class ShiftWiseBlock(RecomputableBlock):
         y = self.ffn(self.se(y))
         y = y if self.gamma is None else self.gamma.view(-1, 1, 1) * y
         return x + self.drop_path(y)
+
+    def _by_fused_passes(self, x: Tensor) -> Tensor | None:
+        """:meth:`_forward` by ``slak_mm.ops.gated_rows`` and ``grn_mlp``, or None where they cannot run."""
+        # The least expensive question first: it rules out CPUs.
+        if why_not(x, self.gamma):
+            return None
+        layer, ffn, drops = self.large_kernel, self.ffn, not passes(self.drop_path)
+        gates = self.se.tensors() if is_plain(self.se, SqueezeExcite) else None
+        weights = ffn.tensors() if is_plain(ffn, FeedForward) else None
+        if gates is None or weights is None or (drops and not is_plain(self.drop_path, DropPath)):
+            return None
+        is_read = isinstance(layer, ShiftWiseConv) and layer.is_read()
+        norms = layer.norms() if is_read and not self.deploy else []
+        of_branches, of_sum, of_last = (
+            Branches((), bns).tensors_of_norms() for bns in (norms, [self.norm], [ffn.norm])
+        )
+        if isinstance(of_branches, str) or why_not(x, *gates, *(t for t in weights if t is not None)):
+            return None
+        rows: Callable[..., Tensor]
+        if self.deploy and not drops and not is_recorded(x, *self.parameters()):
+            of_last = None
+            rows = gated_rows.deployed_rows
+        elif (
+            isinstance(of_sum, BranchNorms)
+            and isinstance(of_last, BranchNorms)
+            and not (gated_rows.why_not_norms(of_branches, of_sum, x) or of_last.why_not(x))
+        ):
+            rows = partial(gated_rows.gated_rows, norms=of_branches, norm=of_sum)
+        else:
+            return None
+        keep = 1.0 - self.drop_path.drop_prob if drops else 1.0  # type: ignore[operator]
+
+        def run() -> Tensor:
+            maps, extra = layer.parts(x) if is_read else ([], layer(x))
+            return grn_mlp.grn_mlp(rows(maps, extra, gates=gates), *weights, of_last, self.gamma, keep, x)
+
+        return attempt(run, x)
 
     def switch_to_deploy(self) -> None:
         """Fold the norms, the layer scale and the branches of the large kernel, as far as possible."""

@@ -34,11 +34,21 @@ class Gates(NamedTuple):
     bias2: Tensor
 
 
+def _dtype(x: Tensor) -> torch.dtype:
+    """That of autocast, or of a map."""
+    kind = x.device.type
+    return autocast_dtype(kind) if is_autocast_enabled(kind) else x.dtype
+
+
+def _without_autocast(x: Tensor) -> Any:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # which meta does not have
+
+
 # ------------------------------------------------------------------------------ order of channels
 
 
 def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring channels into the order (rep, ghost), by one pass, forward and backward.
+    """Bring channels into the order (rep, ghost) and the dtype of autocast, by one pass, forward and backward.
 
     Args:
         x: (N, C, H, W).
@@ -48,21 +58,29 @@ def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Ten
     Returns:
         The map, and a view of its first ``len(rep)`` channels.
     """
-    if why_not(x):
-        order = torch.cat([rep, ghost])
-        permuted = x.index_select(1, order)
-        return permuted, permuted[:, : len(rep)]
-    return _PermuteChannels.apply(x, rep, ghost)
+    return _PermuteChannels.apply(x, rep, ghost, _dtype(x))
+
+
+def ordered_channels(
+    x: Tensor, rep: Tensor, ghost: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`permute_channels` without autograd, with a scale and a bias of the ghosts where they are given."""
+    x = in_memory(x).contiguous(memory_format=memory_format(x))
+    permuted = _permute_channels(x, None, rep, ghost, _dtype(x), scale, bias)
+    return permuted, permuted[:, : len(rep)]
 
 
 class _PermuteChannels(torch.autograd.Function):
     """Takes the arguments of :func:`permute_channels`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, rep: Tensor, ghost: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rep, ghost)
+        ctx.dtype = x.dtype
         x = in_memory(x).contiguous(memory_format=memory_format(x))
-        permuted = _permute_channels(x, None, rep, ghost)
+        permuted = _permute_channels(x, None, rep, ghost, dtype)
         return permuted, permuted.detach()[:, : len(rep)]
 
     @staticmethod
@@ -72,61 +90,52 @@ class _PermuteChannels(torch.autograd.Function):
         def fused() -> list[Tensor]:
             layout = memory_format(grad)
             given = (in_memory(g).contiguous(memory_format=layout) for g in (grad, of_first))
-            return [_permute_channels(*given, rep, ghost)]
+            return [_permute_channels(*given, rep, ghost, ctx.dtype)]
 
         def plain(x: Tensor) -> tuple[Tensor, Tensor]:
-            permuted = x.index_select(1, torch.cat([rep, ghost]))
+            permuted = x.index_select(1, torch.cat([rep, ghost])).to(grad.dtype)
             return permuted, permuted[:, : len(rep)]
 
-        like = grad.new_zeros(grad.shape, requires_grad=True) if torch.is_grad_enabled() else grad
-        return *gradients(fused, plain, [like], grad, of_first), None, None
+        # Of the input only shape and dtype matter.
+        like = torch.zeros_like(grad, dtype=ctx.dtype).requires_grad_() if torch.is_grad_enabled() else grad
+        return *gradients(fused, plain, [like], grad, of_first), None, None, None
 
 
 # ----------------------------------------------------------------------------------- gated rows
 
 
-def why_not_fused(
-    maps: Sequence[Tensor], norms: BranchNorms | None, extra: Tensor, norm: BranchNorms, gates: Gates
-) -> str | None:
-    """Say why :func:`gated_rows` cannot run, or None if it can."""
-    n, c, h, w = extra.shape
-    if len(maps) > 3 or any(
-        y.shape[::2] != extra.shape[::2] or y.shape[3] != w or y.shape != maps[0].shape or y.dtype != extra.dtype
-        for y in maps
-    ):
-        return 'there are more than three branches, or branches of different kinds'
+def why_not_norms(norms: BranchNorms | None, norm: BranchNorms, extra: Tensor) -> str | None:
+    """Say why :func:`gated_rows` leaves these norms, of the branches and of the sum, to PyTorch, or None."""
     if norms is not None and (norms.training, norms.group) != (norm.training, norm.group):
         return 'the norms are of several kinds'
     of_norms = [t for some in (norms, norm) if some is not None for ts in some[:4] for t in ts]
-    return norm.why_not(extra) or why_not(extra, *maps, *gates, *of_norms)
+    return norm.why_not(extra) or why_not(extra, *of_norms)
 
 
 def gated_rows(
-    maps: Sequence[Tensor], norms: BranchNorms | None, extra: Tensor, norm: BranchNorms, gates: Gates
+    maps: Sequence[Tensor], extra: Tensor, norms: BranchNorms | None, norm: BranchNorms, gates: Gates
 ) -> Tensor:
     """Compute ``gate * norm(extra + sum of norms[i](maps[i]))`` for each pixel, by fused passes.
 
     Args:
         maps: Up to three maps (N, c, H, W), which are added to the first c channels.
-        norms: Their batch norms, or None. In training their running statistics are updated.
         extra: (N, C, H, W).
+        norms: Batch norms of the maps, or None. In training their running statistics are updated.
         norm: One batch norm over C channels, likewise.
         gates: Squeeze-excite over the means of each image.
 
     Returns:
         Rows (N, H, W, C rounded up to a multiple of 8), filled up with zeros; in the dtype of autocast, or of the maps.
     """
-    kind = extra.device.type
-    dtype = autocast_dtype(kind) if is_autocast_enabled(kind) else extra.dtype
     of_norms = () if norms is None else (*norms.weights, *norms.biases)
     tensors = (extra, *gates, norm.weights[0], norm.biases[0], *maps, *of_norms)
-    return _GatedRows.apply(norms, norm, dtype, len(maps), *tensors)
+    return _GatedRows.apply(norms, norm, _dtype(extra), len(maps), *tensors)
 
 
 def reference(
     maps: Sequence[Tensor],
-    norms: BranchNorms | None,
     extra: Tensor,
+    norms: BranchNorms | None,
     norm: BranchNorms,
     gates: Gates,
     dtype: torch.dtype | None = None,
@@ -161,7 +170,7 @@ class _GatedRows(torch.autograd.Function):
         moments = _sum_moments(extra, maps, coefficients, norm.counters if norm.training else [], True)
         of_z = coefficients_of(moments.unsqueeze(1), norm)
         means = _image_means(moments, of_z[2:4], len(extra), gates.weight1.dtype)
-        with torch.autocast(extra.device.type, enabled=False) if not extra.is_meta else nullcontext():
+        with _without_autocast(extra):
             logits, hidden = _logits(means, gates)
         ctx.save_for_backward(coefficients, of_z, means, logits, hidden, *tensors)
         ctx.norms, ctx.norm, ctx.dtype, ctx.count = norms, norm, dtype, count
@@ -202,7 +211,7 @@ class _GatedRows(torch.autograd.Function):
             of_maps = norms
             if norms is not None:
                 of_maps = norms._replace(weights=given[7 + count : 7 + 2 * count], biases=given[7 + 2 * count :])
-            return reference(given[7 : 7 + count], of_maps, given[0], own, Gates(*given[1:5]), ctx.dtype)
+            return reference(given[7 : 7 + count], given[0], of_maps, own, Gates(*given[1:5]), ctx.dtype)
 
         return None, None, None, None, *gradients(fused, plain, inputs, grad)
 
@@ -213,29 +222,24 @@ def _lying(extra: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
     return extra, maps
 
 
-def deployed_rows(y: Tensor | None, extra: Tensor, affine: Tensor | None, gates: Gates) -> Tensor:
-    """Compute ``gate * cat(y, affine[0] * rest + affine[1])`` without autograd, the rest being the last channels.
+def deployed_rows(maps: Sequence[Tensor], extra: Tensor, gates: Gates) -> Tensor:
+    """Compute ``gate * cat(maps[0], the other channels of extra)`` for each pixel, without autograd.
 
     Args:
-        y: (N, c, H, W), or None for none.
+        maps: (N, c, H, W), or none.
         extra: (N, C, H, W).
-        affine: (2, C), or None. Its first c columns are ones and zeros.
         gates: Squeeze-excite over the means of each image.
 
     Returns:
         Rows as of :func:`gated_rows`.
     """
-    kind = extra.device.type
-    dtype = autocast_dtype(kind) if is_autocast_enabled(kind) else extra.dtype
-    extra, maps = _lying(extra, [] if y is None else [y])
-    if affine is None:
-        affine = extra.new_ones(2, extra.shape[1], dtype=torch.float32)
-        affine[1] = 0
+    dtype = _dtype(extra)
+    extra, maps = _lying(extra, maps)
     moments = _sum_moments(extra, maps, None, [], False)
-    means = _image_means(moments, affine, len(extra), gates.weight1.dtype)
-    with torch.autocast(kind, enabled=False) if not extra.is_meta else nullcontext():
+    means = _image_means(moments, None, len(extra), gates.weight1.dtype)
+    with _without_autocast(extra):
         logits, _ = _logits(means, gates)
-    return _gated_rows(extra, maps, None, affine, logits, False, dtype)
+    return _gated_rows(extra, maps, None, None, logits, False, dtype)
 
 
 # ---------------------------------------------------------------------------- kernels' launches
@@ -255,18 +259,28 @@ def _parts(x: Tensor, pixels: int, channels: int, most: int) -> tuple[int, int, 
     return blocks, -(-tiles // steps), steps
 
 
-@visible('(Tensor x, Tensor? first, Tensor rep, Tensor ghost) -> Tensor')
-def _permute_channels(x: Tensor, first: Tensor | None, rep: Tensor, ghost: Tensor) -> Tensor:
+@visible('(Tensor x, Tensor? first, Tensor rep, Tensor ghost, ScalarType dtype, Tensor? scale, Tensor? bias) -> Tensor')
+def _permute_channels(
+    x: Tensor,
+    first: Tensor | None,
+    rep: Tensor,
+    ghost: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Channels in the order (rep, ghost), or with ``first`` back again."""
     n, c, h, w = x.shape
-    out = torch.empty_like(x, memory_format=memory_format(x))
+    out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
     if not x.is_meta:
         from .backends import _triton_gated
 
         tiles = -(-h * w // TILE['T'])
         _triton_gated.permute_channels[(n * tiles, -(-c // TILE['CB']))](
-            *(x, x if first is None else first, rep, ghost, out, c, len(rep), h * w, tiles),
+            *(x, x if first is None else first, rep, ghost, x if scale is None else scale, x if bias is None else bias),
+            *(out, c, len(rep), h * w, tiles),
             BACKWARD=first is not None,
+            SCALED=scale is not None,
             **_sizes(x),
             **TILE,
         )
@@ -304,28 +318,29 @@ def _width(maps: Sequence[Tensor]) -> int:
     return maps[0].shape[1] if maps else 0
 
 
-@visible('(Tensor moments, Tensor affine, int images, ScalarType dtype) -> Tensor')
-def _image_means(moments: Tensor, affine: Tensor, images: int, dtype: torch.dtype) -> Tensor:
+@visible('(Tensor moments, Tensor? affine, int images, ScalarType dtype) -> Tensor')
+def _image_means(moments: Tensor, affine: Tensor | None, images: int, dtype: torch.dtype) -> Tensor:
     c = moments.shape[2]
     out = moments.new_empty(images, c, dtype=dtype)
     if not moments.is_meta:
         from .backends import _triton_gated
 
         parts = len(moments) // images
-        sizes = dict(S=_MOST_PARTS, CB=64)
+        sizes = dict(AFFINE=affine is not None, S=_MOST_PARTS, CB=64)
+        affine = moments if affine is None else affine
         _triton_gated.image_means[(images, -(-c // 64))](moments, affine, out, c, parts, **sizes, num_warps=4)
     return out
 
 
 @visible(
-    '(Tensor extra, Tensor[] maps, Tensor? coefficients, Tensor affine, Tensor logits, bool added, ScalarType dtype) '
+    '(Tensor extra, Tensor[] maps, Tensor? coefficients, Tensor? affine, Tensor logits, bool added, ScalarType dtype) '
     '-> Tensor'
 )
 def _gated_rows(
     extra: Tensor,
     maps: Sequence[Tensor],
     coefficients: Tensor | None,
-    affine: Tensor,
+    affine: Tensor | None,
     logits: Tensor,
     added: bool,
     dtype: torch.dtype,
@@ -337,11 +352,12 @@ def _gated_rows(
 
         tiles = -(-h * w // TILE['T'])
         _triton_gated.gated_rows[(n * tiles, -(-rows.shape[-1] // TILE['CB']))](
-            *(*three(maps or [extra]), extra, affine if coefficients is None else coefficients),
-            *(affine, logits, rows, c, _width(maps), h * w, tiles, rows.shape[-1] // 8),
+            *(*three(maps or [extra]), extra, logits if coefficients is None else coefficients),
+            *(logits if affine is None else affine, logits, rows, c, _width(maps), h * w, tiles, rows.shape[-1] // 8),
             B=len(maps),
             NORMED=coefficients is not None,
             ADDED=added,
+            AFFINE=affine is not None,
             **_sizes(extra),
             **TILE,
         )

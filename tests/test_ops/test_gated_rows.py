@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.registry import MODELS
 from op_helpers import run_program
 from torch import nn
 
 from slak_mm.models.layers import Branches
 from slak_mm.models.shiftwise import SqueezeExcite
-from slak_mm.ops import _fused, gated_rows
+from slak_mm.ops import _fused, gated_rows, grn_mlp
 from slak_mm.ops.backends import triton as backend
 
 IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -67,10 +68,8 @@ class Block(nn.Module):
     def forward(self, extra, *maps):
         norms = Branches(maps, list(self.norms)).tensors_of_norms()
         norm = Branches([extra], [self.norm]).tensors_of_norms()
-        down, up = self.se.down, self.se.up
-        gates = gated_rows.Gates(down.weight.flatten(1), down.bias, up.weight.flatten(1), up.bias)
-        assert not gated_rows.why_not_fused(maps, norms, extra, norm, gates)
-        rows = gated_rows.gated_rows(maps, norms, extra, norm, gates)
+        assert not gated_rows.why_not_norms(norms, norm, extra)
+        rows = gated_rows.gated_rows(maps, extra, norms=norms, norm=norm, gates=self.se.tensors())
         assert not rows[..., extra.shape[1] :].any()
         return rows[..., : extra.shape[1]]
 
@@ -142,15 +141,16 @@ def test_order_of_channels(fused, layout, dtype):
 @pytest.mark.parametrize('layout', LAYOUTS, ids=['nchw', 'channels_last'])
 @pytest.mark.parametrize('width', [0, 5])
 def test_deployed(fused, width, layout):
-    (extra, *maps), _ = draw((2, 9, 3, 5), width, int(width > 0), torch.float32, layout)
-    se, affine = Block('evaluation', 0, 0, 9).se, randn(2, 9).float()
-    affine[:, :width] = torch.tensor([[1.0], [0.0]])
-    gates = gated_rows.Gates(se.down.weight.flatten(1), se.down.bias, se.up.weight.flatten(1), se.up.bias)
+    (x, *maps), _ = draw((2, 9, 3, 5), width, int(width > 0), torch.float32, layout)
+    order, (scale, bias) = torch.tensor([2, 8, 3, 5, 6, 0, 1, 4, 7]), randn(2, 9 - width).float()
+    extra, first = gated_rows.ordered_channels(x, order[:width], order[width:], scale, bias)
+    ghosts = x[:, order[width:]] * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    assert_close([extra], [torch.cat([x[:, order[:width]], ghosts], 1)], 1e-6)
+    assert torch.equal(first, x[:, order[:width]])
+    se = Block('evaluation', 0, 0, 9).se
     with torch.no_grad():
-        rows = gated_rows.deployed_rows(maps[0] if maps else None, extra, affine if width else None, gates)
-        z = torch.cat([*maps, extra[:, width:]], 1)
-        z = z * affine[0].view(-1, 1, 1) + affine[1].view(-1, 1, 1) if width else z
-        assert_close([rows[..., :9]], [se(z.contiguous()).permute(0, 2, 3, 1)], 1e-5)
+        rows = gated_rows.deployed_rows(maps, extra, se.tensors())
+        assert_close([rows[..., :9]], [se(torch.cat([*maps, ghosts], 1)).permute(0, 2, 3, 1)], 1e-5)
     assert rows.shape == (2, 3, 5, 16) and not rows[..., 9:].any()
 
 
@@ -198,6 +198,66 @@ def test_sync_bn(fused, tmp_path):
     assert all(map(torch.equal, first[behind:], second[behind:]))
 
 
+NETWORKS = dict(
+    ShiftWise=dict(version=2, kernel_sizes=(7, 5), small_kernel=3, ghost_ratio=0.25),
+    bare=dict(type='ShiftWise', version=2, kernel_sizes=(7, 5), small_kernel=3, branch_norm=False),
+    UniRepLKNet=dict(kernel_sizes=((3,), (13,))),
+)
+
+
+@interpreted
+@pytest.mark.parametrize('form', ['training', 'evaluation', 'deployed'])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_backbones_agree_with_plain_pytorch(fused, monkeypatch, name, form):
+    """In training with gradient checkpointing, which updates running statistics once."""
+    ran, run = [], grn_mlp.grn_mlp
+    monkeypatch.setattr(grn_mlp, 'grn_mlp', lambda *args: ran.append(1) or run(*args))
+    kind = dict(type=name, arch=dict(depths=(1, 1), dims=(8, 12)), out_indices=(0, 1), norm_cfg=dict(type='BN'))
+    model = MODELS.build(kind | NETWORKS[name] | dict(with_cp=form == 'training')).train(form == 'training')
+    for i, p in enumerate(model.parameters()):
+        p.data = randn(*p.shape, seed=i).float() / 3
+    exact = copy.deepcopy(model).double()
+    if form == 'deployed':
+        model.switch_to_deploy()
+    x = randn(2, 3, 16, 24).float()
+    with torch.set_grad_enabled(form == 'training'):
+        got, want = model(x), exact(x.double())
+    assert len(ran) == 2
+    assert_close(got, want, 1e-4)
+    if form == 'training':
+        for outs in (got, want):
+            sum(y.square().mean() for y in outs).backward()
+        assert len(ran) == 4
+        assert_close([p.grad for p in model.parameters()], [p.grad for p in exact.parameters()], 1e-3)
+        assert_close(model.buffers(), exact.buffers(), 1e-4)
+
+
+CHANGES = dict(
+    hook=lambda block: block.se.down.register_forward_hook(lambda module, args, result: None),
+    adapter=lambda block: setattr(block.ffn, 'fc1', Adapter(8, 32)),
+    frozen=lambda block: block.norm.eval(),
+    filter=lambda block: setattr(block.large_kernel.filters[0], 'padding_mode', 'circular'),
+    double=lambda block: block.double(),
+)
+
+
+class Adapter(nn.Linear):
+    """Stands for a layer that was put in another's place."""
+
+
+@interpreted
+@pytest.mark.parametrize('change', CHANGES)
+def test_what_is_not_plain_is_called(fused, monkeypatch, change):
+    kind = dict(type='ShiftWise', arch=dict(depths=(1,), dims=(8,)), out_indices=(0,), norm_cfg=dict(type='BN'))
+    model = MODELS.build(kind | dict(version=2, kernel_sizes=(7,), small_kernel=3)).train()
+    block = model.stages[0][0]
+    CHANGES[change](block)
+    calls, forward = [], type(block.se).forward
+    monkeypatch.setattr(type(block.se), 'forward', lambda *args: calls.append(1) or forward(*args))
+    block(randn(2, 8, 6, 5).to(next(block.parameters()).dtype))
+    assert calls == [1] or change == 'filter'
+
+
 COMPILED = """
 import os, re, subprocess, sys, tempfile
 import triton
@@ -234,13 +294,13 @@ def compile(name, wide=True, half=HALF, warps=8, **constants):
 
 block, form = dict(T=64, CB=64, LAST=False), dict(B=3, NORMED=True)
 for back in (False, True):
-    compile('permute_channels', half=[*HALF, 'out'], BACKWARD=back, **block)
+    compile('permute_channels', half=[*HALF, 'out'], BACKWARD=back, SCALED=not back, **block)
 compile('sum_moments', warps=4, **form, ADDED=True, COUNTED=True, LAST=False, T=1024, CB=1)
-compile('gated_rows', **form, ADDED=True, **block)
-compile('gated_rows', B=1, NORMED=False, ADDED=False, **block)
+compile('gated_rows', **form, ADDED=True, AFFINE=True, **block)
+compile('gated_rows', B=1, NORMED=False, ADDED=False, AFFINE=False, **block)
 compile('gated_sums', **form, **block)
 compile('gated_gradients', **form, TRAINING=True, **block)
-compile('image_means', False, warps=4, S=16, CB=64)
+compile('image_means', False, warps=4, AFFINE=True, S=16, CB=64)
 compile('gate_gradients', False, warps=4, S=16, CB=64)
 compile('batch_sums', False, warps=4, NB=16, CB=16)
 compile('norm_gradients', False, warps=4, B=3, TRAINING=True, CB=64)

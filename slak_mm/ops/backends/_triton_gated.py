@@ -28,17 +28,23 @@ def permute_channels(
     first,
     rep,
     ghost,
+    scale,
+    bias,
     out,
     C,
     CN,
     HW,
     tiles,
     BACKWARD: tl.constexpr,
+    SCALED: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Channels in the order (rep, ghost); ``BACKWARD`` puts them back, with ``first`` (N, CN, H, W) added to ``x``."""
+    """Channels in the order (rep, ghost); ``BACKWARD`` puts them back, with ``first`` (N, CN, H, W) added to ``x``.
+
+    ``SCALED`` multiplies the ghosts with a scale and adds a bias.
+    """
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
@@ -50,7 +56,12 @@ def permute_channels(
         v += tl.load(first + _at(n, p, c, CN, HW, LAST), mask=ok & (c < CN)[None, :], other=0.0).to(tl.float32)
         tl.store(out + origin, v.to(out.dtype.element_ty), mask=ok)
     else:
-        tl.store(out + at, tl.load(x + origin, mask=ok, other=0.0), mask=ok)
+        v = tl.load(x + origin, mask=ok, other=0.0)
+        if SCALED:
+            behind = ((c >= CN) & (c < C))[None, :]
+            v = v.to(tl.float32) * tl.load(scale + (c - CN)[None, :], mask=behind, other=1.0).to(tl.float32)
+            v += tl.load(bias + (c - CN)[None, :], mask=behind, other=0.0).to(tl.float32)
+        tl.store(out + at, v.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -119,8 +130,8 @@ def sum_moments(
 
 
 @triton.jit(do_not_specialize=['parts'])
-def image_means(moments, affine, out, C, parts, S: tl.constexpr, CB: tl.constexpr):
-    """Mean over each image of ``z`` behind its norm, (N, C); ``affine`` (2, C), S is not below ``parts``."""
+def image_means(moments, affine, out, C, parts, AFFINE: tl.constexpr, S: tl.constexpr, CB: tl.constexpr):
+    """Mean over each image of ``affine[0] * z + affine[1]``, (N, C); S is not below ``parts``."""
     n = tl.program_id(0)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     s = tl.arange(0, S)
@@ -128,7 +139,9 @@ def image_means(moments, affine, out, C, parts, S: tl.constexpr, CB: tl.constexp
     ok = (s < parts)[:, None] & (c < C)[None, :]
     numbers = tl.load(at, mask=ok, other=0.0)
     total = tl.sum(numbers * tl.load(at + C, mask=ok, other=0.0), 0)[None, :]
-    mean = total / tl.sum(numbers, 0)[None, :] * _vector(affine, c, C) + _vector(affine + C, c, C)
+    mean = total / tl.sum(numbers, 0)[None, :]
+    if AFFINE:
+        mean = mean * _vector(affine, c, C) + _vector(affine + C, c, C)
     tl.store(out + n * C + c[None, :], mean.to(out.dtype.element_ty), mask=(c < C)[None, :])
 
 
@@ -156,6 +169,7 @@ def gated_rows(
     B: tl.constexpr,
     NORMED: tl.constexpr,
     ADDED: tl.constexpr,
+    AFFINE: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
@@ -165,7 +179,9 @@ def gated_rows(
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     v = _z(y0, y1, y2, extra, coefficients, n, p, c, p < HW, C, CN, HW, B, NORMED, ADDED, LAST)
-    v = (v * _vector(affine, c, C) + _vector(affine + C, c, C)) * _gate(logits, n, c, C)
+    if AFFINE:
+        v = v * _vector(affine, c, C) + _vector(affine + C, c, C)
+    v *= _gate(logits, n, c, C)
     to = rows + (n * HW + p).to(tl.int64)[:, None] * (eighths * 8) + c[None, :]
     tl.store(to, v.to(rows.dtype.element_ty), mask=(p < HW)[:, None] & (c < eighths * 8)[None, :])
 
