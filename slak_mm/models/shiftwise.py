@@ -178,9 +178,9 @@ class ShiftWiseConv(LargeKernelLayer):
             return [cross_dwconv2d(x, self.tall, self.wide, bias=self.bias, reduce=True)], extra
         extra, x = gated_rows.permute_channels(x, self.rep, self.ghost)
         kernels = self.kernels(centered_kernels)
-        return [cross_dwconv2d(x, *kernels, reduce=True)] if self.bn_tall is None else cross_dwconv2d(
-            x, *kernels
-        ), extra
+        if self.bn_tall is None:
+            return [cross_dwconv2d(x, *kernels, reduce=True)], extra
+        return [y for y in cross_dwconv2d(x, *kernels) if y is not None], extra
 
     def norms(self) -> list[nn.Module]:
         """Those of the tall, wide and small kernel, if there are any."""

@@ -143,7 +143,8 @@ def reference(
     """Compute :func:`gated_rows` by PyTorch's functions, but for the running statistics."""
     z = extra
     if maps:
-        branches = sum(normalized(maps, norms))
+        first, *others = normalized(maps, norms)
+        branches = sum(others, start=first)
         z = z + F.pad(branches, (0, 0, 0, 0, 0, z.shape[1] - branches.shape[1]))
     (z,) = normalized([z], norm)
     logits, _ = _logits(z.mean((2, 3)), gates)
@@ -259,7 +260,10 @@ def _parts(x: Tensor, pixels: int, channels: int, most: int) -> tuple[int, int, 
     return blocks, -(-tiles // steps), steps
 
 
-@visible('(Tensor x, Tensor? first, Tensor rep, Tensor ghost, ScalarType dtype, Tensor? scale, Tensor? bias) -> Tensor')
+@visible(
+    '(Tensor x, Tensor? first, Tensor rep, Tensor ghost, ScalarType dtype, Tensor? scale=None, Tensor? bias=None) '
+    '-> Tensor'
+)
 def _permute_channels(
     x: Tensor,
     first: Tensor | None,
