@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._fused import attempt, gradients, visible, why_not
-from .backends.layout import in_memory
+from .backends.layout import in_memory, power_of_two
 from .shift_tables import assemble_kernels
 
 Kernels = tuple[Tensor, Tensor, Tensor]
+
+_LEAST_ENTRIES = 256  # of a program: fewer sizes to compile
 
 
 def centered_kernels(filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size: int) -> Kernels:
@@ -92,10 +94,10 @@ def _assemble(filters: Tensor, shifts: Tensor, picks: Tensor, kernel_size: int) 
     if not filters.is_meta:
         from .backends import _triton_passes
 
-        sizes = dict(NK=nk, S=s, G=picks.shape[1], E=1 << (length * s - 1).bit_length())
+        sizes = dict(S=s, G=picks.shape[1], E=power_of_two(length * s, _LEAST_ENTRIES))
         first = kernel_size // 2 - (s - 1)
         _triton_passes.assemble[(channels,)](
-            *(filters, shifts, picks, tall, wide, small, first, before, length), **sizes, num_warps=4
+            *(filters, shifts, picks, tall, wide, small, first, before, length, nk), **sizes, num_warps=4
         )
     return [tall, wide, small]
 
@@ -111,9 +113,9 @@ def _assemble_gradient(
     if not filters.is_meta:
         from .backends import _triton_passes
 
-        sizes = dict(NK=nk, S=s, G=picks.shape[1], E=1 << (nk * s * s - 1).bit_length())
+        sizes = dict(S=s, G=picks.shape[1], E=power_of_two(nk * s * s, _LEAST_ENTRIES))
         first = kernel_size // 2 - (s - 1)
         _triton_passes.assemble_gradient[(channels,)](
-            *(*grads, shifts, picks, out, first, before, length), **sizes, num_warps=4
+            *(*grads, shifts, picks, out, first, before, length, nk), **sizes, num_warps=4
         )
     return out

@@ -403,9 +403,10 @@ def test_passes_compile_to_wide_loads_without_spills(tmp_path, capability):
 
 
 @pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason='needs a GPU')
-def test_a_captured_training_step_replays_to_the_same_bits():
+@pytest.mark.parametrize('name', ['SLaK', 'ShiftWise'])
+def test_a_captured_training_step_replays_to_the_same_bits(name):
     """Nothing waits for the GPU, forward or backward, which a capture would refuse."""
-    kind = dict(type='SLaK', arch=dict(depths=(1, 1), dims=(9, 12)), kernel_sizes=(21, 9), small_kernel=3)
+    kind = dict(type=name, arch=dict(depths=(1, 1), dims=(9, 12)), kernel_sizes=(21, 9), small_kernel=3)
     model = MODELS.build(dict(kind, out_indices=(0, 1), norm_cfg=dict(type='BN'))).cuda()
     x = randn(2, 3, 64, 64).float().cuda()
 

@@ -527,7 +527,7 @@ def resize_weights(
 # ----------------------------------------------------------------------- kernels made of filters
 
 
-@triton.jit(do_not_specialize=['first', 'before', 'length'])
+@triton.jit(do_not_specialize=['first', 'before', 'length', 'NK'])
 def assemble(
     filters,
     shifts,
@@ -538,7 +538,7 @@ def assemble(
     first,
     before,
     length,
-    NK: tl.constexpr,
+    NK,
     S: tl.constexpr,
     G: tl.constexpr,
     E: tl.constexpr,
@@ -572,7 +572,7 @@ def assemble(
     tl.store(small + c * S * S + e, of_small.to(small.dtype.element_ty), mask=e < S * S)
 
 
-@triton.jit(do_not_specialize=['first', 'before', 'length'])
+@triton.jit(do_not_specialize=['first', 'before', 'length', 'NK'])
 def assemble_gradient(
     tall,
     wide,
@@ -583,7 +583,7 @@ def assemble_gradient(
     first,
     before,
     length,
-    NK: tl.constexpr,
+    NK,
     S: tl.constexpr,
     G: tl.constexpr,
     E: tl.constexpr,
