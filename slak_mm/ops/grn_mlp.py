@@ -155,7 +155,7 @@ class _GRNMLP(torch.autograd.Function):
             known = coefficients
             if norm is None:  # the gradients are those behind a norm that changes nothing
                 known = g.new_zeros(5, g.shape[1], dtype=torch.float32)
-                known[1:3] = 1
+                known[1:3].fill_(1)
                 norm_weight, norm_bias = known[1], known[0]
             sums = _norm_sums(g, y, known)
             totals, factors, *of_tail = _norm_totals(sums, known, norm_weight, norm_bias, scale, kept, 1 / ctx.keep)
@@ -430,7 +430,7 @@ def _parameter_gradients(
     weight1: Tensor,
     weight2: Tensor,
 ) -> list[Tensor]:
-    """Gradients of (b1, gamma, beta, W1, W2); of these two the products cut and cast, or nothing if they need not be."""
+    """Gradients of (b1, gamma, beta, W1, W2); the last two cut and cast of products, or empty if they need not be."""
     results = [torch.empty_like(t) for t in (bias1, gamma, gamma if beta is None else beta)]
     rows = []
     for product, weight in ((product1, weight1), (product2, weight2)):

@@ -229,14 +229,14 @@ def parameter_gradients(
     i = tl.program_id(0)
     if i < blocks:
         c = i * KB + tl.arange(0, KB)
-        tl.store(of_bias + c, _total(sums, programs, columns, c, D, R).to(of_bias.dtype.element_ty), mask=c < D)
+        tl.store(of_bias + c, _total(sums, programs, columns, c, columns, R).to(of_bias.dtype.element_ty), mask=c < D)
         if HAS_BETA:
-            total = _total(totals + columns, images, 2 * columns, c, D, R)
+            total = _total(totals + columns, images, 2 * columns, c, columns, R)
             tl.store(of_beta + c, total.to(of_beta.dtype.element_ty), mask=c < D)
         total = tl.zeros((R, KB), tl.float32)
         for start in range(0, images, R):
             n = start + tl.arange(0, R)
-            ok = (n < images)[:, None] & (c < D)[None, :]
+            ok = (n < images)[:, None] & (c < columns)[None, :]
             normalized = tl.load(responses + n[:, None] * columns + c[None, :], mask=ok, other=0.0)
             normalized *= tl.load(reciprocals + n, mask=n < images, other=0.0)[:, None]
             total += normalized * tl.load(totals + n[:, None] * (2 * columns) + c[None, :], mask=ok, other=0.0)
