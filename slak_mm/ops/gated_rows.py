@@ -200,7 +200,7 @@ class _GatedRows(torch.autograd.Function):
             )
             number = extra.numel() // extra.shape[1]
             weights = [norm.weights[0], *(norms.weights if norms else ())]
-            of_norms = _norm_gradients(total, own, of_z, number, norm.training, weights)
+            of_norms = _branch_norm_gradients(total, own, of_z, number, norm.training, weights)
             of_weights, of_biases = of_norms[: len(weights)], of_norms[len(weights) :]
             each = list(of_maps) * count if norms is None and count else of_maps.unbind()
             return [of_extra, *of_gates, of_weights[0], of_biases[0], *each, *of_weights[1:], *of_biases[1:]]
@@ -457,7 +457,7 @@ def _gated_gradients(
 
 
 @visible('(Tensor total, Tensor own, Tensor of_z, int number, bool training, Tensor[] weights) -> Tensor[]')
-def _norm_gradients(
+def _branch_norm_gradients(
     total: Tensor, own: Tensor, of_z: Tensor, number: int, training: bool, weights: Sequence[Tensor]
 ) -> list[Tensor]:
     """Gradients of the norms' weights, that of z first, and of their biases."""
@@ -468,7 +468,7 @@ def _norm_gradients(
 
         c, width = len(weights[0]), len(weights[-1]) if len(weights) > 1 else 0
         branches = [three(some[1:] or some) for some in (of_weights, of_biases)]
-        _triton_gated.norm_gradients[(-(-c // 64),)](
+        _triton_gated.branch_norm_gradients[(-(-c // 64),)](
             *(total, own, of_z, of_weights[0], of_biases[0], *branches[0], *branches[1], c, width, number),
             B=len(weights) - 1,
             TRAINING=training,

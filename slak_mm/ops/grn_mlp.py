@@ -145,8 +145,9 @@ class _GRNMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        kept, hidden, *of_images, y, coefficients, w1, w2 = ctx.saved_tensors[:8]
-        inputs = ctx.saved_tensors[8:]
+        # Once: a block that is computed again in the backward pass gives them only once.
+        kept, hidden, responses, reciprocals, y, coefficients, w1, w2, *inputs = ctx.saved_tensors
+        of_images = responses, reciprocals
         norm, needs = ctx.norm, ctx.needs_input_grad[3:]
 
         def fused() -> list[Tensor | None]:

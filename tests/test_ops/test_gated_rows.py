@@ -303,7 +303,7 @@ compile('gated_gradients', **form, TRAINING=True, **block)
 compile('image_means', False, warps=4, AFFINE=True, S=16, CB=64)
 compile('gate_gradients', False, warps=4, S=16, CB=64)
 compile('batch_sums', False, warps=4, NB=16, CB=16)
-compile('norm_gradients', False, warps=4, B=3, TRAINING=True, CB=64)
+compile('branch_norm_gradients', False, warps=4, B=3, TRAINING=True, CB=64)
 print('compiled')
 """
 

@@ -421,7 +421,7 @@ def gated_gradients(
 
 
 @triton.jit(do_not_specialize=['CN', 'number'])
-def norm_gradients(
+def branch_norm_gradients(
     total,
     own,
     of_z,
