@@ -417,15 +417,13 @@ class ShiftWiseBlock(RecomputableBlock):
             return None
         layer, ffn, drops = self.large_kernel, self.ffn, not passes(self.drop_path)
         gates = self.se.tensors() if is_plain(self.se, SqueezeExcite) else None
-        weights = ffn.tensors() if is_plain(ffn, FeedForward) else None
+        weights: Any = ffn.tensors() if is_plain(ffn, FeedForward) else None
         if gates is None or weights is None or (drops and not is_plain(self.drop_path, DropPath)):
             return None
         is_read = isinstance(layer, ShiftWiseConv) and layer.is_read()
-        norms = layer.norms() if is_read and not self.deploy else []
-        of_branches, of_sum, of_last = (
-            Branches((), bns).tensors_of_norms() for bns in (norms, [self.norm], [ffn.norm])
-        )
-        if isinstance(of_branches, str) or why_not(x, *gates, *(t for t in weights if t is not None)):
+        norms: Any = (layer.norms() if is_read and not self.deploy else [], [self.norm], [ffn.norm])
+        of_branches, of_sum, of_last = (Branches((), bns).tensors_of_norms() for bns in norms)
+        if isinstance(of_branches, str) or why_not(x, *gates):
             return None
         rows: Callable[..., Tensor]
         if self.deploy and not drops and not is_recorded(x, *self.parameters()):
@@ -434,10 +432,12 @@ class ShiftWiseBlock(RecomputableBlock):
         elif (
             isinstance(of_sum, BranchNorms)
             and isinstance(of_last, BranchNorms)
-            and not (gated_rows.why_not_norms(of_branches, of_sum, x) or of_last.why_not(x))
+            and not gated_rows.why_not_norms(of_branches, of_sum, x)
         ):
             rows = partial(gated_rows.gated_rows, norms=of_branches, norm=of_sum)
         else:
+            return None
+        if grn_mlp.why_not_fused(*weights, of_last, self.gamma, x):
             return None
         keep = 1.0 - self.drop_path.drop_prob if drops else 1.0  # type: ignore[operator]
 

@@ -91,10 +91,11 @@ def evaluate(block, maps, grad):
     return [result, *torch.autograd.grad(result, leaves, grad.to(result.dtype)), *block.buffers()]
 
 
-def assert_close(got, want, tolerance):
+def assert_close(got, want, tolerance, least=1e-3):
+    """Compare as a fraction of the largest value, or of ``least``."""
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
-        scale = max(float(b.detach().double().abs().max()), 1e-3)
+        scale = max(float(b.detach().double().abs().max()), least)
         torch.testing.assert_close(a.detach().double(), b.detach().double(), rtol=0, atol=tolerance * scale)
 
 

@@ -574,19 +574,7 @@ def assemble(
 
 @triton.jit(do_not_specialize=['first', 'before', 'length', 'NK'])
 def assemble_gradient(
-    tall,
-    wide,
-    small,
-    shifts,
-    picks,
-    out,
-    first,
-    before,
-    length,
-    NK,
-    S: tl.constexpr,
-    G: tl.constexpr,
-    E: tl.constexpr,
+    tall, wide, small, shifts, picks, out, first, before, length, NK, S: tl.constexpr, G: tl.constexpr, E: tl.constexpr
 ):
     """Gradient of the filters of one channel, of those of its kernels; E is a power of two not below ``NK * S * S``."""
     c = tl.program_id(0).to(tl.int64)
