@@ -323,7 +323,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(4 * channels, channels, bias=deploy)
         self.norm = None if deploy else build_branch_norm(norm_cfg, channels)
 
-    def tensors(self) -> tuple[Tensor | None, ...] | None:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None] | None:
         """Weights and biases of the first layer, GRN and the second layer, or None where they must be called."""
         act: Any = self.act
         layers = ((self.fc1, nn.Linear), (act, nn.GELU), (self.grn, GRN), (self.fc2, nn.Linear))
@@ -417,7 +417,7 @@ class ShiftWiseBlock(RecomputableBlock):
             return None
         layer, ffn, drops = self.large_kernel, self.ffn, not passes(self.drop_path)
         gates = self.se.tensors() if is_plain(self.se, SqueezeExcite) else None
-        weights: Any = ffn.tensors() if is_plain(ffn, FeedForward) else None
+        weights = ffn.tensors() if is_plain(ffn, FeedForward) else None
         if gates is None or weights is None or (drops and not is_plain(self.drop_path, DropPath)):
             return None
         is_read = isinstance(layer, ShiftWiseConv) and layer.is_read()
