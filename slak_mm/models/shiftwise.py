@@ -415,10 +415,11 @@ class ShiftWiseBlock(RecomputableBlock):
         # The least expensive question first: it rules out CPUs.
         if why_not(x, self.gamma):
             return None
-        layer, ffn, drops = self.large_kernel, self.ffn, not passes(self.drop_path)
+        layer, ffn, drop_path = self.large_kernel, self.ffn, self.drop_path
+        drops = not passes(drop_path)
         gates = self.se.tensors() if is_plain(self.se, SqueezeExcite) else None
         weights = ffn.tensors() if is_plain(ffn, FeedForward) else None
-        if gates is None or weights is None or (drops and not is_plain(self.drop_path, DropPath)):
+        if gates is None or weights is None or (drops and not is_plain(drop_path, DropPath)):
             return None
         is_read = isinstance(layer, ShiftWiseConv) and layer.is_read()
         norms: Any = (layer.norms() if is_read and not self.deploy else [], [self.norm], [ffn.norm])
@@ -439,7 +440,7 @@ class ShiftWiseBlock(RecomputableBlock):
             return None
         if grn_mlp.why_not_fused(*weights, of_last, self.gamma, x):
             return None
-        keep = 1.0 - self.drop_path.drop_prob if drops else 1.0  # type: ignore[operator]
+        keep: Any = 1.0 - drop_path.drop_prob if drops else 1.0  # type: ignore[operator]
 
         def run() -> Tensor:
             maps, extra = layer.parts(x) if is_read else ([], layer(x))
