@@ -96,7 +96,6 @@ CASES = [  # images, height and width; C, D and E; form; dtype
     ((2, 3, 5), (12, 20, 12), 'training', torch.float32),
     ((1, 1, 67), (10, 9, 10), 'training', torch.bfloat16),
     ((2, 9, 8), (16, 24, 16), 'training', torch.float16),
-    ((1, 2, 2), (4, 520, 2), 'training', torch.float32),
     ((1, 2, 42), (8, 8, 8), 'evaluation', torch.float32),
     ((1, 1, 1), (9, 16, 9), 'evaluation', torch.bfloat16),
     ((2, 4, 4), (66, 3, 1), 'deployed', torch.float32),
@@ -134,10 +133,12 @@ def test_on_a_gpu(shape, c, dtype, layout):
 
 
 @interpreted
-@pytest.mark.parametrize(('shape', 'programs'), [((1, 20, 60), 12), ((66, 1, 1), 1056)], ids=str)
-def test_sums_of_several_tiles_and_many_programs(monkeypatch, shape, programs):
+@pytest.mark.parametrize(
+    ('shape', 'd', 'programs'), [((1, 20, 60), 10, 12), ((66, 1, 1), 10, 99), ((1, 2, 2), 520, 99)]
+)
+def test_sums_of_several_tiles_many_images_and_wide_layers(monkeypatch, shape, d, programs):
     monkeypatch.setattr(grn_mlp, '_PROGRAMS', programs)
-    block = Block('training', 3, 10, 3)
+    block = Block('training', 3, d, 3)
     x, residual, grad = draw(shape, 3, 3)
     exact = copy.deepcopy(block).double()
     got = evaluate(block, block.fused, x, residual, grad)
