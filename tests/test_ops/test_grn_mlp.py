@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slak_mm.models.layers import GRN, Branches
 from slak_mm.ops import grn_mlp, use_backend
-from slak_mm.ops.backends.layout import eights
+from slak_mm.ops.backends.layout import eights, memory_format
 
 
 @needs_triton
@@ -96,7 +96,6 @@ CASES = [  # images, height and width; C, D and E; form; dtype
     ((2, 3, 5), (12, 20, 12), 'training', torch.float32),
     ((1, 1, 67), (10, 9, 10), 'training', torch.bfloat16),
     ((2, 9, 8), (16, 24, 16), 'training', torch.float16),
-    ((1, 2, 2), (4, 520, 2), 'training', torch.float32),
     ((1, 2, 42), (8, 8, 8), 'evaluation', torch.float32),
     ((1, 1, 1), (9, 16, 9), 'evaluation', torch.bfloat16),
     ((2, 4, 4), (66, 3, 1), 'deployed', torch.float32),
@@ -108,23 +107,38 @@ CASES = [  # images, height and width; C, D and E; form; dtype
 @pytest.mark.parametrize('layout', LAYOUTS, ids=['nchw', 'channels_last'])
 @pytest.mark.parametrize(('shape', 'widths', 'form', 'dtype'), CASES, ids=str)
 def test_results_and_gradients(shape, widths, form, dtype, layout):
-    block = Block(form, *widths).to(dtype)
-    x, residual, grad = draw(shape, widths[0], widths[2], dtype, layout)
+    check(Block(form, *widths).to(dtype), *draw(shape, widths[0], widths[2], dtype, layout))
+
+
+def check(block, x, residual, grad):
+    """Compare with the layers in float64, and with a second run."""
     exact, again = copy.deepcopy(block).double(), copy.deepcopy(block)
     want = evaluate(exact, exact, x.double(), residual.double(), grad)
     got = evaluate(block, block.fused, x, residual, grad)
-    assert got['result'].dtype is dtype
+    layout = memory_format(residual)
+    assert got['result'].dtype is x.dtype
     assert all(got[name].is_contiguous(memory_format=layout) for name in ('result', 'residual'))
-    assert_alike(got, want, TOLERANCE[dtype])
+    assert_alike(got, want, TOLERANCE[x.dtype])
     same = evaluate(again, again.fused, x, residual, grad)
     assert all(torch.equal(same[name], got[name]) for name in got), 'the same bits'
 
 
+@pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('layout', LAYOUTS, ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize(('shape', 'c'), [((4, 96, 128), 80), ((3, 25, 42), 84)])
+def test_on_a_gpu(shape, c, dtype, layout):
+    tensors = (t.cuda() for t in draw(shape, c, c, dtype, layout))
+    check(Block('training', c, 4 * c, c).cuda().to(dtype), *tensors)
+
+
 @interpreted
-@pytest.mark.parametrize(('shape', 'programs'), [((1, 20, 60), 12), ((66, 1, 1), 1056)], ids=str)
-def test_sums_of_several_tiles_and_many_programs(monkeypatch, shape, programs):
+@pytest.mark.parametrize(
+    ('shape', 'd', 'programs'), [((1, 20, 60), 10, 12), ((66, 1, 1), 10, 99), ((1, 2, 2), 520, 99)]
+)
+def test_sums_of_several_tiles_many_images_and_wide_layers(monkeypatch, shape, d, programs):
     monkeypatch.setattr(grn_mlp, '_PROGRAMS', programs)
-    block = Block('training', 3, 10, 3)
+    block = Block('training', 3, d, 3)
     x, residual, grad = draw(shape, 3, 3)
     exact = copy.deepcopy(block).double()
     got = evaluate(block, block.fused, x, residual, grad)
@@ -158,7 +172,7 @@ def test_running_statistics(momentum):
 def test_drop_path(form):
     """Each image is either kept, and divided by the probability for it, or left out."""
     block = Block(form, 4, 8, 4)
-    x, residual, grad = draw((16, 2, 2), 4, 4)
+    x, residual, grad = draw((16, 9, 8), 4, 4)  # two tiles of each image
     whole = block(x, residual) - residual
     torch.manual_seed(0)
     got = evaluate(block, lambda *inputs: block.fused(*inputs, keep=0.5), x, residual, grad)

@@ -167,14 +167,14 @@ def grn_gradients(
 ):
     """Make GRN(GELU(hidden)), and in place of its gradient that of ``hidden``, whose sums are (programs, D).
 
-    ``totals`` and ``means`` are those of :func:`grn_totals`. A channel without response has no gradient through it.
+    ``totals`` and ``means`` are those of :func:`grn_totals`.
     """
     n = tl.program_id(0) // splits
     first = tl.program_id(0) % splits * steps
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     own = _vector(responses + n * (eighths * 8), c, eighths * 8)
     of_own = _vector(gamma, c, D) * _vector(totals + n * (eighths * 16), c, eighths * 8) * tl.load(reciprocals + n)
-    of_own = tl.where(own > 0.0, (of_own - tl.load(means + n)) / tl.where(own > 0.0, own, 1.0), 0.0)
+    of_own = (of_own - tl.load(means + n)) / tl.where(own > 0.0, own, 1.0)  # times GELU(hidden), which is 0 there
     factor = _grn_factor(responses, reciprocals, gamma, n, c, D, eighths)
     total = tl.zeros((T, CB), tl.float32)
     for step in range(steps):
