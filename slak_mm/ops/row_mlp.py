@@ -55,16 +55,17 @@ def reference(
     weight2: Tensor,
     bias2: Tensor,
     scale: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None = None,
     kept: Tensor | None = None,
     keep: float = 1.0,
 ) -> Tensor:
-    """Compute :func:`row_mlp` by PyTorch's functions, for given images (N,) that are kept."""
+    """Compute :func:`row_mlp` by PyTorch's functions, for given images (N,) that are kept, or what it adds."""
     weight1, bias1, weight2, bias2 = (t.to(rows.dtype) for t in (weight1, bias1, weight2, bias2))
     y = F.gelu(F.linear(rows[..., : weight1.shape[1]], weight1, bias1))
     y = F.linear(y, weight2, bias2).permute(0, 3, 1, 2)
     y = y if scale is None else y * scale.view(-1, 1, 1)
-    return residual + (y if kept is None else y * kept.view(-1, 1, 1, 1) / keep)
+    y = y if kept is None else y * kept.view(-1, 1, 1, 1) / keep
+    return y if residual is None else residual + y
 
 
 class _RowMLP(torch.autograd.Function):
@@ -72,14 +73,16 @@ class _RowMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor | None, keep: float, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-        rows, weight1, bias1, weight2, bias2, scale, residual = tensors
+        *inputs, residual = tensors
+        rows, weight1, bias1, weight2, bias2, scale = inputs
         flat = in_memory(rows).contiguous().view(-1, rows.shape[-1])
         resized = _aligned((weight1, bias1, weight2, bias2), rows.dtype)
         w1, b1, w2, b2 = resized
         hidden = torch.addmm(b1, flat, w1.t())
         y = torch.addmm(b2, F.gelu(hidden), w2.t())
-        ctx.save_for_backward(kept, hidden, y if scale is not None and scale.requires_grad else None, w1, w2, *tensors)
-        ctx.keep = keep
+        ctx.save_for_backward(kept, hidden, y if scale is not None and scale.requires_grad else None, w1, w2, *inputs)
+        # The residual itself, in float32 under autocast, would be among the largest that a block keeps.
+        ctx.keep, ctx.layout, ctx.dtype = keep, memory_format(residual), residual.dtype
         return _scaled_residual(y, in_memory(residual), scale, kept, 1 / keep)
 
     @staticmethod
@@ -87,9 +90,10 @@ class _RowMLP(torch.autograd.Function):
         kept, hidden, y, w1, w2, *inputs = ctx.saved_tensors
 
         def fused() -> list[Tensor | None]:
-            rows, weight1, bias1, weight2, bias2, scale, residual = inputs
-            g = in_memory(grad).contiguous(memory_format=memory_format(residual))
-            grad_y, sums2 = _scaled_residual_gradients(g, y, w2.shape[0], scale, kept, 1 / ctx.keep, rows.dtype)
+            nonlocal grad  # which is that of the residual as well, in its layout
+            rows, weight1, bias1, weight2, bias2, scale = inputs
+            grad = in_memory(grad).contiguous(memory_format=ctx.layout)
+            grad_y, sums2 = _scaled_residual_gradients(grad, y, w2.shape[0], scale, kept, 1 / ctx.keep, rows.dtype)
             grad_hidden = grad_y @ w2
             activation, sums1 = _gelu_gradients(hidden, grad_hidden)
             flat = rows.reshape(-1, rows.shape[-1])
@@ -97,12 +101,12 @@ class _RowMLP(torch.autograd.Function):
             products = grad_hidden.t() @ flat, grad_y.t() @ activation
             parameters = [weight1, bias1, weight2, bias2, *([] if y is None else [scale])]
             of_parameters = _weight_gradients(products, sums1, sums2, parameters)
-            return [grad_rows, *of_parameters, *([None] if y is None else []), g.to(residual.dtype)]
+            return [grad_rows, *of_parameters, *([None] if y is None else [])]
 
         def plain(*tensors: Any) -> Tensor:
-            return reference(*tensors, kept, ctx.keep).to(grad.dtype)  # type: ignore[call-arg]
+            return reference(*tensors, None, kept, ctx.keep).to(grad.dtype)  # type: ignore[call-arg]
 
-        return None, None, *gradients(fused, plain, inputs, grad)
+        return None, None, *gradients(fused, plain, inputs, grad), grad.to(ctx.dtype)
 
 
 def _aligned(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
