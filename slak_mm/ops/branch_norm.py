@@ -240,13 +240,14 @@ def _branch_moments(maps: Sequence[Tensor], counters: Sequence[Tensor]) -> Tenso
     x = maps[0]
     n, c, h, w = x.shape
     is_last = memory_format(x) is torch.channels_last
-    sizes = dict(T=32, CB=32) if is_last else dict(T=1024 if h * w >= 1024 else 256, CB=1)
+    sizes = dict(U=1, T=32, CB=32) if is_last else dict(U=4, T=256, CB=1)
     tiles = -(-h * w // sizes['T'])
+    groups = -(-n * tiles // sizes['U'])
     blocks = -(-c // sizes['CB'])
     # Eight programs for each of 132 multiprocessors.
-    splits = min(n * tiles, _MOST_SPLITS, -(-1056 // (blocks * len(maps))))
-    steps = -(-n * tiles // splits)
-    splits = -(-n * tiles // steps)
+    splits = min(groups, _MOST_SPLITS, -(-1056 // (blocks * len(maps))))
+    steps = -(-groups // splits)
+    splits = -(-groups // steps)
     out = x.new_empty(splits, len(maps), 3, c, dtype=torch.float32)
     if not x.is_meta:
         from .backends import _triton_passes

@@ -481,7 +481,7 @@ for branches, *form in ((3, 1, 1, 1), (3, 1, 0, 1), (1, 0, 0, 1), (1, 0, 0, 0)):
 form = dict(B=3, HAS_SCALE=True, NEEDS_SCALE=True, LAST=False)
 for name in ('norm_rows_gradients', 'scaled_residual', 'scaled_residual_gradients', 'gelu_gradients'):
     compile(name, **form, **tile)
-compile('branch_moments', 4, half=['y0', 'y1', 'y2'], COUNTED=True, LAST=False, T=1024, CB=1)
+compile('branch_moments', 4, half=['y0', 'y1', 'y2'], COUNTED=True, LAST=False, U=4, T=256, CB=1)
 form = dict(TRAINING=True, CUMULATIVE=False, S=64, CB=16)
 compile('batch_norm_coefficients', 4, half=[], wide=False, **form)
 compile('merge_moments', 4, half=[], wide=False, **form)

@@ -59,6 +59,15 @@ def _added_up(parts, number, stride, c, C, R: tl.constexpr):
 # ---------------------------------------------------------------------------- batch statistics
 
 
+@triton.jit
+def _of_tiles(y, tile, c, images, C, HW, tiles, LAST: tl.constexpr, T: tl.constexpr):
+    """Values (U * T, CB) of U tiles, and which of them there are."""
+    n = tile // tiles
+    p = tile % tiles * T + tl.arange(0, tile.shape[0]) % T
+    ok = ((p < HW) & (n < images))[:, None] & (c < C)[None, :]
+    return tl.load(y + _at(n[:, None], p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32), ok
+
+
 @triton.jit(do_not_specialize=['images', 'tiles', 'steps'])
 def branch_moments(
     y0,
@@ -75,32 +84,27 @@ def branch_moments(
     steps,
     COUNTED: tl.constexpr,
     LAST: tl.constexpr,
+    U: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
     """Count, mean and sum of squared deviations of B maps into ``out[split, branch]``, (splits, B, 3, C).
 
-    A program sums up the differences from the mean of its first tile, so that nothing cancels. ``COUNTED`` adds one to
-    the counters of the batches.
+    A program takes U tiles of T pixels at a time, of one image or several. It sums up the differences from the mean of
+    the first ones, so that nothing cancels. ``COUNTED`` adds one to the counters of the batches.
     """
     c = tl.program_id(0) * CB + tl.arange(0, CB)
     split = tl.program_id(1)
     i = tl.program_id(2)
     y = _choose(y0, y1, y2, i)
-    first = split * steps
-    n = first // tiles
-    p = first % tiles * T + tl.arange(0, T)
-    ok = ((p < HW) & (n < images))[:, None] & (c < C)[None, :]
-    v = tl.load(y + _at(n, p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32)
+    tile = split * steps * U + tl.arange(0, U * T) // T
+    v, ok = _of_tiles(y, tile, c, images, C, HW, tiles, LAST, T)
     origin = tl.sum(v, 0) / tl.maximum(tl.sum(ok.to(tl.float32), 0), 1.0)
-    count = tl.zeros((T, CB), tl.float32)
-    total = tl.zeros((T, CB), tl.float32)
-    squares = tl.zeros((T, CB), tl.float32)
+    count = tl.zeros((U * T, CB), tl.float32)
+    total = tl.zeros((U * T, CB), tl.float32)
+    squares = tl.zeros((U * T, CB), tl.float32)
     for step in range(steps):
-        n = (first + step) // tiles
-        p = (first + step) % tiles * T + tl.arange(0, T)
-        ok = ((p < HW) & (n < images))[:, None] & (c < C)[None, :]
-        v = tl.load(y + _at(n, p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32)
+        v, ok = _of_tiles(y, tile + step * U, c, images, C, HW, tiles, LAST, T)
         d = tl.where(ok, v - origin[None, :], 0.0)
         count += ok.to(tl.float32)
         total += d
