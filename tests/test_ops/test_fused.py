@@ -384,6 +384,25 @@ def test_gradients_share_no_memory(fused, kind, branches, channels):
 
 
 @interpreted
+def test_partial_sums_of_many_programs(fused):
+    """More than are added up at a time, into gradients of several dtypes."""
+    parts = randn(600, 5, 20).float()
+    total = parts.double().sum(0)
+    weight, bias, *rest = (torch.empty(20, dtype=t) for t in [torch.bfloat16] * 2 + [torch.float32] * 4)
+    sums, of_weight, of_bias, *of_norms = branch_norm._norm_gradients(parts, [weight, bias, *rest])
+    assert_close([sums, *of_norms], [total, *total[3:], total[2], total[2]], 1e-6)
+    assert of_weight.dtype is of_bias.dtype is torch.bfloat16
+    assert_close([of_weight, of_bias], total[:2], 1e-2)
+
+    sums1, sums2 = randn(600, 24, seed=1).float(), randn(300, 2, 8, seed=2).float()
+    products = randn(24, 16, seed=3).float(), randn(8, 24, seed=4).float()
+    parameters = [torch.empty(shape) for shape in ((19, 10), (19,), (5, 19), (5,), (5,))]
+    got = row_mlp._weight_gradients(products, sums1, sums2, parameters)
+    (of_bias2, of_scale), of_bias1 = sums2.double().sum(0)[:, :5], sums1.double().sum(0)[:19]
+    assert_close(got, [products[0][:19, :10], of_bias1, products[1][:5, :19], of_bias2, of_scale], 1e-6)
+
+
+@interpreted
 @pytest.mark.parametrize('frozen', ['norms', 'norm', 'linear1', 'linear2'])
 def test_frozen_layers(fused, frozen):
     block = Block('training', 2, 5, 9, 5)
