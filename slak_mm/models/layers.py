@@ -223,6 +223,7 @@ def _by_fused_passes(
     if (
         isinstance(norms, str)
         or any(t is None for t in (*layer_norm, *weights))
+        or len({t.dtype for t in weights}) > 1
         or branch_norm.why_not_fused(x.maps, norms, layer_norm)
         or why_not(*weights)
     ):
@@ -266,6 +267,9 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, H, W) over C; the memory layout is kept."""
+        fused = branch_norm.layer_norm_map(x, (self.weight, self.bias, self.eps))
+        if fused is not None:
+            return fused
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
         y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         y = y.permute(0, 3, 1, 2)

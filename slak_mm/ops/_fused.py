@@ -20,8 +20,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NAME = 'fused passes'
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-TILE = dict(T=64, CB=64, num_warps=8)
+TILE = dict(T=64, CB=32, num_warps=8)
 """Pixels and channels that a program takes at a time."""
+
+PARTS = dict(R=256, CB=16, num_warps=8)
+"""Rows of partial sums and their columns that a program takes at a time."""
 
 _library = torch.library.Library('slak_mm', 'FRAGMENT')
 

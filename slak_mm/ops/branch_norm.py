@@ -1,7 +1,8 @@
 """The norms of a block's branches, their sum and the LayerNorm behind it, into the rows that a linear layer reads.
 
 ``reference`` is plain PyTorch. On GPUs the batch statistics of all branches are taken in one pass over their maps, and
-normalizing, adding and the LayerNorm are another; the rows are padded with zeros to a multiple of 8 channels.
+normalizing, adding and the LayerNorm are another; the rows are padded with zeros to a multiple of 8 channels. The
+LayerNorm of a map, into a map, is the same pass.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._context import autocast_dtype, is_autocast_enabled
-from ._fused import TILE, gradients, visible, why_not
+from ._fused import PARTS, TILE, attempt, gradients, visible, why_not
 from .backends.layout import eights, in_memory, memory_format, power_of_two
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon."""
+
+_CASTS_LAYER_NORM = ('cuda',)
+"""Device types whose autocast makes a LayerNorm float32; elsewhere it keeps the dtype of the map."""
 
 _MOST_SPLITS = 64  # of the values of a channel, whose statistics are merged in one step
 
@@ -53,6 +57,8 @@ class BranchNorms(NamedTuple):
         """Why the fused passes leave these norms to PyTorch, or None."""
         if self.training and x.numel() == x.shape[1]:
             return 'there is one value per channel'
+        if any(len({t.dtype for t in some}) > 1 for some in self[:4]):
+            return 'the norms are of several dtypes'
         return None
 
 
@@ -80,22 +86,50 @@ def branch_norm_rows(maps: Sequence[Tensor], norms: BranchNorms | None, norm: La
     dtype = autocast_dtype(kind) if is_autocast_enabled(kind) else maps[0].dtype
     weight, bias, eps = norm
     of_norms = () if norms is None else (*norms.weights, *norms.biases)
-    return _BranchNormRows.apply(norms, eps, dtype, len(maps), weight, bias, *maps, *of_norms)
+    return _BranchNormRows.apply(norms, eps, dtype, True, len(maps), weight, bias, *maps, *of_norms)
+
+
+def layer_norm_map(x: Tensor, norm: LayerNorm) -> Tensor | None:
+    """Compute the LayerNorm over the channels of each pixel of a map by the fused passes, or None if they cannot run.
+
+    Args:
+        x: Map (N, C, H, W).
+        norm: The LayerNorm.
+
+    Returns:
+        Map in the memory format of ``x`` and the dtype of PyTorch's LayerNorm: under CUDA's autocast float32.
+    """
+    weight, bias, eps = norm
+    if why_not(x, weight, bias) or weight is None or bias is None or x.dim() != 4 or x.shape[1:2] != weight.shape:
+        return None
+    kind = x.device.type
+    is_cast = kind in _CASTS_LAYER_NORM and is_autocast_enabled(kind)
+    if not is_cast and not x.dtype == weight.dtype == bias.dtype:
+        return None
+    dtype = torch.float32 if is_cast else x.dtype
+    return attempt(lambda: _BranchNormRows.apply(None, eps, dtype, False, 1, weight, bias, x), x)
 
 
 def reference(
-    maps: Sequence[Tensor], norms: BranchNorms | None, norm: LayerNorm, dtype: torch.dtype | None = None
+    maps: Sequence[Tensor],
+    norms: BranchNorms | None,
+    norm: LayerNorm,
+    dtype: torch.dtype | None = None,
+    into_rows: bool = True,
 ) -> Tensor:
-    """Compute :func:`branch_norm_rows` by PyTorch's functions, but for the running statistics."""
+    """Compute :func:`branch_norm_rows` or :func:`layer_norm_map` by PyTorch's functions.
+
+    Running statistics are left as they are.
+    """
     maps = normalized(maps, norms)
     y = sum(maps[1:], start=maps[0]).permute(0, 2, 3, 1)
     weight, bias, eps = norm
     y = F.layer_norm(y, y.shape[-1:], weight.to(y.dtype), bias.to(y.dtype), eps).to(dtype or y.dtype)
-    return F.pad(y, (0, eights(y.shape[-1]) - y.shape[-1]))
+    return F.pad(y, (0, eights(y.shape[-1]) - y.shape[-1])) if into_rows else y.permute(0, 3, 1, 2)
 
 
 def normalized(maps: Sequence[Tensor], norms: BranchNorms | None) -> Sequence[Tensor]:
-    """Maps behind their norms, by PyTorch's functions, but for the running statistics."""
+    """Maps behind their norms, by PyTorch's functions. Running statistics are left as they are."""
     if norms is None:
         return maps
     running = zip(norms.running_means, norms.running_vars)
@@ -107,55 +141,60 @@ def normalized(maps: Sequence[Tensor], norms: BranchNorms | None) -> Sequence[Te
 
 
 class _BranchNormRows(torch.autograd.Function):
-    """Takes (norms, eps, dtype, number of maps, weight, bias, *maps, *weights and biases of the norms)."""
+    """Takes (norms, eps, dtype, rows or map, number of maps, weight, bias, *maps, *weights and biases of the norms)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, norms: BranchNorms | None, eps: float, dtype: torch.dtype, count: int, *tensors: Tensor
+        ctx: Any,
+        norms: BranchNorms | None,
+        eps: float,
+        dtype: torch.dtype,
+        into_rows: bool,
+        count: int,
+        *tensors: Tensor,
     ) -> Tensor:
         weight, bias, *rest = tensors
         layout = memory_format(rest[0])
         maps = [in_memory(y).contiguous(memory_format=layout) for y in rest[:count]]
         coefficients = None if norms is None else batch_norm_coefficients(maps, norms)
-        rows, pixels = _norm_rows(maps, coefficients, weight, bias, eps, dtype)
+        out, pixels = _norm_rows(maps, coefficients, weight, bias, eps, dtype, into_rows)
         # Maps are saved as they came, since a copy would not be part of the graph.
         ctx.save_for_backward(coefficients, pixels, weight, bias, *rest)
-        ctx.norms, ctx.eps, ctx.dtype, ctx.count = norms, eps, dtype, count
-        return rows
+        ctx.norms, ctx.eps, ctx.dtype, ctx.into_rows, ctx.count = norms, eps, dtype, into_rows, count
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         coefficients, pixels, *inputs = ctx.saved_tensors
         norms, count = ctx.norms, ctx.count
+        is_training = norms is not None and norms.training
 
         def fused() -> list[Tensor]:
-            weight, _, *rest = inputs
+            weight, bias, *rest = inputs
+            parameters = [weight, bias, *rest[count:]]
             layout = memory_format(rest[0])
             maps = [in_memory(y).contiguous(memory_format=layout) for y in rest[:count]]
-            rows = in_memory(grad).contiguous()
-            sums, of_pixels = _norm_rows_sums(maps, coefficients, weight, rows, pixels)
-            sums = sums.sum(0)
-            of_weight, of_bias = sums[0].to(weight.dtype), sums[1].to(weight.dtype)
-            of_norms: list[Tensor] = []
-            if norms is not None:
-                kind = norms.weights[0].dtype
-                # Rows of their own: gradients that share memory would be clipped more than once.
-                of_norms = [*sums[3:].to(kind, copy=True).unbind(), *sums[2].to(kind).repeat(count, 1).unbind()]
-                if norms.training and norms.group is not None:
+            rows = in_memory(grad).contiguous(memory_format=torch.contiguous_format if ctx.into_rows else layout)
+            parts, of_pixels, of_maps = _norm_rows_sums(
+                maps, coefficients, weight, rows, pixels, is_training, ctx.into_rows
+            )
+            sums, *of_parameters = _norm_gradients(parts, parameters)
+            if is_training:
+                if norms.group is not None:
                     dist.all_reduce(sums[2:], group=norms.group)
-            training = norms is not None and norms.training
-            of_maps = _norm_rows_gradients(maps, coefficients, weight, rows, pixels, of_pixels, sums, training)
-            return [of_weight, of_bias, *(of_maps.unbind() if norms is not None else list(of_maps) * count), *of_norms]
+                of_maps = _norm_rows_gradients(maps, coefficients, weight, rows, pixels, of_pixels, sums)
+            of_maps = of_maps.unbind() if norms is not None else list(of_maps) * count
+            return [*of_parameters[:2], *of_maps, *of_parameters[2:]]
 
         def plain(weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
             if norms is None:
-                return reference(rest, None, (weight, bias, ctx.eps), ctx.dtype)
+                return reference(rest, None, (weight, bias, ctx.eps), ctx.dtype, ctx.into_rows)
             if norms.group is not None and norms.training:
                 raise NotImplementedError('SyncBN has no gradients of gradients')
             own = norms._replace(weights=rest[count : 2 * count], biases=rest[2 * count :])
             return reference(rest[:count], own, (weight, bias, ctx.eps), ctx.dtype)
 
-        return None, None, None, None, *gradients(fused, plain, inputs, grad)
+        return None, None, None, None, None, *gradients(fused, plain, inputs, grad)
 
 
 def batch_norm_coefficients(maps: Sequence[Tensor], norms: BranchNorms) -> Tensor:
@@ -193,16 +232,16 @@ def three(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 
-def stacked_like(x: Tensor, count: int, channels: int) -> Tensor:
-    """Memory for maps of the batch, size, layout and dtype of ``x``, (count, N, channels, H, W)."""
-    n, _, h, w = x.shape
-    if memory_format(x) is torch.channels_last:
-        return x.new_empty(count, n, h, w, channels).permute(0, 1, 4, 2, 3)
-    return x.new_empty(count, n, channels, h, w)
-
-
 def _layout(x: Tensor) -> dict[str, Any]:
     return dict(LAST=memory_format(x) is torch.channels_last)
+
+
+def new_maps(x: Tensor, count: int, c: int, dtype: torch.dtype) -> Tensor:
+    """Memory for maps in the layout of one, (count, N, c, H, W)."""
+    n, _, h, w = x.shape
+    if memory_format(x) is torch.channels_last:
+        return x.new_empty(count, n, h, w, c, dtype=dtype).permute(0, 1, 4, 2, 3)
+    return x.new_empty(count, n, c, h, w, dtype=dtype)
 
 
 @visible('(Tensor[] maps, Tensor(a!)[] counters) -> Tensor')
@@ -211,19 +250,20 @@ def _branch_moments(maps: Sequence[Tensor], counters: Sequence[Tensor]) -> Tenso
     x = maps[0]
     n, c, h, w = x.shape
     is_last = memory_format(x) is torch.channels_last
-    sizes = dict(T=32, CB=32) if is_last else dict(T=1024 if h * w >= 1024 else 256, CB=1)
+    sizes = dict(U=1, T=32, CB=32) if is_last else dict(U=4, T=256, CB=1)
     tiles = -(-h * w // sizes['T'])
+    groups = -(-n * tiles // sizes['U'])
     blocks = -(-c // sizes['CB'])
-    splits = min(n * tiles, _MOST_SPLITS, -(-1056 // blocks))  # eight programs for each of 132 multiprocessors
-    steps = -(-n * tiles // splits)
-    splits = -(-n * tiles // steps)
+    # Eight programs for each of 132 multiprocessors.
+    splits = min(groups, _MOST_SPLITS, -(-1056 // (blocks * len(maps))))
+    steps = -(-groups // splits)
+    splits = -(-groups // steps)
     out = x.new_empty(splits, len(maps), 3, c, dtype=torch.float32)
     if not x.is_meta:
         from .backends import _triton_passes
 
-        _triton_passes.branch_moments[(blocks, splits)](
+        _triton_passes.branch_moments[(blocks, splits, len(maps))](
             *(*three(maps), *three(counters or (out,)), out, n, c, h * w, tiles, steps),
-            B=len(maps),
             COUNTED=bool(counters),
             LAST=is_last,
             **sizes,
@@ -239,8 +279,8 @@ def _merge_moments(moments: Tensor) -> Tensor:
     if not moments.is_meta:
         from .backends import _triton_passes
 
-        sizes = dict(S=power_of_two(splits, 2), CB=16)
-        _triton_passes.merge_moments[(-(-c // 16),)](moments, out, splits, c, B=branches, **sizes, num_warps=4)
+        sizes = dict(S=power_of_two(splits, _MOST_SPLITS), CB=16)
+        _triton_passes.merge_moments[(-(-c // 16), branches)](moments, out, splits, c, **sizes, num_warps=4)
     return out
 
 
@@ -268,11 +308,10 @@ def _batch_norm_coefficients(
         tensors = (weights, biases, means, variances)
         _triton_passes.batch_norm_coefficients[(-(-c // 16),)](
             *(moments, *(t for some in tensors for t in three(some)), counters[0] if counters else moments, out),
-            *(len(moments), c, 0.0 if momentum is None else float(momentum), float(eps)),
-            B=branches,
+            *(len(moments), branches, c, 0.0 if momentum is None else float(momentum), float(eps)),
             TRAINING=training,
             CUMULATIVE=momentum is None and bool(counters),
-            S=power_of_two(len(moments), 2),
+            S=power_of_two(len(moments), _MOST_SPLITS),
             CB=16,
             num_warps=4,
         )
@@ -280,84 +319,125 @@ def _batch_norm_coefficients(
 
 
 @visible(
-    '(Tensor[] maps, Tensor? coefficients, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor)'
+    '(Tensor[] maps, Tensor? coefficients, Tensor weight, Tensor bias, float eps, ScalarType dtype, bool into_rows) '
+    '-> (Tensor, Tensor)'
 )
 def _norm_rows(
-    maps: Sequence[Tensor], coefficients: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    maps: Sequence[Tensor],
+    coefficients: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    into_rows: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rows, and mean and reciprocal standard deviation of each pixel, (2, pixels)."""
+    """Rows or a map, and mean and reciprocal standard deviation of each pixel, (2, pixels)."""
     x = maps[0]
     n, c, h, w = x.shape
-    rows = x.new_empty(n, h, w, eights(c), dtype=dtype)
+    out = x.new_empty(n, h, w, eights(c), dtype=dtype) if into_rows else new_maps(x, 1, x.shape[1], dtype)[0]
     pixels = x.new_empty(2, n * h * w, dtype=torch.float32)
     if not x.is_meta:
         from .backends import _triton_passes
 
         tiles = -(-h * w // TILE['T'])
         _triton_passes.norm_rows[(n * tiles,)](
-            *(*three(maps), pixels if coefficients is None else coefficients, weight, bias, rows, pixels),
-            *(c, h * w, tiles, rows.shape[-1] // 8, float(eps)),
+            *(*three(maps), pixels if coefficients is None else coefficients, weight, bias, out, pixels),
+            *(c, h * w, tiles, eights(c) // 8, float(eps)),
             B=len(maps),
             NORMED=coefficients is not None,
+            ROWS=into_rows,
             **_layout(x),
             **TILE,
         )
-    return rows, pixels
-
-
-@visible('(Tensor[] maps, Tensor? coefficients, Tensor weight, Tensor grad, Tensor pixels) -> (Tensor, Tensor)')
-def _norm_rows_sums(
-    maps: Sequence[Tensor], coefficients: Tensor | None, weight: Tensor, grad: Tensor, pixels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums of some pixels each, (programs, rows, C), and two means over the channels of each pixel, (2, pixels)."""
-    x = maps[0]
-    n, c, h, w = x.shape
-    tiles = -(-h * w // TILE['T'])
-    sums = x.new_empty(n * tiles, 2 if coefficients is None else 3 + len(maps), c, dtype=torch.float32)
-    of_pixels = torch.empty_like(pixels)
-    if not x.is_meta:
-        from .backends import _triton_passes
-
-        _triton_passes.norm_rows_sums[(n * tiles,)](
-            *(*three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels, sums),
-            *(c, h * w, tiles, grad.shape[-1] // 8),
-            B=len(maps),
-            NORMED=coefficients is not None,
-            **_layout(x),
-            **TILE,
-        )
-    return sums, of_pixels
+    return out, pixels
 
 
 @visible(
-    '(Tensor[] maps, Tensor? coefficients, Tensor weight, Tensor grad, Tensor pixels, Tensor of_pixels, '
-    'Tensor sums, bool training) -> Tensor'
+    '(Tensor[] maps, Tensor? coefficients, Tensor weight, Tensor grad, Tensor pixels, bool training, bool from_rows) '
+    '-> (Tensor, Tensor, Tensor)'
 )
-def _norm_rows_gradients(
+def _norm_rows_sums(
     maps: Sequence[Tensor],
     coefficients: Tensor | None,
     weight: Tensor,
     grad: Tensor,
     pixels: Tensor,
-    of_pixels: Tensor,
-    sums: Tensor,
     training: bool,
-) -> Tensor:
-    """Gradients of the maps, (B, N, C, H, W) in their layout; without norms they are all the same one."""
+    from_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of some pixels each, (programs, rows, C), and what the gradients of the maps need or these themselves.
+
+    In training two means over the channels of each pixel, (2, pixels), and nothing; else nothing and the gradients,
+    (B, N, C, H, W) in the maps' layout, without norms a single one.
+    """
     x = maps[0]
     n, c, h, w = x.shape
+    tiles = -(-h * w // TILE['T'])
     count = 1 if coefficients is None else len(maps)
-    out = stacked_like(x, count, c)
+    parts = x.new_empty(n * tiles, 2 if coefficients is None else 3 + count, c, dtype=torch.float32)
+    of_pixels = pixels.new_empty(pixels.shape if training else 0)
+    of_maps = x.new_empty(0) if training else new_maps(x, count, x.shape[1], x.dtype)
+    if not x.is_meta:
+        from .backends import _triton_passes
+
+        _triton_passes.norm_rows_sums[(n * tiles,)](
+            *(*three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels, parts),
+            *(of_maps, c, h * w, tiles, eights(c) // 8),
+            B=len(maps),
+            NORMED=coefficients is not None,
+            TRAINING=training,
+            ROWS=from_rows,
+            **_layout(x),
+            **TILE,
+        )
+    return parts, of_pixels, of_maps
+
+
+@visible('(Tensor parts, Tensor[] parameters) -> Tensor[]')
+def _norm_gradients(parts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Sums (rows, C) in float32, and gradients of the LayerNorm's weight and bias, the norms' weights and biases.
+
+    Each has memory of its own: gradients that share it would be clipped more than once.
+    """
+    number, rows, c = parts.shape
+    out = [parts.new_empty(rows, c), *(torch.empty_like(t) for t in parameters)]
+    if not parts.is_meta:
+        from .backends import _triton_passes
+
+        sums, weight, bias, *rest = out
+        rest = rest or [weight, bias]
+        count = len(rest) // 2
+        _triton_passes.norm_gradients[(-(-c // 16), rows)](
+            *(parts, sums, weight, bias, *three(rest[:count]), *three(rest[count:]), number, c), **PARTS
+        )
+    return out
+
+
+@visible(
+    '(Tensor[] maps, Tensor coefficients, Tensor weight, Tensor grad, Tensor pixels, Tensor of_pixels, Tensor sums) '
+    '-> Tensor'
+)
+def _norm_rows_gradients(
+    maps: Sequence[Tensor],
+    coefficients: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    pixels: Tensor,
+    of_pixels: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    """Gradients of the maps in training, (B, N, C, H, W) in their layout."""
+    x = maps[0]
+    n, c, h, w = x.shape
+    out = new_maps(x, len(maps), x.shape[1], x.dtype)
     if not x.is_meta:
         from .backends import _triton_passes
 
         tiles = -(-h * w // TILE['T'])
         _triton_passes.norm_rows_gradients[(n * tiles, -(-c // TILE['CB']))](
-            *(*three(maps), pixels if coefficients is None else coefficients, weight, grad, pixels, of_pixels),
-            *(sums, out, c, h * w, tiles, grad.shape[-1] // 8),
+            *(*three(maps), coefficients, weight, grad, pixels, of_pixels, sums, out),
+            *(c, h * w, tiles, grad.shape[-1] // 8),
             B=len(maps),
-            NORMED=coefficients is not None,
-            TRAINING=training,
             **_layout(x),
             **TILE,
         )

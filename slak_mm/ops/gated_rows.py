@@ -20,7 +20,7 @@ from torch import Tensor
 from ._context import autocast_dtype, is_autocast_enabled
 from ._fused import TILE, gradients, visible, why_not
 from .backends.layout import eights, in_memory, memory_format
-from .branch_norm import BranchNorms, batch_norm_coefficients, coefficients_of, normalized, stacked_like, three
+from .branch_norm import BranchNorms, batch_norm_coefficients, coefficients_of, new_maps, normalized, three
 
 _MOST_PARTS = 16  # of an image, whose sums are added up in one step
 
@@ -438,7 +438,7 @@ def _gated_gradients(
     """Gradients of the maps, (B, N, c, H, W) or without norms a single one, and of the extra map."""
     n, c, h, w = extra.shape
     count = len(maps) if coefficients is not None else min(len(maps), 1)
-    of_maps = stacked_like(extra, count, _width(maps))
+    of_maps = new_maps(extra, count, _width(maps), extra.dtype)
     of_extra = torch.empty_like(extra, memory_format=memory_format(extra))
     if not extra.is_meta:
         from .backends import _triton_gated

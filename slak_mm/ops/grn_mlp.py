@@ -163,7 +163,7 @@ class _GRNMLP(torch.autograd.Function):
             training = norm is not None and norm.training
             if training and norm.group is not None:
                 dist.all_reduce(totals, group=norm.group)
-            grad_y = _norm_gradients(g, y, known, totals, factors, training)
+            grad_y = _normed_residual_gradients(g, y, known, totals, factors, training)
             grad_hidden = grad_y @ w2
             of_grn, means = _grn_totals(_grn_sums(hidden, grad_hidden, len(rows)), *of_images, gamma)
             activation, sums = _grn_gradients(hidden, grad_hidden, *of_images, of_grn, means, gamma, beta)
@@ -309,7 +309,7 @@ def _norm_totals(
     kept: Tensor | None,
     share: float,
 ) -> list[Tensor]:
-    """Two sums (2, E) and a factor (N, E) for :func:`_norm_gradients`; gradients of weight, bias and scale."""
+    """Two sums (2, E) and a factor (N, E) for :func:`_normed_residual_gradients`; gradients of weight, bias and scale."""
     images, splits, _, e = sums.shape
     results = [sums.new_empty(2, e), sums.new_empty(images, e)]
     results += [torch.empty_like(t) for t in (weight, bias, weight if scale is None else scale)]
@@ -335,7 +335,7 @@ def _norm_totals(
 
 
 @visible('(Tensor grad, Tensor y, Tensor coefficients, Tensor totals, Tensor factors, bool training) -> Tensor')
-def _norm_gradients(
+def _normed_residual_gradients(
     grad: Tensor, y: Tensor, coefficients: Tensor, totals: Tensor, factors: Tensor, training: bool
 ) -> Tensor:
     """Gradient of ``y``."""
@@ -345,7 +345,7 @@ def _norm_gradients(
         from .backends import _triton_grn
 
         tiles, columns = -(-h * w // TILE['T']), y.shape[1]
-        _triton_grn.norm_gradients[(n * tiles, _blocks(columns))](
+        _triton_grn.normed_residual_gradients[(n * tiles, _blocks(columns))](
             *(y, coefficients, grad, totals, factors, grad_y, e, h * w, tiles, columns // 8, int(training)),
             **_is_last(grad),
             **TILE,

@@ -18,7 +18,7 @@ from op_helpers import run_program
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from slak_mm.models.layers import Branches, perceptron
+from slak_mm.models.layers import Branches, LayerNorm2d, perceptron
 from slak_mm.ops import _fused, branch_norm, row_mlp, use_backend
 from slak_mm.ops.assembly import centered_kernels
 from slak_mm.ops.backends import triton as backend
@@ -308,6 +308,118 @@ def test_kernels_assembled_from_filters(fused, size, small, reps, dtype):
     assert_close(*of_filters, tolerance)
 
 
+def build_layer_norm(channels):
+    norm = LayerNorm2d(channels)
+    norm.weight.data, norm.bias.data = randn(2, channels, seed=8).float()
+    return norm
+
+
+@interpreted
+@pytest.mark.parametrize('layout', LAYOUTS, ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('shape', [(2, 12, 3, 5), (1, 66, 1, 67), (3, 1, 1, 1)], ids=str)
+def test_layer_norm_of_maps(fused, shape, dtype, layout):
+    norm = build_layer_norm(shape[1]).to(dtype)
+    (x,), grad = draw(shape, shape[1], 0, dtype, layout)
+    y = norm(x.requires_grad_())
+    assert y.grad_fn.name() == '_BranchNormRowsBackward' and y.is_contiguous(memory_format=layout)
+    want = evaluate(copy.deepcopy(norm).double(), [x.double()], grad)
+    got = evaluate(norm, [x], grad)
+    assert got[0].dtype is dtype and got[1].is_contiguous(memory_format=layout)
+    assert_close(got, want, TOLERANCE[dtype])
+    assert all(map(torch.equal, got, evaluate(norm, [x], grad))), 'the same bits'
+    norm.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(norm(x), x, grad)[0], got[1]), 'frozen'
+
+
+@interpreted
+def test_layer_norm_of_maps_under_autocast(fused, monkeypatch):
+    """On CPUs autocast leaves the dtype as it is; on GPUs the result is float32, without a copy of the map."""
+    norm, x = build_layer_norm(5), randn(2, 5, 3, 4).bfloat16().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert norm(x).dtype is torch.bfloat16 and norm(x).grad_fn.name() != '_BranchNormRowsBackward'
+        monkeypatch.setattr(branch_norm, '_CASTS_LAYER_NORM', ('cpu',))
+        y = norm(x)
+    assert y.dtype is torch.float32 and y.grad_fn.name() == '_BranchNormRowsBackward'
+    grad = randn(*y.shape, seed=1).float()
+    got = [y, *torch.autograd.grad(y, [x, *norm.parameters()], grad, retain_graph=True)]
+    assert [t.dtype for t in got] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    assert_close(got, evaluate(norm.double(), [x.double()], grad), 1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize('scale', [1e-3, 1e4])
+@pytest.mark.parametrize('outlier', [0, 7], ids=['first', 'other'])
+def test_layer_norm_of_maps_with_an_outlier(fused, outlier, scale):
+    x = randn(1, 200, 3, 3) * scale + 100 * scale
+    x[:, outlier] *= 1000
+    norm = build_layer_norm(200)
+    assert_close([norm(x.float())], [copy.deepcopy(norm).double()(x)], 1e-4)
+
+
+@interpreted
+def test_layer_norm_of_maps_leaves_to_pytorch_what_it_cannot_do(fused):
+    norm, x = build_layer_norm(4), randn(2, 4, 3, 3).float().requires_grad_()
+    (first,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    exact, z = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(exact(z).square().sum(), z, create_graph=True)
+    assert_close([first, second], [want, *torch.autograd.grad(want.square().sum(), z)], 1e-3)
+    assert exact(z).grad_fn.name() != '_BranchNormRowsBackward', 'float64'
+    assert norm(x[:0]).shape == (0, 4, 3, 3)
+    with pytest.raises(RuntimeError):
+        norm(x[:, :3])
+
+
+@interpreted
+@pytest.mark.parametrize('channels', [6, 8])
+@pytest.mark.parametrize(('kind', 'branches'), [('training', 3), ('evaluation', 2), ('bare', 1)])
+def test_gradients_share_no_memory(fused, kind, branches, channels):
+    """Clipping changes them in place: what two of them share would be scaled twice."""
+    block = nn.Sequential(Block(kind, branches, channels, 16, channels), LayerNorm2d(channels))
+    maps, grad = draw((2, channels, 3, 5), channels, branches, torch.float32)
+    block[1](block[0](*maps)).backward(grad)
+    parameters = list(block.parameters())
+    assert fused and len({p.grad.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+    assert all(p.grad.is_contiguous() and p.grad.shape == p.shape and p.grad.dtype is p.dtype for p in parameters)
+
+
+@interpreted
+def test_partial_sums_of_many_programs(fused):
+    """More than are added up at a time, into gradients of several dtypes."""
+    parts = randn(600, 5, 20).float()
+    total = parts.double().sum(0)
+    weight, bias, *rest = (torch.empty(20, dtype=t) for t in [torch.bfloat16] * 2 + [torch.float32] * 4)
+    sums, of_weight, of_bias, *of_norms = branch_norm._norm_gradients(parts, [weight, bias, *rest])
+    assert_close([sums, *of_norms], [total, *total[3:], total[2], total[2]], 1e-6)
+    assert of_weight.dtype is of_bias.dtype is torch.bfloat16
+    assert_close([of_weight, of_bias], total[:2], 1e-2)
+
+    sums1, sums2 = randn(600, 24, seed=1).float(), randn(300, 2, 8, seed=2).float()
+    products = randn(24, 16, seed=3).float(), randn(8, 24, seed=4).float()
+    parameters = [torch.empty(shape) for shape in ((19, 10), (19,), (5, 19), (5,), (5,))]
+    got = row_mlp._weight_gradients(products, sums1, sums2, parameters)
+    (of_bias2, of_scale), of_bias1 = sums2.double().sum(0)[:, :5], sums1.double().sum(0)[:19]
+    assert_close(got, [products[0][:19, :10], of_bias1, products[1][:5, :19], of_bias2, of_scale], 1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize('frozen', ['norms', 'norm', 'linear1', 'linear2'])
+def test_frozen_layers(fused, frozen):
+    block = Block('training', 2, 5, 9, 5)
+    maps, grad = draw((2, 5, 3, 3), 5, 2, torch.float32)
+
+    def gradients(block):
+        block(*maps).backward(grad)
+        return {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+
+    whole = copy.deepcopy(block)
+    getattr(block, frozen).requires_grad_(False)
+    got, want = gradients(block), gradients(whole)
+    assert len(fused) == 2 and want.keys() - got.keys() == {k for k in want if k.startswith(f'{frozen}.')}
+    assert all(torch.equal(got[k], want[k]) for k in got)
+
+
 class Adapter(nn.Linear):
     """Stands for a layer that was put in another's place."""
 
@@ -352,23 +464,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from slak_mm.ops.backends import _triton_passes as kernels
 
-capability = int(sys.argv[1])
+capability, sizes = int(sys.argv[1]), sys.argv[2:]
+(T, CB), (R, PB) = (map(int, pair.split(',')) for pair in sizes)
+tile, parts = dict(T=T, CB=CB), dict(R=R, CB=PB)
 DUMP = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
 HALF = 'y0 y1 y2 rows grad residual out hidden activation grad_y grad_rows kept'.split()
-FLOAT = 'coefficients weight bias pixels of_pixels sums scale'.split()
 
-def compile(name, warps=8, half=HALF, single=FLOAT, **constants):
+def compile(name, warps=8, half=HALF, wide=True, **constants):
     function = getattr(kernels, name)
     names = function.arg_names
-    kind = lambda n: ('constexpr' if n in constants else '*bf16' if n in half else '*fp32' if n in single else
-                      'fp32' if n in ('eps', 'share') else '*i64' if n.startswith('counter') else 'i32')
+    constants = {n: v for n, v in constants.items() if n in names}
+    kind = lambda n: ('constexpr' if n in constants else 'fp32' if n in ('eps', 'share', 'momentum') else
+                      'i32' if n in ('C', 'HW', *function.do_not_specialize) else
+                      '*i64' if n.startswith('counter') else '*bf16' if n in half else '*fp32')
     types = {n: kind(n) for n in names}
     # Pointers are aligned, and the maps have a multiple of 16 pixels.
     aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if types[n].startswith('*') or n == 'HW'}
     source = ASTSource(fn=function, signature=types, attrs=aligned,
                        constexprs={(names.index(k),): v for k, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
-    assert 'ld.global.v4.b32' in re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx']), f'{name}: narrow loads'
+    has_wide = 'ld.global.v4.b32' in re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx'])
+    assert has_wide or not wide, f'{name}: narrow loads'
     assert compiled.metadata.shared <= 48 << 10, name
     if os.path.exists(DUMP):
         with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
@@ -377,17 +493,20 @@ def compile(name, warps=8, half=HALF, single=FLOAT, **constants):
             usage = subprocess.run([DUMP, '-res-usage', file.name], capture_output=True, text=True).stdout
         assert 'STACK:0' in usage and 'LOCAL:0' in usage, f'{name}: registers are spilled: {usage}'
 
-block = dict(T=64, CB=64)
-for branches, normed in ((3, True), (1, False)):
-    form = dict(block, B=branches, NORMED=normed, LAST=False)
+# Three norms in training and in evaluation, LayerNorms of rows and of a map.
+for branches, *form in ((3, 1, 1, 1), (3, 1, 0, 1), (1, 0, 0, 1), (1, 0, 0, 0)):
+    form = dict(zip(('NORMED', 'TRAINING', 'ROWS'), form), B=branches, LAST=False, **tile)
     compile('norm_rows', **form)
     compile('norm_rows_sums', **form)
-    compile('norm_rows_gradients', TRAINING=normed, **form)
-form = dict(block, HAS_SCALE=True, HAS_KEPT=True, LAST=False)
-compile('scaled_residual', **form)
-compile('scaled_residual_gradients', NEEDS_SCALE=True, **form)
-compile('gelu_gradients', **block)
-compile('branch_moments', 4, ['y0', 'y1', 'y2'], ['out'], B=3, COUNTED=True, LAST=False, T=1024, CB=1)
+form = dict(B=3, HAS_SCALE=True, NEEDS_SCALE=True, LAST=False)
+for name in ('norm_rows_gradients', 'scaled_residual', 'scaled_residual_gradients', 'gelu_gradients'):
+    compile(name, **form, **tile)
+compile('branch_moments', 4, half=['y0', 'y1', 'y2'], COUNTED=True, LAST=False, U=4, T=256, CB=1)
+form = dict(TRAINING=True, CUMULATIVE=False, S=64, CB=16)
+compile('batch_norm_coefficients', 4, half=[], wide=False, **form)
+compile('merge_moments', 4, half=[], wide=False, **form)
+compile('norm_gradients', half=[], wide=False, **parts)
+compile('resize_weights', half=['weight1', 'weight2'], wide=False, ROW=512, **parts)
 print('compiled')
 """
 
@@ -397,7 +516,9 @@ print('compiled')
 @pytest.mark.parametrize('capability', [80, 90])
 def test_passes_compile_to_wide_loads_without_spills(tmp_path, capability):
     """Without a GPU: loads of 16 bytes, and registers and shared memory that are there."""
-    done = run_program(tmp_path, COMPILED, str(capability), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    sizes = '{T},{CB}'.format(**_fused.TILE), '{R},{CB}'.format(**_fused.PARTS)
+    environment = dict(TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    done = run_program(tmp_path, COMPILED, str(capability), *sizes, **environment)
     if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
         pytest.skip('this Triton has another compiler interface')
     assert done.returncode == 0, done.stderr[-3000:]

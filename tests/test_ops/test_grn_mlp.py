@@ -205,7 +205,7 @@ def test_images_without_response():
 def test_padding_is_zero_and_half_precision_under_autocast(monkeypatch):
     """Rows come in the dtype of autocast; weights and residual are float32."""
     made = []
-    for name in ('_grn_rows', '_norm_gradients'):
+    for name in ('_grn_rows', '_normed_residual_gradients'):
         run = getattr(grn_mlp, name)
         monkeypatch.setattr(grn_mlp, name, lambda *args, run=run: made.append(run(*args)) or made[-1])
     block = Block('training', 12, 20, 12)
@@ -348,7 +348,7 @@ tile = dict(T=64, CB=64)
 for last in (False, True):
     compile('normed_residual', HAS_SCALE=True, LAST=last, **tile)
     compile('norm_sums', LAST=last, **tile)
-    compile('norm_gradients', LAST=last, **tile)
+    compile('normed_residual_gradients', LAST=last, **tile)
 compile('norm_totals', HAS_SCALE=True, R=64, CB=16, warps=4, wide=False)
 compile('gelu_squares', **tile)
 compile('grn_responses', R=8, CB=512)

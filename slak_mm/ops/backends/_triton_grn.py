@@ -367,7 +367,7 @@ def norm_totals(
 
 
 @triton.jit(do_not_specialize=['tiles', 'eighths', 'training'])
-def norm_gradients(
+def normed_residual_gradients(
     rows,
     coefficients,
     grad,

@@ -40,17 +40,32 @@ def _row(rows, row, ok, c, eighths):
 
 
 @triton.jit
-def _pick(a, b, c, i: tl.constexpr):
-    """One of three."""
-    if i == 0:
-        return a
-    elif i == 1:
-        return b
-    else:
-        return c
+def _choose(a, b, c, i):
+    """One of three pointers of one kind. Loops over ``i`` are unrolled late, so that they compile quickly."""
+    return tl.where(i == 0, a, tl.where(i == 1, b, c))
+
+
+@triton.jit
+def _added_up(parts, number, stride, c, C, R: tl.constexpr):
+    """Sum of ``number`` rows of partial sums, which start ``stride`` values apart, (CB,)."""
+    total = tl.zeros((R, c.shape[0]), tl.float32)
+    for start in range(0, number, R):
+        r = start + tl.arange(0, R)
+        at = r.to(tl.int64)[:, None] * stride + c[None, :]
+        total += tl.load(parts + at, mask=(r < number)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    return tl.sum(total, 0)
 
 
 # ---------------------------------------------------------------------------- batch statistics
+
+
+@triton.jit
+def _of_tiles(y, tile, c, images, C, HW, tiles, LAST: tl.constexpr, T: tl.constexpr):
+    """Values (U * T, CB) of U tiles, and which of them there are."""
+    n = tile // tiles
+    p = tile % tiles * T + tl.arange(0, tile.shape[0]) % T
+    ok = ((p < HW) & (n < images))[:, None] & (c < C)[None, :]
+    return tl.load(y + _at(n[:, None], p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32), ok
 
 
 @triton.jit(do_not_specialize=['images', 'tiles', 'steps'])
@@ -67,57 +82,51 @@ def branch_moments(
     HW,
     tiles,
     steps,
-    B: tl.constexpr,
     COUNTED: tl.constexpr,
     LAST: tl.constexpr,
+    U: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
     """Count, mean and sum of squared deviations of B maps into ``out[split, branch]``, (splits, B, 3, C).
 
-    A program sums up the differences from the mean of its first tile, so that nothing cancels. ``COUNTED`` adds one to
-    the counters of the batches.
+    A program takes U tiles of T pixels at a time, of one image or several. It sums up the differences from the mean of
+    the first ones, so that nothing cancels. ``COUNTED`` adds one to the counters of the batches.
     """
     c = tl.program_id(0) * CB + tl.arange(0, CB)
     split = tl.program_id(1)
-    first = split * steps
-    for i in tl.static_range(B):
-        y = _pick(y0, y1, y2, i)
-        n = first // tiles
-        p = first % tiles * T + tl.arange(0, T)
-        ok = ((p < HW) & (n < images))[:, None] & (c < C)[None, :]
-        v = tl.load(y + _at(n, p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32)
-        origin = tl.sum(v, 0) / tl.maximum(tl.sum(ok.to(tl.float32), 0), 1.0)
-        count = tl.zeros((T, CB), tl.float32)
-        total = tl.zeros((T, CB), tl.float32)
-        squares = tl.zeros((T, CB), tl.float32)
-        for step in range(steps):
-            n = (first + step) // tiles
-            p = (first + step) % tiles * T + tl.arange(0, T)
-            ok = ((p < HW) & (n < images))[:, None] & (c < C)[None, :]
-            v = tl.load(y + _at(n, p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32)
-            d = tl.where(ok, v - origin[None, :], 0.0)
-            count += ok.to(tl.float32)
-            total += d
-            squares += d * d
-        number = tl.sum(count, 0)
-        mean = tl.sum(total, 0) / tl.maximum(number, 1.0)
-        to = out + (split * B + i) * 3 * C + c
-        tl.store(to, number, mask=c < C)
-        tl.store(to + C, origin + mean, mask=c < C)
-        tl.store(to + 2 * C, tl.maximum(tl.sum(squares, 0) - number * mean * mean, 0.0), mask=c < C)
-        if COUNTED:
-            counter = _pick(counter0, counter1, counter2, i)
-            if (tl.program_id(0) == 0) & (split == 0):
-                tl.store(counter, tl.load(counter) + 1)
+    i = tl.program_id(2)
+    y = _choose(y0, y1, y2, i)
+    tile = split * steps * U + tl.arange(0, U * T) // T
+    v, ok = _of_tiles(y, tile, c, images, C, HW, tiles, LAST, T)
+    origin = tl.sum(v, 0) / tl.maximum(tl.sum(ok.to(tl.float32), 0), 1.0)
+    count = tl.zeros((U * T, CB), tl.float32)
+    total = tl.zeros((U * T, CB), tl.float32)
+    squares = tl.zeros((U * T, CB), tl.float32)
+    for step in range(steps):
+        v, ok = _of_tiles(y, tile + step * U, c, images, C, HW, tiles, LAST, T)
+        d = tl.where(ok, v - origin[None, :], 0.0)
+        count += ok.to(tl.float32)
+        total += d
+        squares += d * d
+    number = tl.sum(count, 0)
+    mean = tl.sum(total, 0) / tl.maximum(number, 1.0)
+    to = out + (split * tl.num_programs(2) + i) * 3 * C + c
+    tl.store(to, number, mask=c < C)
+    tl.store(to + C, origin + mean, mask=c < C)
+    tl.store(to + 2 * C, tl.maximum(tl.sum(squares, 0) - number * mean * mean, 0.0), mask=c < C)
+    if COUNTED:
+        if (tl.program_id(0) == 0) & (split == 0):
+            counter = _choose(counter0, counter1, counter2, i)
+            tl.store(counter, tl.load(counter) + 1)
 
 
 @triton.jit
-def _merged(moments, splits, i, C, c, B: tl.constexpr, S: tl.constexpr):
+def _merged(moments, splits, i, branches, C, c, S: tl.constexpr):
     """Moments of branch i of all splits together (Chan et al., 1979); S is a power of two not below ``splits``."""
     s = tl.arange(0, S)
     ok = (s < splits)[:, None] & (c < C)[None, :]
-    at = moments + (s[:, None] * B + i) * 3 * C + c[None, :]
+    at = moments + (s[:, None] * branches + i) * 3 * C + c[None, :]
     numbers = tl.load(at, mask=ok, other=0.0)
     means = tl.load(at + C, mask=ok, other=0.0)
     number = tl.sum(numbers, 0)
@@ -127,18 +136,18 @@ def _merged(moments, splits, i, C, c, B: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=['splits'])
-def merge_moments(moments, out, splits, C, B: tl.constexpr, S: tl.constexpr, CB: tl.constexpr):
+def merge_moments(moments, out, splits, C, S: tl.constexpr, CB: tl.constexpr):
     """Moments (splits, B, 3, C) into (B, 3, C)."""
     c = tl.program_id(0) * CB + tl.arange(0, CB)
-    for i in tl.static_range(B):
-        number, mean, squares = _merged(moments, splits, i, C, c, B, S)
-        to = out + i * 3 * C + c
-        tl.store(to, number, mask=c < C)
-        tl.store(to + C, mean, mask=c < C)
-        tl.store(to + 2 * C, squares, mask=c < C)
+    i = tl.program_id(1)
+    number, mean, squares = _merged(moments, splits, i, tl.num_programs(1), C, c, S)
+    to = out + i * 3 * C + c
+    tl.store(to, number, mask=c < C)
+    tl.store(to + C, mean, mask=c < C)
+    tl.store(to + 2 * C, squares, mask=c < C)
 
 
-@triton.jit(do_not_specialize=['splits', 'momentum', 'eps'])
+@triton.jit(do_not_specialize=['splits', 'branches', 'momentum', 'eps'])
 def batch_norm_coefficients(
     moments,
     weight0,
@@ -156,66 +165,80 @@ def batch_norm_coefficients(
     counter,
     out,
     splits,
+    branches,
     C,
     momentum,
     eps,
-    B: tl.constexpr,
     TRAINING: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     S: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Coefficients of B batch norms.
+    """Coefficients of one to three batch norms.
 
-    In training of the moments (splits, B, 3, C), which the running statistics follow with the momentum or, with
+    In training of the moments (splits, branches, 3, C), which the running statistics follow with the momentum or, with
     ``CUMULATIVE``, the reciprocal of the counter; else of the running statistics.
     """
     c = tl.program_id(0) * CB + tl.arange(0, CB)
     cok = c < C
     total = tl.zeros((CB,), tl.float32)
-    for i in tl.static_range(B):
-        running_mean = _pick(mean0, mean1, mean2, i) + c
-        running_var = _pick(var0, var1, var2, i) + c
+    for i in range(branches):
+        running_mean = _choose(mean0, mean1, mean2, i) + c
+        running_var = _choose(var0, var1, var2, i) + c
         mean = tl.load(running_mean, mask=cok, other=0.0).to(tl.float32)
         var = tl.load(running_var, mask=cok, other=0.0).to(tl.float32)
         if TRAINING:
             factor = momentum
             if CUMULATIVE:
                 factor = 1.0 / tl.load(counter).to(tl.float32)
-            number, batch_mean, squares = _merged(moments, splits, i, C, c, B, S)
+            number, batch_mean, squares = _merged(moments, splits, i, branches, C, c, S)
             unbiased = squares / tl.maximum(number - 1.0, 1.0)
             tl.store(running_mean, (1.0 - factor) * mean + factor * batch_mean, mask=cok)
             tl.store(running_var, (1.0 - factor) * var + factor * unbiased, mask=cok)
             mean = batch_mean
             var = squares / tl.maximum(number, 1.0)
-            tl.store(out + (3 * B + 1) * C + c, 1.0 / tl.maximum(number, 1.0), mask=cok)
+            tl.store(out + (3 * branches + 1) * C + c, 1.0 / tl.maximum(number, 1.0), mask=cok)
         rstd = 1.0 / tl.sqrt(var + eps)
-        weight = tl.load(_pick(weight0, weight1, weight2, i) + c, mask=cok, other=0.0).to(tl.float32)
-        bias = tl.load(_pick(bias0, bias1, bias2, i) + c, mask=cok, other=0.0).to(tl.float32)
+        weight = tl.load(_choose(weight0, weight1, weight2, i) + c, mask=cok, other=0.0).to(tl.float32)
+        bias = tl.load(_choose(bias0, bias1, bias2, i) + c, mask=cok, other=0.0).to(tl.float32)
         tl.store(out + i * C + c, mean, mask=cok)
-        tl.store(out + (B + i) * C + c, rstd, mask=cok)
-        tl.store(out + (2 * B + i) * C + c, weight * rstd, mask=cok)
+        tl.store(out + (branches + i) * C + c, rstd, mask=cok)
+        tl.store(out + (2 * branches + i) * C + c, weight * rstd, mask=cok)
         total += bias - mean * weight * rstd
-    tl.store(out + 3 * B * C + c, total, mask=cok)
+    tl.store(out + 3 * branches * C + c, total, mask=cok)
 
 
-# ----------------------------------------------------------- norms, sum and LayerNorm, into rows
+# ------------------------------------------ norms, sum and LayerNorm, into rows or another map
 
 
 @triton.jit
 def _summed(y0, y1, y2, at, ok, coefficients, c, C, B: tl.constexpr, NORMED: tl.constexpr):
     """Sum of the branches, each normalized, (T, CB); zero outside."""
-    v = tl.load(y0 + at, mask=ok, other=0.0).to(tl.float32)
-    if NORMED:
-        v *= _vector(coefficients + 2 * B * C, c, C)
-    for i in tl.static_range(1, B):
-        more = tl.load(_pick(y0, y1, y2, i) + at, mask=ok, other=0.0).to(tl.float32)
+    v = tl.zeros(ok.shape, tl.float32)
+    for i in range(B):
+        more = tl.load(_choose(y0, y1, y2, i) + at, mask=ok, other=0.0).to(tl.float32)
         if NORMED:
             more *= _vector(coefficients + (2 * B + i) * C, c, C)
         v += more
     if NORMED:
         v += _vector(coefficients + 3 * B * C, c, C)
     return tl.where(ok, v, 0.0)
+
+
+@triton.jit
+def _hat(y, at, ok, coefficients, i, c, C, B: tl.constexpr):
+    """Branch i without the mean of each channel and divided by its standard deviation, (T, CB)."""
+    v = tl.load(y + at, mask=ok, other=0.0).to(tl.float32) - _vector(coefficients + i * C, c, C)
+    return v * _vector(coefficients + (B + i) * C, c, C)
+
+
+@triton.jit
+def _gradient(grad, row, at, pok, ok, c, eighths, ROWS: tl.constexpr):
+    """Gradients (T, CB) of rows or of a map."""
+    if ROWS:
+        return _row(grad, row, pok, c, eighths)
+    else:
+        return tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=['tiles', 'eighths', 'eps'])
@@ -226,7 +249,7 @@ def norm_rows(
     coefficients,
     weight,
     bias,
-    rows,
+    out,
     pixels,
     C,
     HW,
@@ -235,44 +258,48 @@ def norm_rows(
     eps,
     B: tl.constexpr,
     NORMED: tl.constexpr,
+    ROWS: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """LayerNorm over the channels of the sum of B branches, into rows of ``8 * eighths`` channels.
+    """LayerNorm over the channels of the sum of B branches, into ``ROWS`` of ``8 * eighths`` channels or a map.
 
-    Mean and reciprocal standard deviation of each pixel go to ``pixels``, (2, pixels).
+    Mean and reciprocal standard deviation of each pixel go to ``pixels``, (2, pixels). Squares are taken of the
+    differences from the first channel, of which none is above C times the variance.
     """
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
     pok = p < HW
     number = tl.num_programs(0) // tiles * HW
     row = n * HW + p
-    c = tl.arange(0, CB)
-    ok = pok[:, None] & (c < C)[None, :]
-    v = _summed(y0, y1, y2, _at(n, p, c, C, HW, LAST), ok, coefficients, c, C, B, NORMED)
-    origin = tl.sum(v, 1) / tl.minimum(C, CB)
+    zero = tl.arange(0, 1)
+    origin = _summed(y0, y1, y2, _at(n, p, zero, C, HW, LAST), pok[:, None], coefficients, zero, C, B, NORMED)
     total = tl.zeros((T, CB), tl.float32)
     squares = tl.zeros((T, CB), tl.float32)
     for start in range(0, C, CB):
         c = start + tl.arange(0, CB)
         ok = pok[:, None] & (c < C)[None, :]
         v = _summed(y0, y1, y2, _at(n, p, c, C, HW, LAST), ok, coefficients, c, C, B, NORMED)
-        d = tl.where(ok, v - origin[:, None], 0.0)
+        d = tl.where(ok, v - origin, 0.0)
         total += d
         squares += d * d
-    shift = tl.sum(total, 1) / C
+    shift = (tl.sum(total, 1) / C)[:, None]
     mean = origin + shift
-    rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 1) / C - shift * shift, 0.0) + eps)
-    tl.store(pixels + row, mean, mask=pok)
-    tl.store(pixels + number + row, rstd, mask=pok)
+    variance = tl.maximum((tl.sum(squares, 1) / C)[:, None] - shift * shift, 0.0)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    tl.store(pixels + row[:, None], mean, mask=pok[:, None])
+    tl.store(pixels + number + row[:, None], rstd, mask=pok[:, None])
     for start in range(0, eighths * 8, CB):
         c = start + tl.arange(0, CB)
         ok = pok[:, None] & (c < C)[None, :]
-        v = _summed(y0, y1, y2, _at(n, p, c, C, HW, LAST), ok, coefficients, c, C, B, NORMED)
-        v = (v - mean[:, None]) * rstd[:, None] * _vector(weight, c, C) + _vector(bias, c, C)
-        to = rows + row.to(tl.int64)[:, None] * (eighths * 8) + c[None, :]
-        tl.store(to, v.to(rows.dtype.element_ty), mask=pok[:, None] & (c < eighths * 8)[None, :])
+        at = _at(n, p, c, C, HW, LAST)
+        v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, NORMED)
+        v = (v - mean) * rstd * _vector(weight, c, C) + _vector(bias, c, C)
+        if ROWS:
+            at = row.to(tl.int64)[:, None] * (eighths * 8) + c[None, :]
+            ok = pok[:, None] & (c < eighths * 8)[None, :]
+        tl.store(out + at, v.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=['tiles', 'eighths'])
@@ -286,60 +313,71 @@ def norm_rows_sums(
     pixels,
     of_pixels,
     sums,
+    grad_y,
     C,
     HW,
     tiles,
     eighths,
     B: tl.constexpr,
     NORMED: tl.constexpr,
+    TRAINING: tl.constexpr,
+    ROWS: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Sums of the backward pass over the pixels of each program, into ``sums[program]``, (programs, rows, C).
+    """Sums of the backward pass over the pixels of each program, into ``sums[program]``, (programs, K, C).
 
-    Rows: the gradients of the LayerNorm's weight and bias and, with ``NORMED``, of the sum ``v`` of the branches and of
-    ``v`` times each normalized branch. Two means over the channels of each pixel go to ``of_pixels``, (2, pixels).
+    They are the gradients of the LayerNorm's weight and bias and, with ``NORMED``, the sums of the gradient ``d`` of
+    the branches' sum and of ``d`` times each normalized branch. In ``TRAINING`` the gradients of the branches depend on
+    them, and two means over the channels of each pixel go to ``of_pixels``, (2, pixels); else the gradients go to
+    ``grad_y``: B maps, or a single one without norms.
     """
     K: tl.constexpr = 3 + B if NORMED else 2
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
     pok = p < HW
-    number = tl.num_programs(0) // tiles * HW
+    images = tl.num_programs(0) // tiles
     row = n * HW + p
     mean = tl.load(pixels + row, mask=pok, other=0.0)[:, None]
-    rstd = tl.load(pixels + number + row, mask=pok, other=0.0)[:, None]
+    rstd = tl.load(pixels + images * HW + row, mask=pok, other=0.0)[:, None]
     first = tl.zeros((T, CB), tl.float32)
     second = tl.zeros((T, CB), tl.float32)
     for start in range(0, C, CB):
         c = start + tl.arange(0, CB)
         ok = pok[:, None] & (c < C)[None, :]
-        v = _summed(y0, y1, y2, _at(n, p, c, C, HW, LAST), ok, coefficients, c, C, B, NORMED)
-        g = _row(grad, row, pok, c, eighths)
-        g *= _vector(weight, c, C)
+        at = _at(n, p, c, C, HW, LAST)
+        v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, NORMED)
+        g = _gradient(grad, row, at, pok, ok, c, eighths, ROWS) * _vector(weight, c, C)
         first += g
         second += g * (v - mean) * rstd
     c1 = (tl.sum(first, 1) / C)[:, None]
     c2 = (tl.sum(second, 1) / C)[:, None]
-    tl.store(of_pixels + row[:, None], c1, mask=pok[:, None])
-    tl.store(of_pixels + number + row[:, None], c2, mask=pok[:, None])
+    if TRAINING:
+        tl.store(of_pixels + row[:, None], c1, mask=pok[:, None])
+        tl.store(of_pixels + images * HW + row[:, None], c2, mask=pok[:, None])
     to = sums + tl.program_id(0).to(tl.int64) * K * C
     for start in range(0, C, CB):
         c = start + tl.arange(0, CB)
         ok = pok[:, None] & (c < C)[None, :]
         at = _at(n, p, c, C, HW, LAST)
         v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, NORMED)
-        g = _row(grad, row, pok, c, eighths)
+        g = _gradient(grad, row, at, pok, ok, c, eighths, ROWS)
         hat = tl.where(ok, (v - mean) * rstd, 0.0)
+        d = tl.where(ok, rstd * (g * _vector(weight, c, C) - c1 - hat * c2), 0.0)
         tl.store(to + c, tl.sum(g * hat, 0), mask=c < C)
         tl.store(to + C + c, tl.sum(g, 0), mask=c < C)
         if NORMED:
-            d = tl.where(ok, rstd * (g * _vector(weight, c, C) - c1 - hat * c2), 0.0)
             tl.store(to + 2 * C + c, tl.sum(d, 0), mask=c < C)
-            for i in tl.static_range(B):
-                y = tl.load(_pick(y0, y1, y2, i) + at, mask=ok, other=0.0).to(tl.float32)
-                y = (y - _vector(coefficients + i * C, c, C)) * _vector(coefficients + (B + i) * C, c, C)
+            for i in range(B):
+                y = _hat(_choose(y0, y1, y2, i), at, ok, coefficients, i, c, C, B)
                 tl.store(to + (3 + i) * C + c, tl.sum(d * y, 0), mask=c < C)
+                if not TRAINING:
+                    own = d * _vector(coefficients + (2 * B + i) * C, c, C)
+                    to_y = grad_y + i * images.to(tl.int64) * C * HW + at
+                    tl.store(to_y, own.to(grad_y.dtype.element_ty), mask=ok)
+        else:
+            tl.store(grad_y + at, d.to(grad_y.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=['tiles', 'eighths'])
@@ -359,13 +397,11 @@ def norm_rows_gradients(
     tiles,
     eighths,
     B: tl.constexpr,
-    NORMED: tl.constexpr,
-    TRAINING: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Gradients of the branches into ``grad_y``, B maps or without norms a single one, from sums (rows, C)."""
+    """Gradients of B branches in training into as many maps, from the sums of all pixels, (3 + B, C), and of each."""
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
     pok = p < HW
@@ -378,38 +414,62 @@ def norm_rows_gradients(
     rstd = tl.load(pixels + images * HW + row, mask=pok, other=0.0)[:, None]
     c1 = tl.load(of_pixels + row, mask=pok, other=0.0)[:, None]
     c2 = tl.load(of_pixels + images * HW + row, mask=pok, other=0.0)[:, None]
-    v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, NORMED)
+    v = _summed(y0, y1, y2, at, ok, coefficients, c, C, B, True)
     g = _row(grad, row, pok, c, eighths)
-    d = rstd * (g * _vector(weight, c, C) - c1 - (v - mean) * rstd * c2)
-    if NORMED:
-        if TRAINING:
-            part = _vector(coefficients + (3 * B + 1) * C, c, C)
-            d -= part * _vector(sums + 2 * C, c, C)
-        for i in tl.static_range(B):
-            own = d
-            if TRAINING:
-                y = tl.load(_pick(y0, y1, y2, i) + at, mask=ok, other=0.0).to(tl.float32)
-                y = (y - _vector(coefficients + i * C, c, C)) * _vector(coefficients + (B + i) * C, c, C)
-                own -= y * part * _vector(sums + (3 + i) * C, c, C)
-            own *= _vector(coefficients + (2 * B + i) * C, c, C)
-            to = grad_y + i * images.to(tl.int64) * C * HW + at
-            tl.store(to, own.to(grad_y.dtype.element_ty), mask=ok)
+    part = _vector(coefficients + (3 * B + 1) * C, c, C)
+    d = rstd * (g * _vector(weight, c, C) - c1 - (v - mean) * rstd * c2) - part * _vector(sums + 2 * C, c, C)
+    for i in range(B):
+        y = _hat(_choose(y0, y1, y2, i), at, ok, coefficients, i, c, C, B)
+        own = (d - y * part * _vector(sums + (3 + i) * C, c, C)) * _vector(coefficients + (2 * B + i) * C, c, C)
+        tl.store(grad_y + i * images.to(tl.int64) * C * HW + at, own.to(grad_y.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=['number'])
+def norm_gradients(
+    parts,
+    sums,
+    of_weight,
+    of_bias,
+    of_weight0,
+    of_weight1,
+    of_weight2,
+    of_bias0,
+    of_bias1,
+    of_bias2,
+    number,
+    C,
+    R: tl.constexpr,
+    CB: tl.constexpr,
+):
+    """Add up ``number`` partial sums of :func:`norm_rows_sums`, (number, K, C), and give each parameter its own."""
+    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    k = tl.program_id(1)
+    K = tl.num_programs(1)
+    total = _added_up(parts + k * C, number, K * C, c, C, R)
+    ok = c < C
+    tl.store(sums + k * C + c, total, mask=ok)
+    if k == 0:
+        tl.store(of_weight + c, total.to(of_weight.dtype.element_ty), mask=ok)
+    elif k == 1:
+        tl.store(of_bias + c, total.to(of_bias.dtype.element_ty), mask=ok)
+    elif k == 2:
+        for i in range(K - 3):
+            tl.store(_choose(of_bias0, of_bias1, of_bias2, i) + c, total.to(of_bias0.dtype.element_ty), mask=ok)
     else:
-        tl.store(grad_y + at, d.to(grad_y.dtype.element_ty), mask=ok)
+        to = _choose(of_weight0, of_weight1, of_weight2, k - 3)
+        tl.store(to + c, total.to(of_weight0.dtype.element_ty), mask=ok)
 
 
 # --------------------------------------------------- layer scale, drop path and residual, from rows
 
 
 @triton.jit
-def _factor(scale, kept, n, c, C, share, HAS_SCALE: tl.constexpr, HAS_KEPT: tl.constexpr):
-    """Layer scale times what drop path makes of an image, (1, CB)."""
+def _factor(scale, kept, n, c, C, share, HAS_SCALE: tl.constexpr):
+    """Layer scale times what drop path makes of an image, (1, CB); a ``share`` of 1 keeps all of them."""
     factor = tl.full((1, c.shape[0]), 1.0, tl.float32)
     if HAS_SCALE:
         factor = _vector(scale, c, C)
-    if HAS_KEPT:
-        factor *= tl.load(kept + n).to(tl.float32) * share
-    return factor
+    return factor * tl.load(kept + n, mask=share != 1.0, other=1.0).to(tl.float32) * share
 
 
 @triton.jit(do_not_specialize=['tiles', 'eighths', 'share'])
@@ -425,7 +485,6 @@ def scaled_residual(
     eighths,
     share,
     HAS_SCALE: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
@@ -437,7 +496,7 @@ def scaled_residual(
     ok = (p < HW)[:, None] & (c < C)[None, :]
     at = _at(n, p, c, C, HW, LAST)
     v = _row(rows, n * HW + p, p < HW, c, eighths)
-    v *= _factor(scale, kept, n, c, C, share, HAS_SCALE, HAS_KEPT)
+    v *= _factor(scale, kept, n, c, C, share, HAS_SCALE)
     v += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + at, v.to(out.dtype.element_ty), mask=ok)
 
@@ -456,13 +515,15 @@ def scaled_residual_gradients(
     eighths,
     share,
     HAS_SCALE: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Gradient of the rows, and sums over the pixels of each program, (programs, 1 or 2, C): of it, of the scale's."""
+    """Gradient of the rows, and sums of the pixels of each program, of it and of the scale's.
+
+    Sums are (programs, 1 or 2, 8 * eighths).
+    """
     K: tl.constexpr = 2 if NEEDS_SCALE else 1
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
@@ -470,14 +531,14 @@ def scaled_residual_gradients(
     ok = (p < HW)[:, None] & (c < C)[None, :]
     row = (n * HW + p).to(tl.int64)[:, None] * (eighths * 8) + c[None, :]
     g = tl.load(grad + _at(n, p, c, C, HW, LAST), mask=ok, other=0.0).to(tl.float32)
-    to = sums + tl.program_id(0).to(tl.int64) * K * C + c
-    own = g * _factor(scale, kept, n, c, C, share, HAS_SCALE, HAS_KEPT)
+    to = sums + tl.program_id(0).to(tl.int64) * K * eighths * 8 + c
+    own = g * _factor(scale, kept, n, c, C, share, HAS_SCALE)
     tl.store(grad_rows + row, own.to(grad_rows.dtype.element_ty), mask=(p < HW)[:, None] & (c < eighths * 8)[None, :])
-    tl.store(to, tl.sum(own, 0), mask=c < C)
+    tl.store(to, tl.sum(own, 0), mask=c < eighths * 8)
     if NEEDS_SCALE:
         y = _row(rows, n * HW + p, p < HW, c, eighths)
-        y *= _factor(scale, kept, n, c, C, share, False, HAS_KEPT)
-        tl.store(to + C, tl.sum(g * y, 0), mask=c < C)
+        y *= _factor(scale, kept, n, c, C, share, False)
+        tl.store(to + eighths * 8, tl.sum(g * y, 0), mask=c < eighths * 8)
 
 
 # ------------------------------------------------------------------------- GELU and weights
@@ -500,28 +561,64 @@ def gelu_gradients(hidden, grad, activation, sums, number, eighths, T: tl.conste
     tl.store(sums + tl.program_id(0).to(tl.int64) * D + c, tl.sum(g, 0), mask=c < D)
 
 
-@triton.jit
-def _resized_row(source, to, r, rows, columns, to_columns, CB: tl.constexpr):
-    for start in range(0, to_columns, CB):
-        c = start + tl.arange(0, CB)
-        v = tl.load(source + r * columns + c, mask=(r < rows) & (c < columns), other=0.0)
-        tl.store(to + r * to_columns + c, v.to(to.dtype.element_ty), mask=c < to_columns)
-
-
-@triton.jit(do_not_specialize=['c', 'd', 'e', 'to_c', 'to_d', 'to_e'])
+@triton.jit(do_not_specialize=['c', 'd', 'e', 'to_c', 'to_d', 'to_e', 'rows', 'number1', 'number2', 'stride2'])
 def resize_weights(
-    weight1, bias1, weight2, bias2, to1, to_bias1, to2, to_bias2, c, d, e, to_c, to_d, to_e, CB: tl.constexpr
+    weight1,
+    weight2,
+    bias1,
+    bias2,
+    to1,
+    to2,
+    to_bias1,
+    to_bias2,
+    to_scale,
+    c,
+    d,
+    e,
+    to_c,
+    to_d,
+    to_e,
+    rows,
+    number1,
+    number2,
+    stride2,
+    ROW: tl.constexpr,
+    R: tl.constexpr,
+    CB: tl.constexpr,
 ):
-    """Copy weights (d, c) and (e, d) and biases (d,) and (e,) to other sizes: cut, or filled with zeros."""
+    """Copy weights (d, c) and (e, d), and biases and layer scale, to other sizes: cut, or filled with zeros.
+
+    Biases (d,) and (e,) are ``number1`` and ``number2`` rows that are added up, the latter ``stride2`` values apart;
+    those of the scale, which has programs or has none, are between. ``rows`` is ``to_d + to_e``, or 0 where no weights
+    are copied.
+    """
     r = tl.program_id(0)
-    if r < to_d:
-        _resized_row(weight1, to1, r, d, c, to_c, CB)
-    elif r < to_d + to_e:
-        _resized_row(weight2, to2, r - to_d, e, d, to_d, CB)
-    elif r == to_d + to_e:
-        _resized_row(bias1, to_bias1, 0, 1, d, to_d, CB)
+    if r < rows:
+        is_first = r < to_d
+        r = tl.where(is_first, r, r - to_d)
+        columns = tl.where(is_first, c, d)
+        to_columns = tl.where(is_first, to_c, to_d)
+        source = tl.where(is_first, weight1, weight2) + r * columns
+        to = tl.where(is_first, to1, to2) + r * to_columns
+        columns = tl.where(r < tl.where(is_first, d, e), columns, 0)
+        for start in range(0, to_columns, ROW):
+            i = start + tl.arange(0, ROW)
+            v = tl.load(source + i, mask=i < columns, other=0.0)
+            tl.store(to + i, v.to(to.dtype.element_ty), mask=i < to_columns)
     else:
-        _resized_row(bias2, to_bias2, 0, 1, e, to_e, CB)
+        block = r - rows
+        blocks1 = tl.cdiv(to_d, CB)
+        blocks2 = tl.cdiv(to_e, CB)
+        is_first = block < blocks1
+        is_scale = block >= blocks1 + blocks2
+        i = tl.where(is_first, block, (block - blocks1) % blocks2) * CB + tl.arange(0, CB)
+        parts = tl.where(is_first, bias1, tl.where(is_scale, bias2 + e, bias2))
+        number = tl.where(is_first, number1, number2)
+        v = _added_up(parts, number, tl.where(is_first, d, stride2), i, tl.where(is_first, d, e), R)
+        ok = i < tl.where(is_first, to_d, to_e)
+        to = tl.where(is_first, to_bias1, to_bias2)
+        tl.store(to + i, v.to(to.dtype.element_ty), mask=ok & ~is_scale)
+        tl.store(to_scale + i, v.to(to_scale.dtype.element_ty), mask=ok & is_scale)
 
 
 # ----------------------------------------------------------------------- kernels made of filters
