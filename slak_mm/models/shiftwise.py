@@ -166,21 +166,21 @@ class ShiftWiseConv(LargeKernelLayer):
         y = sum_maps([y if norm is None else norm(y) for y, norm in zip(ys, norms)])
         return torch.cat([y + x, ghosts], dim=1)
 
-    def parts(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    def parts(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         """What is added up and put behind each other, for the passes of :mod:`slak_mm.ops.gated_rows`.
 
         Returns:
-            The convolved maps of the first channels, in training form before their norms; and the input in the order
-            of the result, in deployed form with what was folded into the ghosts.
+            The convolved maps of the first channels, in training form before their norms; the input in the order of the
+            result, in deployed form with what was folded into the ghosts; and the input as the residual is to use it.
         """
         if self.deploy:
-            extra, x = gated_rows.ordered_channels(x, self.rep, self.ghost, self.ghost_scale, self.ghost_bias)
-            return [cross_dwconv2d(x, self.tall, self.wide, bias=self.bias, reduce=True)], extra
-        extra, x = gated_rows.permute_channels(x, self.rep, self.ghost)
+            extra, first = gated_rows.ordered_channels(x, self.rep, self.ghost, self.ghost_scale, self.ghost_bias)
+            return [cross_dwconv2d(first, self.tall, self.wide, bias=self.bias, reduce=True)], extra, x
+        extra, first, x = gated_rows.permute_channels(x, self.rep, self.ghost)
         kernels = self.kernels(centered_kernels)
         if self.bn_tall is None:
-            return [cross_dwconv2d(x, *kernels, reduce=True)], extra
-        return [y for y in cross_dwconv2d(x, *kernels) if y is not None], extra
+            return [cross_dwconv2d(first, *kernels, reduce=True)], extra, x
+        return [y for y in cross_dwconv2d(first, *kernels) if y is not None], extra, x
 
     def norms(self) -> list[nn.Module]:
         """Those of the tall, wide and small kernel, if there are any."""
@@ -443,8 +443,8 @@ class ShiftWiseBlock(RecomputableBlock):
         keep: Any = 1.0 - drop_path.drop_prob if drops else 1.0  # type: ignore[operator]
 
         def run() -> Tensor:
-            maps, extra = layer.parts(x) if is_read else ([], layer(x))
-            return grn_mlp.grn_mlp(rows(maps, extra, gates=gates), *weights, of_last, self.gamma, keep, x)
+            maps, extra, residual = layer.parts(x) if is_read else ([], layer(x), x)
+            return grn_mlp.grn_mlp(rows(maps, extra, gates=gates), *weights, of_last, self.gamma, keep, residual)
 
         return attempt(run, x)
 

@@ -47,7 +47,7 @@ def _without_autocast(x: Tensor) -> Any:
 # ------------------------------------------------------------------------------ order of channels
 
 
-def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Tensor]:
+def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Bring channels into the order (rep, ghost) and the dtype of autocast, by one pass, forward and backward.
 
     Args:
@@ -56,7 +56,8 @@ def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Ten
         ghost: Those of the others, (C - len(rep),).
 
     Returns:
-        The map, and a view of its first ``len(rep)`` channels.
+        The map, a view of its first ``len(rep)`` channels, and x itself: what uses this instead of x has its gradient
+        added in the same pass.
     """
     return _PermuteChannels.apply(x, rep, ghost, _dtype(x))
 
@@ -66,7 +67,7 @@ def ordered_channels(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`permute_channels` without autograd, with a scale and a bias of the ghosts where they are given."""
     x = in_memory(x).contiguous(memory_format=memory_format(x))
-    permuted = _permute_channels(x, None, rep, ghost, _dtype(x), scale, bias)
+    permuted = _permute_channels(x, [], rep, ghost, _dtype(x), scale, bias)
     return permuted, permuted[:, : len(rep)]
 
 
@@ -76,29 +77,29 @@ class _PermuteChannels(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, rep: Tensor, ghost: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(rep, ghost)
         ctx.dtype = x.dtype
-        x = in_memory(x).contiguous(memory_format=memory_format(x))
-        permuted = _permute_channels(x, None, rep, ghost, dtype)
-        return permuted, permuted.detach()[:, : len(rep)]
+        lying = in_memory(x).contiguous(memory_format=memory_format(x))
+        permuted = _permute_channels(lying, [], rep, ghost, dtype)
+        return permuted, permuted.detach()[:, : len(rep)], x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, of_first: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *more: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rep, ghost = ctx.saved_tensors
 
         def fused() -> list[Tensor]:
             layout = memory_format(grad)
-            given = (in_memory(g).contiguous(memory_format=layout) for g in (grad, of_first))
-            return [_permute_channels(*given, rep, ghost, ctx.dtype)]
+            first, *others = (in_memory(g).contiguous(memory_format=layout) for g in (grad, *more))
+            return [_permute_channels(first, others, rep, ghost, ctx.dtype)]
 
-        def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        def plain(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             permuted = x.index_select(1, torch.cat([rep, ghost])).to(grad.dtype)
-            return permuted, permuted[:, : len(rep)]
+            return permuted, permuted[:, : len(rep)], x.view_as(x)
 
         # Of the input only shape and dtype matter.
         like = torch.zeros_like(grad, dtype=ctx.dtype).requires_grad_() if torch.is_grad_enabled() else grad
-        return *gradients(fused, plain, [like], grad, of_first), None, None, None
+        return *gradients(fused, plain, [like], grad, *more), None, None, None
 
 
 # ----------------------------------------------------------------------------------- gated rows
@@ -261,19 +262,19 @@ def _parts(x: Tensor, pixels: int, channels: int, most: int) -> tuple[int, int, 
 
 
 @visible(
-    '(Tensor x, Tensor? first, Tensor rep, Tensor ghost, ScalarType dtype, Tensor? scale=None, Tensor? bias=None) '
+    '(Tensor x, Tensor[] more, Tensor rep, Tensor ghost, ScalarType dtype, Tensor? scale=None, Tensor? bias=None) '
     '-> Tensor'
 )
 def _permute_channels(
     x: Tensor,
-    first: Tensor | None,
+    more: Sequence[Tensor],
     rep: Tensor,
     ghost: Tensor,
     dtype: torch.dtype,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Channels in the order (rep, ghost), or with ``first`` back again."""
+    """Channels in the order (rep, ghost), or with two more gradients back again."""
     n, c, h, w = x.shape
     out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
     if not x.is_meta:
@@ -281,9 +282,9 @@ def _permute_channels(
 
         tiles = -(-h * w // TILE['T'])
         _triton_gated.permute_channels[(n * tiles, -(-c // TILE['CB']))](
-            *(x, x if first is None else first, rep, ghost, x if scale is None else scale, x if bias is None else bias),
+            *(x, *(more or (x, x)), rep, ghost, x if scale is None else scale, x if bias is None else bias),
             *(out, c, len(rep), h * w, tiles),
-            BACKWARD=first is not None,
+            BACKWARD=bool(more),
             SCALED=scale is not None,
             **_sizes(x),
             **TILE,

@@ -95,11 +95,11 @@ def reference(
     bias2: Tensor | None,
     norm: BranchNorms | None,
     scale: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None,
     kept: Tensor | None = None,
     keep: float = 1.0,
 ) -> Tensor:
-    """Compute :func:`grn_mlp` by PyTorch's functions, for given images (N,) that are kept.
+    """Compute :func:`grn_mlp` by PyTorch's functions, for given images (N,) that are kept, or what it adds.
 
     Running statistics are not updated.
     """
@@ -113,7 +113,8 @@ def reference(
         of_batch = None if norm.training else mean, None if norm.training else var
         y = F.batch_norm(y.to(wide), *of_batch, weight, bias, norm.training, eps=norm.eps).to(dtype)
     y = y if scale is None else y * scale.view(-1, 1, 1)
-    return residual + (y if kept is None else y * kept.to(y.dtype).view(-1, 1, 1, 1) / keep)
+    y = y if kept is None else y * kept.to(y.dtype).view(-1, 1, 1, 1) / keep
+    return y if residual is None else residual + y
 
 
 class _GRNMLP(torch.autograd.Function):
@@ -123,7 +124,8 @@ class _GRNMLP(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, norm: BranchNorms | None, kept: Tensor | None, keep: float, *tensors: Any
     ) -> Tensor:
-        rows, weight1, bias1, gamma, beta, weight2, bias2, _, norm_bias, scale, residual = tensors
+        *inputs, residual = tensors
+        rows, weight1, bias1, gamma, beta, weight2, bias2, _, norm_bias, scale = inputs
         n, h, w, columns = rows.shape
         any_bias = next((b for b in (bias2, norm_bias) if b is not None), weight2[:, 0])
         w1, b1, w2, b2 = _aligned((weight1, bias1, weight2, any_bias), rows.dtype)
@@ -139,8 +141,9 @@ class _GRNMLP(torch.autograd.Function):
             out = _normed_residual(y, in_memory(residual), coefficients, scale, kept, 1 / keep)
         else:
             out = _scaled_residual(y, in_memory(residual), scale, kept, 1 / keep)
-        ctx.save_for_backward(kept, hidden, *of_images, y, coefficients, w1, w2, *tensors)
-        ctx.norm, ctx.keep = norm, keep
+        ctx.save_for_backward(kept, hidden, *of_images, y, coefficients, w1, w2, *inputs)
+        # Not the residual, which in float32 under autocast would be among the largest that a block keeps.
+        ctx.norm, ctx.keep, ctx.layout, ctx.dtype = norm, keep, memory_format(residual), residual.dtype
         return out
 
     @staticmethod
@@ -151,8 +154,9 @@ class _GRNMLP(torch.autograd.Function):
         norm, needs = ctx.norm, ctx.needs_input_grad[3:]
 
         def fused() -> list[Tensor | None]:
-            rows, weight1, bias1, gamma, beta, weight2, bias2, norm_weight, norm_bias, scale, residual = inputs
-            g = in_memory(grad).contiguous(memory_format=memory_format(residual))
+            nonlocal grad  # which is that of the residual as well, in its layout
+            rows, weight1, bias1, gamma, beta, weight2, bias2, norm_weight, norm_bias, scale = inputs
+            g = grad = in_memory(grad).contiguous(memory_format=ctx.layout)
             known = coefficients
             if norm is None:  # the gradients are those behind a norm that changes nothing
                 known = g.new_zeros(5, g.shape[1], dtype=torch.float32)
@@ -180,17 +184,17 @@ class _GRNMLP(torch.autograd.Function):
                 *(of_weight1, of_bias1, of_gamma, of_beta if beta is not None else None, of_weight2),
                 None if bias2 is None else of_bias.to(bias2.dtype),
                 *((None, None) if norm is None else (of_weight, of_bias)),
-                *(None if scale is None else of_scale, g.to(residual.dtype)),
+                None if scale is None else of_scale,
             ]
 
         def plain(*tensors: Any) -> Tensor:
             if norm is not None and norm.training and norm.group is not None:
                 raise NotImplementedError('SyncBN has no gradients of gradients')
-            *linear, weight, bias, scale, residual = tensors
+            *linear, weight, bias, scale = tensors
             own = None if norm is None else norm._replace(weights=(weight,), biases=(bias,))
-            return reference(*linear, own, scale, residual, kept, ctx.keep).to(grad.dtype)  # type: ignore[call-arg]
+            return reference(*linear, own, scale, None, kept, ctx.keep).to(grad.dtype)  # type: ignore[call-arg]
 
-        return None, None, None, *gradients(fused, plain, inputs, grad)
+        return None, None, None, *gradients(fused, plain, inputs, grad), grad.to(ctx.dtype)
 
 
 # ---------------------------------------------------------------------------- kernels' launches
@@ -309,7 +313,7 @@ def _norm_totals(
     kept: Tensor | None,
     share: float,
 ) -> list[Tensor]:
-    """Two sums (2, E) and a factor (N, E) for :func:`_normed_residual_gradients`; gradients of weight, bias and scale."""
+    """Sums (2, E) and factors (N, E) for :func:`_normed_residual_gradients`; gradients of weight, bias and scale."""
     images, splits, _, e = sums.shape
     results = [sums.new_empty(2, e), sums.new_empty(images, e)]
     results += [torch.empty_like(t) for t in (weight, bias, weight if scale is None else scale)]
@@ -445,7 +449,7 @@ def _parameter_gradients(
         _triton_grn.parameter_gradients[(-(-d // 16) + sum(rows),)](
             *(sums, totals, responses, reciprocals),
             *(sums if product is None else product for product in (product1, product2)),
-            *(*results, *rows, c, eights(c) // 8, d, sums.shape[1] // 8, len(sums), len(totals)),
+            *(*results, rows[0], c, eights(c) // 8, d, sums.shape[1] // 8, len(sums), len(totals)),
             HAS_BETA=beta is not None,
             R=64,
             KB=16,

@@ -11,7 +11,7 @@ of an image. ``of_z`` are the coefficients (5, C) of the norm of ``z``.
 import triton
 import triton.language as tl
 
-from ._triton_passes import _at, _pick, _row, _summed, _vector
+from ._triton_passes import _at, _choose, _hat, _row, _summed, _vector
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def _index(rep, ghost, c, C, CN):
 def permute_channels(
     x,
     first,
+    whole,
     rep,
     ghost,
     scale,
@@ -41,9 +42,9 @@ def permute_channels(
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Channels in the order (rep, ghost); ``BACKWARD`` puts them back, with ``first`` (N, CN, H, W) added to ``x``.
+    """Channels in the order (rep, ghost); ``BACKWARD`` puts them back, with ``first`` (N, CN, H, W) added.
 
-    ``SCALED`` multiplies the ghosts with a scale and adds a bias.
+    To what was put back ``whole`` is added. ``SCALED`` multiplies the ghosts with a scale and adds a bias.
     """
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
@@ -54,6 +55,7 @@ def permute_channels(
     if BACKWARD:
         v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
         v += tl.load(first + _at(n, p, c, CN, HW, LAST), mask=ok & (c < CN)[None, :], other=0.0).to(tl.float32)
+        v += tl.load(whole + origin, mask=ok, other=0.0).to(tl.float32)
         tl.store(out + origin, v.to(out.dtype.element_ty), mask=ok)
     else:
         v = tl.load(x + origin, mask=ok, other=0.0)
@@ -187,10 +189,11 @@ def gated_rows(
 
 
 @triton.jit
-def _hat(y, at, ok, coefficients, c, C, B: tl.constexpr, i: tl.constexpr):
-    """Values of branch i, normalized; zero outside."""
-    v = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
-    return tl.where(ok, (v - _vector(coefficients + i * C, c, C)) * _vector(coefficients + (B + i) * C, c, C), 0.0)
+def _store_three(to, first, second, third, c, C):
+    """Three rows of sums."""
+    tl.store(to + c, first, mask=c < C)
+    tl.store(to + C + c, second, mask=c < C)
+    tl.store(to + 2 * C + c, third, mask=c < C)
 
 
 @triton.jit(do_not_specialize=['CN', 'parts', 'steps', 'eighths'])
@@ -224,7 +227,7 @@ def gated_sums(
     c = tl.program_id(0) * CB + tl.arange(0, CB)
     n = tl.program_id(1) // parts
     first = tl.program_id(1) % parts * steps
-    to = out + tl.program_id(1) * K * C + c
+    to = out + tl.program_id(1) * K * C
     of_grad = tl.zeros((CB,), tl.float32)
     of_product = tl.zeros((CB,), tl.float32)
     of_hat = tl.zeros((CB,), tl.float32)
@@ -250,28 +253,27 @@ def gated_sums(
         if NORMED:
             at = _at(n, p, c, CN, HW, LAST)
             ok = pok[:, None] & (c < CN)[None, :]
-            y = _hat(y0, at, ok, coefficients, c, CN, B, 0)
+            y = tl.where(ok, _hat(y0, at, ok, coefficients, 0, c, CN, B), 0.0)
             a0 += tl.sum(g * y, 0)
             b0 += tl.sum(y, 0)
             c0 += tl.sum(hat * y, 0)
             if B > 1:
-                y = _hat(y1, at, ok, coefficients, c, CN, B, 1)
+                y = tl.where(ok, _hat(y1, at, ok, coefficients, 1, c, CN, B), 0.0)
                 a1 += tl.sum(g * y, 0)
                 b1 += tl.sum(y, 0)
                 c1 += tl.sum(hat * y, 0)
             if B > 2:
-                y = _hat(y2, at, ok, coefficients, c, CN, B, 2)
+                y = tl.where(ok, _hat(y2, at, ok, coefficients, 2, c, CN, B), 0.0)
                 a2 += tl.sum(g * y, 0)
                 b2 += tl.sum(y, 0)
                 c2 += tl.sum(hat * y, 0)
-    tl.store(to, of_grad, mask=c < C)
-    tl.store(to + C, of_product, mask=c < C)
-    tl.store(to + 2 * C, of_hat, mask=c < C)
+    _store_three(to, of_grad, of_product, of_hat, c, C)
     if NORMED:
-        for i in tl.static_range(B):
-            tl.store(to + (3 + 3 * i) * C, _pick(a0, a1, a2, i), mask=c < C)
-            tl.store(to + (4 + 3 * i) * C, _pick(b0, b1, b2, i), mask=c < C)
-            tl.store(to + (5 + 3 * i) * C, _pick(c0, c1, c2, i), mask=c < C)
+        _store_three(to + 3 * C, a0, b0, c0, c, C)
+        if B > 1:
+            _store_three(to + 6 * C, a1, b1, c1, c, C)
+        if B > 2:
+            _store_three(to + 9 * C, a2, b2, c2, c, C)
 
 
 @triton.jit(do_not_specialize=['parts', 'K'])
@@ -336,9 +338,7 @@ def batch_sums(sums, logits, of_means, of_z, out, N, C, K, share, NB: tl.constex
                 b += tl.sum(second, 0)
                 d += tl.sum(third, 0)
         factor = tl.where(k == 0, 1.0, tl.sum(scale, 0))
-        tl.store(out + k * C + c, a * factor, mask=c < C)
-        tl.store(out + (k + 1) * C + c, b * factor, mask=c < C)
-        tl.store(out + (k + 2) * C + c, d * factor, mask=c < C)
+        _store_three(out + k * C, a * factor, b * factor, d * factor, c, C)
         k += 3
 
 
@@ -355,7 +355,7 @@ def _means(total, of_z, c, C, TRAINING: tl.constexpr):
 
 
 @triton.jit
-def _product(total, i: tl.constexpr, first, second, c, C):
+def _product(total, i, first, second, c, C):
     """Sum over the batch of the gradient of z times normalized branch i, (1, CB)."""
     at = total + (3 + 3 * i) * C
     return _vector(at, c, C) - first * _vector(at + C, c, C) - second * _vector(at + 2 * C, c, C)
@@ -408,11 +408,11 @@ def gated_gradients(
     if B > 0:
         at = _at(n, p, c, CN, HW, LAST)
         ok = pok[:, None] & (c < CN)[None, :]
-        for i in tl.static_range(B if NORMED else 1):
+        for i in range(B if NORMED else 1):
             own = d
             if NORMED:
                 if TRAINING:
-                    y = _hat(_pick(y0, y1, y2, i), at, ok, coefficients, c, CN, B, i)
+                    y = _hat(_choose(y0, y1, y2, i), at, ok, coefficients, i, c, CN, B)
                     part = _vector(coefficients + (3 * B + 1) * CN, c, CN)
                     own -= y * part * _product(total, i, first, second, c, C)
                 own *= _vector(coefficients + (2 * B + i) * CN, c, CN)
@@ -448,7 +448,7 @@ def branch_norm_gradients(
     ok = (c < CN)[None, :]
     shift = _vector(own, c, C) - first * number - second * _vector(own + 2 * C, c, C)
     shift *= _vector(of_z + 2 * C, c, C)
-    for i in tl.static_range(B):
-        to = _pick(weight0, weight1, weight2, i) + c[None, :]
+    for i in range(B):
+        to = _choose(weight0, weight1, weight2, i) + c[None, :]
         tl.store(to, _product(own, i, first, second, c, C).to(weight.dtype.element_ty), mask=ok)
-        tl.store(_pick(bias0, bias1, bias2, i) + c[None, :], shift.to(bias.dtype.element_ty), mask=ok)
+        tl.store(_choose(bias0, bias1, bias2, i) + c[None, :], shift.to(bias.dtype.element_ty), mask=ok)

@@ -12,24 +12,13 @@ GRN knows of each image n its responses G (N, D), the norms of the channels of `
 import triton
 import triton.language as tl
 
-from ._triton_passes import _at, _resized_row, _row, _vector
+from ._triton_passes import _added_up, _at, _resized_row, _row, _vector
 
 
 @triton.jit
 def _below(h):
     """The normal distribution function, which GELU multiplies by."""
     return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-
-
-@triton.jit
-def _total(source, rows, stride, c, C, R: tl.constexpr):
-    """Sum of rows, (CB,), R rows at a time."""
-    r = tl.arange(0, R)
-    total = tl.zeros((R, c.shape[0]), tl.float32)
-    for start in range(0, rows, R):
-        ok = (start + r < rows)[:, None] & (c < C)[None, :]
-        total += tl.load(source + (start + r)[:, None] * stride + c[None, :], mask=ok, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -63,7 +52,7 @@ def grn_responses(sums, responses, reciprocals, D, splits, eighths, R: tl.conste
     total = tl.zeros((CB,), tl.float32)
     for start in range(0, eighths * 8, CB):
         c = start + tl.arange(0, CB)
-        own = tl.sqrt(_total(sums + n * splits * (eighths * 8), splits, eighths * 8, c, eighths * 8, R))
+        own = tl.sqrt(_added_up(sums + n * splits * (eighths * 8), splits, eighths * 8, c, eighths * 8, R))
         tl.store(responses + n * (eighths * 8) + c, own, mask=c < eighths * 8)
         total += own
     tl.store(reciprocals + n, 1.0 / (tl.sum(total, 0) / D + 1e-6))
@@ -133,8 +122,8 @@ def grn_totals(
     for start in range(0, eighths * 8, CB):
         c = start + tl.arange(0, CB)
         own = sums + n * splits * (eighths * 16)
-        products = _total(own, splits, eighths * 16, c, eighths * 8, R)
-        total = _total(own + eighths * 8, splits, eighths * 16, c, eighths * 8, R)
+        products = _added_up(own, splits, eighths * 16, c, eighths * 8, R)
+        total = _added_up(own + eighths * 8, splits, eighths * 16, c, eighths * 8, R)
         to = totals + n * (eighths * 16) + c
         tl.store(to, products, mask=c < eighths * 8)
         tl.store(to + eighths * 8, total, mask=c < eighths * 8)
@@ -194,7 +183,7 @@ def grn_gradients(
     tl.store(sums + tl.program_id(0) * (eighths * 8) + c, tl.sum(total, 0), mask=c < eighths * 8)
 
 
-@triton.jit(do_not_specialize=['rows1', 'rows2', 'C', 'eighths_c', 'D', 'eighths', 'programs', 'images'])
+@triton.jit(do_not_specialize=['rows1', 'C', 'eighths_c', 'D', 'eighths', 'programs', 'images'])
 def parameter_gradients(
     sums,
     totals,
@@ -208,7 +197,6 @@ def parameter_gradients(
     of_weight1,
     of_weight2,
     rows1,
-    rows2,
     C,
     eighths_c,
     D,
@@ -222,16 +210,18 @@ def parameter_gradients(
 ):
     """Gradients of the first bias, ``gamma`` and ``beta``, KB channels a program, and of the weights.
 
-    ``rows1`` and ``rows2`` rows of the products (D, C) and (E, D), whose columns are padded, are copied, one a program.
+    Rows of the products (D, C), ``rows1`` of them, and (E, D), whose columns are padded, are copied, one a program.
     """
     columns = eighths * 8
     blocks = tl.cdiv(D, KB)
     i = tl.program_id(0)
     if i < blocks:
         c = i * KB + tl.arange(0, KB)
-        tl.store(of_bias + c, _total(sums, programs, columns, c, columns, R).to(of_bias.dtype.element_ty), mask=c < D)
+        tl.store(
+            of_bias + c, _added_up(sums, programs, columns, c, columns, R).to(of_bias.dtype.element_ty), mask=c < D
+        )
         if HAS_BETA:
-            total = _total(totals + columns, images, 2 * columns, c, columns, R)
+            total = _added_up(totals + columns, images, 2 * columns, c, columns, R)
             tl.store(of_beta + c, total.to(of_beta.dtype.element_ty), mask=c < D)
         total = tl.zeros((R, KB), tl.float32)
         for start in range(0, images, R):
@@ -242,9 +232,11 @@ def parameter_gradients(
             total += normalized * tl.load(totals + n[:, None] * (2 * columns) + c[None, :], mask=ok, other=0.0)
         tl.store(of_gamma + c, tl.sum(total, 0).to(of_gamma.dtype.element_ty), mask=c < D)
     elif i < blocks + rows1:
-        _resized_row(product1, of_weight1, i - blocks, rows1, eighths_c * 8, C, CB)
+        r = i - blocks
+        _resized_row(product1 + r * (eighths_c * 8), of_weight1 + r * C, eighths_c * 8, C, CB)
     else:
-        _resized_row(product2, of_weight2, i - blocks - rows1, rows2, columns, D, CB)
+        r = i - blocks - rows1
+        _resized_row(product2 + r * columns, of_weight2 + r * D, columns, D, CB)
 
 
 # ------------------------------------ batch norm, layer scale, drop path and residual, from rows

@@ -561,6 +561,15 @@ def gelu_gradients(hidden, grad, activation, sums, number, eighths, T: tl.conste
     tl.store(sums + tl.program_id(0).to(tl.int64) * D + c, tl.sum(g, 0), mask=c < D)
 
 
+@triton.jit
+def _resized_row(source, to, columns, to_columns, ROW: tl.constexpr):
+    """Copy a row of so many columns, cut or filled with zeros."""
+    for start in range(0, to_columns, ROW):
+        i = start + tl.arange(0, ROW)
+        v = tl.load(source + i, mask=i < columns, other=0.0)
+        tl.store(to + i, v.to(to.dtype.element_ty), mask=i < to_columns)
+
+
 @triton.jit(do_not_specialize=['c', 'd', 'e', 'to_c', 'to_d', 'to_e', 'rows', 'number1', 'number2', 'stride2'])
 def resize_weights(
     weight1,
@@ -600,11 +609,7 @@ def resize_weights(
         to_columns = tl.where(is_first, to_c, to_d)
         source = tl.where(is_first, weight1, weight2) + r * columns
         to = tl.where(is_first, to1, to2) + r * to_columns
-        columns = tl.where(r < tl.where(is_first, d, e), columns, 0)
-        for start in range(0, to_columns, ROW):
-            i = start + tl.arange(0, ROW)
-            v = tl.load(source + i, mask=i < columns, other=0.0)
-            tl.store(to + i, v.to(to.dtype.element_ty), mask=i < to_columns)
+        _resized_row(source, to, tl.where(r < tl.where(is_first, d, e), columns, 0), to_columns, ROW)
     else:
         block = r - rows
         blocks1 = tl.cdiv(to_d, CB)
