@@ -12,6 +12,8 @@ name, and is chosen at run time. ``channels`` of a map are those of the larger o
 # Kernels are written in Triton's language; annotations other than constexpr mean nothing there.
 # mypy: ignore-errors
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -105,13 +107,17 @@ def convolve_rows(
     U: tl.constexpr,
     OFF: tl.constexpr,
     KEEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``y = x * k``, the first branch plus a bias (C,) if ``has_bias``; the kernels are ``flipped`` or not.
 
     Results are NCHW, in the dtype of ``y``. ``KEEP`` (at most five kernel rows) holds all bands for the whole program.
-    The grid is (C, branches * tiles, splits); each split takes ``steps`` blocks of rows.
+    ``ALIGNED`` if W is a multiple of 8: whole vectors are stored. The grid is (C, branches * tiles, splits); each split
+    takes ``steps`` blocks of rows.
     """
+    if ALIGNED:  # the compiler sees the factor
+        W = W // 8 * 8
     c = tl.program_id(0)
     branch = tl.program_id(1) // tiles
     w0 = tl.program_id(1) % tiles * T
@@ -146,7 +152,8 @@ def convolve_rows(
     first = tl.program_id(2) * steps
     # A branch of shorter or fewer rows than another has nothing to do at the end.
     last = tl.where(w0 < length, tl.minimum(first + steps, tl.cdiv(N * rows, R)), first)
-    for step in tl.range(first, last, num_stages=1):
+    # What does not change is computed again, which is cheaper than the registers to keep it for both kinds of stores.
+    for step in tl.range(first, last, num_stages=1, disable_licm=True):
         r = step * R + tl.arange(0, R)
         ok = r < N * rows
         h = r % rows
@@ -164,16 +171,14 @@ def convolve_rows(
             for i in range(KH):
                 band = _band(k + i * k_row, k_tap, ul, t, KW, OFF)
                 acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, rows, stride), band, acc, PRECISION)
-        # Whole vectors where no row begins within one; the compiler sees the factor.
-        if W % 8 == 0:
-            if tall:
-                _store(y, acc, r, c, w0 + t, N, C, H, W // 8 * 8, True)
-            else:
-                _store(y, acc, r, c, w0 + t, N, C, H, W // 8 * 8, False)
-        elif tall:
+        if tall:
             _store(y, acc, r, c, w0 + t, N, C, H, W, True)
         else:
             _store(y, acc, r, c, w0 + t, N, C, H, W, False)
+
+
+if 'disable_licm' not in inspect.signature(tl.range.__init__).parameters:  # older Triton; more registers are used
+    convolve_rows.src = convolve_rows.src.replace(', disable_licm=True', '')
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_CHANNELS, 'of_g0', 'of_g1', 'of_g2'])
@@ -247,24 +252,24 @@ def kernel_gradient_rows(
     tl.store(out + base + m * T + t[None, :], acc, mask=(m >= 0) & (m < KW))
 
 
-@triton.jit(do_not_specialize=['C', 'KH', 'KW0', 'KW1', 'KW2', 'talls', 'parts', 'U', 'OFF'])
-def sum_diagonals(out, k0, k1, k2, C, KH, KW0, KW1, KW2, talls, parts, U, OFF, T: tl.constexpr, B: tl.constexpr):
-    """Gradients of the kernels from ``out`` of :func:`kernel_gradient_rows`, contiguous; ``B`` taps a program.
+@triton.jit(do_not_specialize=['C', 'KH', 'KW0', 'KW1', 'KW2', 'talls', 'parts', 'eighths', 'U', 'OFF'])
+def sum_diagonals(out, k0, k1, k2, C, KH, KW0, KW1, KW2, talls, parts, eighths, U, OFF, B: tl.constexpr):
+    """Gradients of kernels from ``out`` of :func:`kernel_gradient_rows`, whose T is ``8 * eighths``, at most 64.
 
-    The parts, splits and tiles, are added in their order. The grid is (blocks of taps, branches).
+    A program takes B taps, and adds the parts (splits and tiles) in their order. The grid is (blocks of taps, branches).
     """
     branch = tl.program_id(1)
     k = _pick(branch, k0, k1, k2)
     KW = _pick(branch, KW0, KW1, KW2)
+    T = eighths * 8
     taps = C * KH * KW
-    out += (parts * _pick(branch, 0, KW0, KW0 + KW1)).to(tl.int64) * C * KH * T
     j = tl.program_id(0) * B + tl.arange(0, B)
     m = j % KW
-    t = tl.arange(0, T)
+    t = tl.arange(0, 64)
     u = m[:, None] - KW // 2 + OFF + t[None, :]
-    mask = (j < taps)[:, None] & (u >= 0) & (u < U)
-    acc = tl.zeros((B, T), tl.float32)
-    read = out + j[:, None] * T + t[None, :]
+    mask = (j < taps)[:, None] & (t < T)[None, :] & (u >= 0) & (u < U)
+    read = out + (parts * _pick(branch, 0, KW0, KW0 + KW1)).to(tl.int64) * C * KH * T + (j[:, None] * T + t[None, :])
+    acc = tl.zeros((B, 64), tl.float32)
     for _ in range(parts):
         acc += tl.load(read, mask=mask, other=0.0)
         read += taps * T
@@ -301,9 +306,10 @@ def stage(
 ):
     """Lay out maps as planes: the first ``columns`` of them transposed, the others not.
 
-    The maps are NCHW or, with ``LAST``, channels-last; ``ALIGNED`` if runs of W or C and ``channels`` entries are
-    multiples of 8. A program takes ``R`` entries of the planes' rows, or if nothing is transposed rows, by ``B``
-    entries which are contiguous in the map. The grid is (blocks, maps).
+    The maps are NCHW or, with ``LAST``, channels-last; ``ALIGNED`` if runs of W, or C and ``channels``, are multiples
+    of 8; of NCHW maps all are then transposed. A program takes ``R`` entries of the planes' rows by ``B`` entries that
+    are contiguous in the map. The grid is (blocks, maps); N * max(C, W) * eights(H) and N * H * eights(W) are below
+    2 ** 31.
     """
     job = tl.program_id(1)
     x = _pick(job, x0, x1, _pick(job - 2, x2, x3, x4))
@@ -328,8 +334,8 @@ def stage(
     else:
         if ALIGNED:
             W = W // 8 * 8
-        q_end = H
-        q_padded = tl.where(is_column, _eights(H), H)
+        q_end = H  # rows are copied, if not transposed, and the last of them left out
+        q_padded = _eights(H)
         others = C
         b_end = W
         b_padded = _eights(W)
@@ -340,9 +346,8 @@ def stage(
         y_n = C * y_o.to(tl.int64)
     blocks = tl.cdiv(b_padded, B)
     b = tl.program_id(0) % blocks * B + tl.arange(0, B)
-    first = (tl.program_id(0) // blocks).to(tl.int64) * R
-    v = (first % q_padded).to(tl.int32) + tl.arange(0, R)
-    outer = (first // q_padded).to(tl.int32) + v // q_padded
+    v = (tl.program_id(0) // blocks) * R + tl.arange(0, R)
+    outer = v // q_padded
     q = (v % q_padded).to(tl.int64)
     n = (outer // others).to(tl.int64)
     o = (outer % others).to(tl.int64)
@@ -350,11 +355,12 @@ def stage(
     read = x + (n * channels * H * W + o * x_o + q * x_q)[:, None] + b[None, :]
     block = tl.load(read, mask=(ok & (q < q_end))[:, None] & (b < b_end)[None, :], other=0.0)
     at = y + n * y_n + o * y_o
-    if LAST or is_column:
+    if LAST or ALIGNED or is_column:
         write = (at + q)[None, :] + b.to(tl.int64)[:, None] * y_b
         tl.store(write, tl.trans(block), mask=ok[None, :] & (b < b_end)[:, None])
     else:
-        tl.store((at + q * b_padded)[:, None] + b[None, :], block, mask=ok[:, None] & (b < b_padded)[None, :])
+        mask = (ok & (q < H))[:, None] & (b < b_padded)[None, :]
+        tl.store((at + q * b_padded)[:, None] + b[None, :], block, mask=mask)
 
 
 @triton.jit

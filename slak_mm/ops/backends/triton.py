@@ -158,7 +158,7 @@ def _stage_alike(some: Sequence[tuple[_Map, bool]], is_last: bool) -> None:
         run, entries = c, n * max(w * eights(h), h * eights(w))
         is_aligned = all(size % 8 == 0 for size in (c, *(source.channels for source, _ in some)))
     else:
-        run, entries, is_aligned = eights(w), n * c * (eights(h) if columns else h), w % 8 == 0
+        run, entries, is_aligned = eights(w), n * c * eights(h), w % 8 == 0
     block = _TILE if run > _LEAST else _LEAST
     grid = -(-entries // (_COPIED // block)) * -(-run // block), len(some)
     padded = [*some, *some[:1] * (5 - len(some))]
@@ -242,6 +242,7 @@ def _convolve(
             int(bias is not None and 0 in group.branches[: group.count]),  # to one branch of all
             **group.blocks,
             KEEP=_keeps(group.blocks, x.element_size()),
+            ALIGNED=w % 8 == 0,
             PRECISION=_precision(x),
             num_warps=8 if group.blocks['U'] == _TILE else 4,
         )
@@ -287,8 +288,7 @@ def _kernel_gradients(
         grid = -(-c * blocks['KH'] * max(group.lengths) // _TILE), count
         _triton_kernels.sum_diagonals[grid](
             *(out, *_operands(group, results), c, blocks['KH'], *group.lengths, group.talls, parts),
-            *(blocks['U'], blocks['OFF']),
-            T=blocks['T'],
+            *(blocks['T'] // 8, blocks['U'], blocks['OFF']),
             B=_TILE,
             num_warps=4,
         )
