@@ -168,7 +168,7 @@ def convolve_rows(
                 acc = _dot(_shifted(x, plane, h, ok, 3 - KH // 2, u, uok, rows, stride), band3, acc, PRECISION)
                 acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, rows, stride), band4, acc, PRECISION)
         else:
-            for i in range(KH):
+            for i in tl.range(0, KH, disable_licm=True):
                 band = _band(k + i * k_row, k_tap, ul, t, KW, OFF)
                 acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, rows, stride), band, acc, PRECISION)
         if tall:
@@ -256,7 +256,7 @@ def kernel_gradient_rows(
 def sum_diagonals(out, k0, k1, k2, C, KH, KW0, KW1, KW2, talls, parts, eighths, U, OFF, B: tl.constexpr):
     """Gradients of kernels from ``out`` of :func:`kernel_gradient_rows`, whose T is ``8 * eighths``, at most 64.
 
-    A program takes B taps, and adds the parts (splits and tiles) in their order. The grid is (blocks of taps, branches).
+    A program takes B taps, and adds the parts (splits and tiles) in their order. The grid is (blocks of B, branches).
     """
     branch = tl.program_id(1)
     k = _pick(branch, k0, k1, k2)

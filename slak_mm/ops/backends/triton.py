@@ -20,7 +20,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +76,13 @@ def is_installed() -> bool:
     return False
 
 
+@cache
+def _kernels() -> Any:
+    from . import _triton_kernels
+
+    return _triton_kernels
+
+
 def forward(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: bool) -> tuple[Tensor, ...]:
     """See :mod:`slak_mm.ops.backends`."""
     source = _Map(x)
@@ -115,18 +122,19 @@ class _Map:
         planes: What is there, by whether it is transposed; of NCHW maps with aligned rows the map itself.
     """
 
+    planes: dict[bool, _Planes]
+
     def __init__(self, x: Tensor) -> None:
         n, c, h, w = x.shape
-        of_image, of_channel, of_row, of_pixel = x.stride()
-        self.x, self.channels, self.is_last, self.planes = x, c, False, dict[bool, _Planes]()
-        if x.is_contiguous():
-            pass
-        elif of_pixel == 1 and of_row == w and of_channel == h * w and of_image >= c * h * w and not of_image % (h * w):
-            self.channels = of_image // (h * w)
-        elif of_channel == 1 and of_pixel >= c and of_row == w * of_pixel and of_image == h * of_row:
-            self.channels, self.is_last = of_pixel, True
-        else:
-            self.x = x.contiguous()
+        self.x, self.channels, self.is_last, self.planes = x, c, False, {}
+        if not x.is_contiguous():
+            of_image, of_channel, of_row, of_pixel = x.stride()
+            if (of_channel, of_row, of_pixel) == (h * w, w, 1) and of_image >= c * h * w and not of_image % (h * w):
+                self.channels = of_image // (h * w)
+            elif of_channel == 1 and of_pixel >= c and of_row == w * of_pixel and of_image == h * of_row:
+                self.channels, self.is_last = of_pixel, True
+            else:
+                self.x = x.contiguous()
         if not self.is_last and w % 8 == 0:
             self.planes[False] = _Planes(self.x, self.channels)
 
@@ -137,42 +145,51 @@ def _is_tall(kernel: Tensor) -> bool:
 
 def _stage(wanted: Sequence[tuple[_Map, bool]]) -> list[_Planes]:
     """Planes of maps of one shape, transposed or not: (N, C, W, H rounded up) or (N, C, H, W rounded up)."""
-    missing = [(source, tall) for source, tall in dict.fromkeys(wanted) if tall not in source.planes]
+    missing = [pair for pair in dict.fromkeys(wanted) if pair[1] not in pair[0].planes]
+    missing.sort(key=_transposed_first)
     for is_last in (False, True):
-        some = sorted((pair for pair in missing if pair[0].is_last is is_last), key=lambda pair: not pair[1])
+        some = [pair for pair in missing if pair[0].is_last is is_last]
         if some:
             _stage_alike(some, is_last)
     return [source.planes[tall] for source, tall in wanted]
 
 
-def _stage_alike(some: Sequence[tuple[_Map, bool]], is_last: bool) -> None:
-    """Add planes to maps of one layout; those that are transposed come first."""
-    from . import _triton_kernels
+def _transposed_first(pair: tuple[_Map, bool]) -> bool:
+    return not pair[1]
 
+
+def _stage_alike(some: list[tuple[_Map, bool]], is_last: bool) -> None:
+    """Add planes to maps of one layout; those that are transposed come first."""
     n, c, h, w = some[0][0].x.shape
+    tall_shape, wide_shape = (n, c, w, eights(h)), (n, c, h, eights(w))
+    sources, channels, planes, columns = [], [], [], 0
     for source, tall in some:
-        shape = (n, c, w, eights(h)) if tall else (n, c, h, eights(w))
-        source.planes[tall] = _Planes(source.x.new_empty(shape), c)
-    columns = sum(tall for _, tall in some)
+        tensor = source.x.new_empty(tall_shape if tall else wide_shape)
+        source.planes[tall] = _Planes(tensor, c)
+        sources.append(source.x)
+        channels.append(source.channels)
+        planes.append(tensor)
+        columns += tall
     if is_last:
-        run, entries = c, n * max(w * eights(h), h * eights(w))
-        is_aligned = all(size % 8 == 0 for size in (c, *(source.channels for source, _ in some)))
+        run, entries = c, n * max(w * tall_shape[3], h * wide_shape[3])
+        is_aligned = all(size % 8 == 0 for size in (c, *channels))
     else:
-        run, entries, is_aligned = eights(w), n * c * eights(h), w % 8 == 0
+        run, entries, is_aligned = wide_shape[3], n * c * tall_shape[3], w % 8 == 0
     block = _TILE if run > _LEAST else _LEAST
     grid = -(-entries // (_COPIED // block)) * -(-run // block), len(some)
-    padded = [*some, *some[:1] * (5 - len(some))]
-    _triton_kernels.stage[grid](
-        *(source.x for source, _ in padded),
-        *(source.channels for source, _ in padded),
-        *(source.planes[tall].tensor for source, tall in padded),
-        *(n, c, h, w, columns),
+    _kernels().stage[grid](
+        *(*_filled(sources, 5), *_filled(channels, 5), *_filled(planes, 5), n, c, h, w, columns),
         LAST=is_last,
         ALIGNED=is_aligned,
         R=_COPIED // block,
         B=block,
         num_warps=4,
     )
+
+
+def _filled(values: list, count: int) -> list:
+    """Up to a number, with the first."""
+    return values + values[:1] * (count - len(values))
 
 
 class _Group(NamedTuple):
@@ -205,7 +222,7 @@ def _groups(shape: tuple[int, ...], sizes: tuple[tuple[int, int], ...], itemsize
         tiles = -(-max(length for length, _ in planes) // blocks['T'])
         rows, programs = max(rows for _, rows in planes), c * tiles * count
         splits = [_split(rows, blocks['R'], programs * each) for each in (1, blocks['KH'])]
-        branches = (*some, *some[:1] * (3 - count))
+        branches = tuple(_filled(some, 3))
         talls = sum(sizes[i][0] > sizes[i][1] for i in some)
         lengths = tuple(max(sizes[i]) for i in branches)
         groups.append(_Group(branches, count, talls, lengths, blocks, tiles, *splits))
@@ -226,32 +243,31 @@ def _convolve(
     flipped: bool = False,
 ) -> tuple[Tensor, ...]:
     """Convolve planes with their kernels, or with these flipped; the results have the shape and layout of ``x``."""
-    from . import _triton_kernels
-
     is_sum = reduce and len(kernels) > 1
     tensors, channels = zip(*planes)
     kernels = [kernel.contiguous() for kernel in kernels]
-    results = [x.new_empty(x.shape, dtype=torch.float32 if is_sum else x.dtype) for _ in kernels]
-    of_bias = kernels[0] if bias is None else bias.contiguous()
     n, c, h, w = x.shape
+    results = [x.new_empty((n, c, h, w), dtype=torch.float32 if is_sum else None)]
+    results += [torch.empty_like(results[0]) for _ in kernels[1:]]
+    of_bias = kernels[0] if bias is None else bias.contiguous()
     for group in _groups((n, c, h, w), tuple(kernel.shape[1:] for kernel in kernels), x.element_size()):
-        steps, splits = group.split
-        _triton_kernels.convolve_rows[c, group.count * group.tiles, splits](
+        (steps, splits), keeps = group.split, _keeps(group.blocks, x.element_size())
+        _kernels().convolve_rows[c, group.count * group.tiles, splits](
             *_operands(group, tensors, channels, kernels, results),
             *(of_bias, n, c, h, w, *group.lengths, group.talls, group.tiles, steps, int(flipped)),
             int(bias is not None and 0 in group.branches[: group.count]),  # to one branch of all
             **group.blocks,
-            KEEP=_keeps(group.blocks, x.element_size()),
+            KEEP=keeps,
             ALIGNED=w % 8 == 0,
             PRECISION=_precision(x),
-            num_warps=8 if group.blocks['U'] == _TILE else 4,
+            num_warps=_warps(group.blocks, keeps),
         )
-    padded = results + results[:1] * (3 - len(results))
-    if memory_format(x) is torch.channels_last and not x.is_contiguous():
-        maps = [x.new_empty(n, h, w, c) for _ in range(1 if reduce else len(kernels))]
+    padded = _filled(results, 3)
+    if not x.is_contiguous() and memory_format(x) is torch.channels_last:
+        maps = [x.new_empty((n, h, w, c)) for _ in range(1 if reduce else len(kernels))]
         tiles = -(-h * w // _TILE)
-        _triton_kernels.unstage[n * tiles, -(-c // _TILE), len(maps)](
-            *(*padded, *maps, *maps[:1] * (3 - len(maps)), c, h * w, tiles),
+        _kernels().unstage[n * tiles, -(-c // _TILE), len(maps)](
+            *(*padded, *_filled(maps, 3), c, h * w, tiles),
             B=len(kernels) if reduce else 1,
             T=_TILE,
             CB=_TILE,
@@ -259,9 +275,9 @@ def _convolve(
         )
         return tuple(y.permute(0, 3, 1, 2) for y in maps)
     if is_sum:
-        y = x.new_empty(n, c, h, w)
+        y = x.new_empty((n, c, h, w))
         grid = (-(-y.numel() // _COPIED),)
-        _triton_kernels.add_up[grid](*padded, y, y.numel(), B=len(kernels), T=_COPIED, num_warps=4)
+        _kernels().add_up[grid](*padded, y, y.numel(), B=len(kernels), T=_COPIED, num_warps=4)
         return (y,)
     return tuple(results)
 
@@ -270,8 +286,6 @@ def _kernel_gradients(
     x: Tensor, planes: Sequence[_Planes], gradients: Sequence[_Planes], kernels: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Gradients with respect to kernels (C, kh, kw)."""
-    from . import _triton_kernels
-
     n, c, h, w = x.shape
     results = [torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels]
     operands = [*zip(*planes), *zip(*gradients)]
@@ -279,14 +293,14 @@ def _kernel_gradients(
         (steps, splits), blocks, count = group.split_of_gradient, group.blocks, group.count
         parts, taps = splits * group.tiles, blocks['KH'] * sum(group.lengths[:count])
         out = x.new_empty(parts * c * taps * blocks['T'], dtype=torch.float32)
-        _triton_kernels.kernel_gradient_rows[c * blocks['KH'], count * group.tiles, splits](
+        _kernels().kernel_gradient_rows[c * blocks['KH'], count * group.tiles, splits](
             *(*_operands(group, *operands), out, n, c, h, w, *group.lengths, group.talls, group.tiles, steps),
             **blocks,
             PRECISION=_precision(x),
             num_warps=4,
         )
         grid = -(-c * blocks['KH'] * max(group.lengths) // _TILE), count
-        _triton_kernels.sum_diagonals[grid](
+        _kernels().sum_diagonals[grid](
             *(out, *_operands(group, results), c, blocks['KH'], *group.lengths, group.talls, parts),
             *(blocks['T'] // 8, blocks['U'], blocks['OFF']),
             B=_TILE,
@@ -306,6 +320,11 @@ def _blocks(length: int, kh: int, kw: int, itemsize: int) -> dict[str, int]:
 def _keeps(blocks: dict[str, int], itemsize: int) -> bool:
     """Whether the banded matrices of all kernel rows are held at once."""
     return blocks['KH'] <= 5 and blocks['KH'] * blocks['T'] * blocks['U'] * itemsize <= _MOST_KEPT_BYTES
+
+
+def _warps(blocks: dict[str, int], keeps: bool) -> int:
+    """Of a program, by measurement; more where bands are made again and again."""
+    return 8 if blocks['U'] == _TILE or blocks['U'] > _TILE and not keeps else 4
 
 
 def _split(rows: int, block: int, programs: int) -> tuple[int, int]:
