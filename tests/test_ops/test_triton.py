@@ -158,7 +158,7 @@ def test_launches_of_a_pass(tmp_path):
     assert 'counted' in done.stdout
 
 
-COMPILED = """
+COMPILED = r"""
 import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends import nvidia

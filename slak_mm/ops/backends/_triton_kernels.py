@@ -12,6 +12,7 @@ name, and is chosen at run time. ``channels`` of a map are those of the larger o
 # Kernels are written in Triton's language; annotations other than constexpr mean nothing there.
 # mypy: ignore-errors
 
+import functools
 import inspect
 
 import triton
@@ -178,7 +179,9 @@ def convolve_rows(
 
 
 if 'disable_licm' not in inspect.signature(tl.range.__init__).parameters:  # older Triton; more registers are used
-    convolve_rows.src = convolve_rows.src.replace(', disable_licm=True', '')
+    getattr(convolve_rows, '_unsafe_update_src', functools.partial(setattr, convolve_rows, 'src'))(
+        convolve_rows.src.replace(', disable_licm=True', '')
+    )
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_CHANNELS, 'of_g0', 'of_g1', 'of_g2'])
@@ -355,12 +358,15 @@ def stage(
     read = x + (n * channels * H * W + o * x_o + q * x_q)[:, None] + b[None, :]
     block = tl.load(read, mask=(ok & (q < q_end))[:, None] & (b < b_end)[None, :], other=0.0)
     at = y + n * y_n + o * y_o
-    if LAST or ALIGNED or is_column:
-        write = (at + q)[None, :] + b.to(tl.int64)[:, None] * y_b
-        tl.store(write, tl.trans(block), mask=ok[None, :] & (b < b_end)[:, None])
-    else:
+    is_copied = job >= columns
+    if LAST or ALIGNED:
+        is_copied = False  # known when it is compiled
+    if is_copied:
         mask = (ok & (q < H))[:, None] & (b < b_padded)[None, :]
         tl.store((at + q * b_padded)[:, None] + b[None, :], block, mask=mask)
+    else:
+        write = (at + q)[None, :] + b.to(tl.int64)[:, None] * y_b
+        tl.store(write, tl.trans(block), mask=ok[None, :] & (b < b_end)[:, None])
 
 
 @triton.jit
