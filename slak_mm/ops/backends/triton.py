@@ -323,7 +323,7 @@ def _keeps(blocks: dict[str, int], itemsize: int) -> bool:
 
 
 def _warps(blocks: dict[str, int], keeps: bool) -> int:
-    """Of a program, by measurement; more where bands are made again and again."""
+    """Of a program: as measured with kept bands; more where they are made again and again, else registers run out."""
     return 8 if blocks['U'] == _TILE or blocks['U'] > _TILE and not keeps else 4
 
 
