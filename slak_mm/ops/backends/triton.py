@@ -197,7 +197,7 @@ class _Group(NamedTuple):
 
     branches: tuple[int, ...]
     """Three of them, those with a tall kernel first; the first again where there are fewer."""
-    count: int
+    number: int
     talls: int
     lengths: tuple[int, ...]
     """Of the kernels, along the rows of the planes."""
@@ -252,10 +252,10 @@ def _convolve(
     of_bias = kernels[0] if bias is None else bias.contiguous()
     for group in _groups((n, c, h, w), tuple(kernel.shape[1:] for kernel in kernels), x.element_size()):
         (steps, splits), keeps = group.split, _keeps(group.blocks, x.element_size())
-        _kernels().convolve_rows[c, group.count * group.tiles, splits](
+        _kernels().convolve_rows[c, group.number * group.tiles, splits](
             *_operands(group, tensors, channels, kernels, results),
             *(of_bias, n, c, h, w, *group.lengths, group.talls, group.tiles, steps, int(flipped)),
-            int(bias is not None and 0 in group.branches[: group.count]),  # to one branch of all
+            int(bias is not None and 0 in group.branches[: group.number]),  # to one branch of all
             **group.blocks,
             KEEP=keeps,
             ALIGNED=w % 8 == 0,
@@ -290,7 +290,7 @@ def _kernel_gradients(
     results = [torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels]
     operands = [*zip(*planes), *zip(*gradients)]
     for group in _groups((n, c, h, w), tuple(kernel.shape[1:] for kernel in kernels), x.element_size()):
-        (steps, splits), blocks, count = group.split_of_gradient, group.blocks, group.count
+        (steps, splits), blocks, count = group.split_of_gradient, group.blocks, group.number
         parts, taps = splits * group.tiles, blocks['KH'] * sum(group.lengths[:count])
         out = x.new_empty(parts * c * taps * blocks['T'], dtype=torch.float32)
         _kernels().kernel_gradient_rows[c * blocks['KH'], count * group.tiles, splits](
