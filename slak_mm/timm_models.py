@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoints import convert_state_dict, join_head, load_pretrained, read_checkpoint, unwrap
 from .models import LargeKernelBackbone, registered_backbones
-from .models.base import prepare_images
+from .models.base import prepare_images, prepare_map
 from .models.layers import LayerNorm2d, RecomputableBlock
 
 #: Defaults of each model as timm's ``register_model`` looks for them, by the model's name.
@@ -34,7 +34,8 @@ __all__ = ['Classifier', 'checkpoint_filter_fn', 'register']
 
 for _layer in (RecomputableBlock, LayerNorm2d):
     register_notrace_module(_layer)
-register_notrace_function(prepare_images)
+for _function in (prepare_images, prepare_map):
+    register_notrace_function(_function)
 
 
 class Classifier(LargeKernelBackbone):
@@ -150,7 +151,7 @@ class Classifier(LargeKernelBackbone):
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             if stop_early and i > last:
                 break
-            x = stage(downsample(x))
+            x = stage(prepare_map(downsample(x)))
             is_normed = i == len(self.depths) - 1 and self.family.head == 'norm, pool'
             normed = self.norm(x) if is_normed and (norm or not intermediates_only) else x
             if i in taken:

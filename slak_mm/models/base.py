@@ -51,6 +51,14 @@ def prepare_images(x: Tensor, smallest: int, last_stage: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
 
 
+def prepare_map(x: Tensor) -> Tensor:
+    """A map as the blocks of a stage take it: NCHW on GPUs, whatever the images' and weights' layout is.
+
+    Large kernels run along rows there, and pixels of odd channel counts would not be aligned.
+    """
+    return x.contiguous() if x.device.type in ('cuda', 'meta') else x
+
+
 @dataclass(frozen=True)
 class KernelCost:
     """What a large-kernel layer costs; ``elements`` are multiply-adds for each pixel of its map."""
@@ -260,7 +268,7 @@ class LargeKernelBackbone(FamilyMember, BaseModule):
         x = prepare_images(x, self._smallest_image(), self.out_indices[-1])
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = stage(downsample(x))
+            x = stage(prepare_map(downsample(x)))
             if i in self.out_indices:
                 outs.append(getattr(self, f'norm{i}')(x) if self.out_norm else x)
         return tuple(outs)

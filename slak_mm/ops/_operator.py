@@ -34,7 +34,8 @@ def apply(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None, reduce: boo
             return reference.forward(x, kernels, bias, reduce)
         return torch.ops.slak_mm.cross_dwconv2d(x, list(kernels), bias, reduce)
     if is_recorded(x, *kernels, *(() if bias is None else (bias,))):
-        return _CrossDwconv2d.apply(x, bias, reduce, *kernels)
+        function = _CrossDwconv2d if torch._C._functorch.peek_interpreter_stack() is None else _Transformed
+        return function.apply(x, bias, reduce, *kernels)
     return forward(x, kernels, bias, reduce)  # on small maps autograd's share of the time is that of the arithmetic
 
 
@@ -140,6 +141,24 @@ class _CrossDwconv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, bias: Tensor | None, reduce: bool, *kernels: Tensor
+    ) -> tuple[Tensor, ...]:
+        _setup_context(ctx, (x, kernels), None)
+        ctx.set_materialize_grads(False)
+        return tuple(forward(x, kernels, bias, reduce))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        needs_x, needs_bias, _, *needs_kernels = ctx.needs_input_grad
+        grad_x, grad_kernels, grad_bias = _gradients(ctx, grads, needs_x, any(needs_kernels), needs_bias, backward)
+        return grad_x, grad_bias, None, *grad_kernels
+
+
+class _Transformed(_CrossDwconv2d):
+    """The same for ``torch.func.grad``, which asks for a ``setup_context``; that takes the host some 40 us more."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
         x: Tensor, bias: Tensor | None, reduce: bool, *kernels: Tensor
     ) -> tuple[Tensor, ...]:
         return tuple(forward(x, kernels, bias, reduce))
@@ -149,12 +168,6 @@ class _CrossDwconv2d(torch.autograd.Function):
         x, _, _, *kernels = inputs
         _setup_context(ctx, (x, kernels), output)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        needs_x, needs_bias, _, *needs_kernels = ctx.needs_input_grad
-        grad_x, grad_kernels, grad_bias = _gradients(ctx, grads, needs_x, any(needs_kernels), needs_bias, backward)
-        return grad_x, grad_bias, None, *grad_kernels
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -121,7 +121,10 @@ def _check_tensors(operands: dict[str, Tensor]) -> None:
     x = operands['x']
     # Autocast converts what is not float64.
     is_converted = is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+    is_fit, device = x.dtype in _DTYPES, x.device
     for name, t in operands.items():
+        if is_fit and t.dtype is x.dtype and t.device == device and t.layout is torch.strided:
+            continue
         if t.dtype not in _DTYPES:
             raise ValueError(f'{name} must have dtype float16, bfloat16, float32 or float64, got {t.dtype}')
         if t.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""Channels-last from the images to the heads on the CPU, without copies in between."""
+"""Channels-last from the images to the heads on the CPU, without copies in between; NCHW in the stages on a GPU."""
 
 import pytest
 import torch
@@ -33,3 +33,14 @@ def test_only_the_images_are_copied(name, mode):
     assert of_maps == [images.shape]
     assert len(maps) == 4
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in maps)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_stages_run_in_nchw_on_a_gpu(name):
+    """Deployed backbones have channels-last convolutions before their stages; the meta device stands for a GPU."""
+    model = switch_to_deploy(build(name)).to('meta')
+    layouts = []
+    for stage in model.stages:
+        stage.register_forward_pre_hook(lambda module, args: layouts.append(args[0].is_contiguous()))
+    model(torch.ones(2, 3, 128, 96, device='meta').contiguous(memory_format=torch.channels_last))
+    assert layouts == [True] * 4

@@ -30,6 +30,19 @@ CASES = [
     ((1, 2, 1, 1), [(7, 7), None, None]),
     ((1, 2, 7, 9), [(13, 13), None, (5, 5)]),
     ((1, 1, 5, 11), [(31, 31), None, None]),
+    ((2, 1, 5, 42), [(13, 5), (5, 13), (5, 5)]),
+]
+
+def sliced(t):  # of a larger map
+    wide = torch.full((t.shape[0], t.shape[1] + 3, *t.shape[2:]), float('nan'), dtype=t.dtype)
+    wide[:, 2:-1] = t
+    return wide
+
+LAYOUTS = [
+    lambda t: t,
+    lambda t: t.contiguous(memory_format=torch.channels_last),
+    lambda t: sliced(t)[:, 2:-1],
+    lambda t: sliced(t).contiguous(memory_format=torch.channels_last)[:, 2:-1],
 ]
 g = torch.Generator().manual_seed(0)
 
@@ -65,7 +78,7 @@ def ours(x, k_v, k_h, k_s, bias, reduce):
 count = 0
 for (shape, sizes), reduce in itertools.product(CASES, (False, True)):
     dtype = list(TOLERANCE)[count % 3]
-    channels_last = count % 2 == 1
+    lay_out = LAYOUTS[count // 2 % 4]
     c = shape[1]
     tensors = [randn(*shape), *(None if s is None else randn(c, *s) for s in sizes),
                randn(c) if reduce else None]
@@ -73,8 +86,8 @@ for (shape, sizes), reduce in itertools.product(CASES, (False, True)):
     grads = [randn(*shape).to(dtype) for _ in range(3)]
     want = evaluate(convolutions, [t if t is None else t.double() for t in tensors],
                     [t.double() for t in grads], reduce)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors[0] = lay_out(tensors[0])
+    grads = [lay_out(t) for t in grads]
     got = evaluate(ours, tensors, grads, reduce)
     assert all(a.dtype == dtype and a.shape == b.shape for a, b in zip(got, want))
     errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, want)]
@@ -104,41 +117,101 @@ print('checked', count)
 def test_results_and_gradients_in_the_interpreter(tmp_path):
     done = run_program(tmp_path, INTERPRETED, TRITON_INTERPRET='1')
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'checked 16' in done.stdout
+    assert 'checked 18' in done.stdout
 
 
-COMPILED = """
-import re, subprocess, sys
-import torch, triton
+LAUNCHES = """
+import torch
+from triton.runtime.interpreter import GridExecutor
+from slak_mm.ops import cross_dwconv2d, use_backend
+
+launched, launch = [], GridExecutor.__call__
+GridExecutor.__call__ = lambda self, *args, **kwargs: launched.append(self.fn.__name__) or launch(self, *args, **kwargs)
+
+def count(x, reduce=False):
+    kernels = [torch.ones(2, *size, requires_grad=True) for size in ((9, 5), (5, 9), (5, 5))]
+    with use_backend('triton'):
+        ys = cross_dwconv2d(x.requires_grad_(), *kernels, torch.ones(2) if reduce else None, reduce=reduce)
+    forward, launched[:] = launched[:], []
+    torch.autograd.backward(ys, torch.ones_like(x) if reduce else [torch.ones_like(x)] * 3)
+    backward, launched[:] = launched[:], []
+    return ' '.join(forward), ' '.join(backward)
+
+FORWARD, BACKWARD = 'stage convolve_rows', 'stage convolve_rows {} kernel_gradient_rows sum_diagonals'
+PAIR = FORWARD, BACKWARD.format('add_up')
+assert count(torch.ones(2, 2, 5, 8)) == PAIR
+assert count(torch.ones(2, 4, 5, 8)[:, :2]) == PAIR, 'a slice of channels'
+assert count(torch.ones(2, 2, 5, 7)) == PAIR, 'rows that are not aligned'
+single = torch.ones(1, 2, 5, 8).contiguous(memory_format=torch.channels_last)
+assert count(single) == (FORWARD + ' unstage', BACKWARD.format('unstage')), 'channels-last'
+PAIR = FORWARD + ' add_up', BACKWARD.format('add_up')
+assert count(torch.ones(2, 2, 5, 8), reduce=True) == PAIR, 'the sum of all branches'
+print('counted')
+"""
+
+
+@needs_triton
+def test_launches_of_a_pass(tmp_path):
+    """What the module and docs/operator.md say: two forward and five backward."""
+    done = run_program(tmp_path, LAUNCHES, TRITON_INTERPRET='1')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'counted' in done.stdout
+
+
+COMPILED = r"""
+import os, re, subprocess, sys, tempfile
+import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from slak_mm.ops.backends import _triton_kernels as kernels, triton as backend
 
-def compile(function, constants, capability, warps=4):
+capability = int(sys.argv[1])
+DUMP = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
+
+def compile(name, warps=4, y='*bf16', products=False, **constants):
+    function = getattr(kernels, name)
     names = function.arg_names
-    types = dict(x='*bf16', k='*bf16', bias='*bf16', y='*bf16', g='*bf16', addend='*fp32', out='*fp32')
-    types = {n: 'constexpr' if n in constants else types.get(n, 'i32') for n in names}
-    aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if types[n].startswith('*')}
+    kind = lambda n: ('constexpr' if n in constants else '*fp32' if n == 'out' or n[0] == 'p' and n[1:].isdigit() else
+                      y if n.rstrip('012345') == 'y' else '*bf16' if n.rstrip('012345') in ('x', 'k', 'g', 'bias') else
+                      'i32')
+    types = {n: kind(n) for n in names}
+    # Pointers are aligned, and maps have a multiple of 16 pixels.
+    aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names)
+               if types[n].startswith('*') or n in ('total', 'HW')}
     source = ASTSource(fn=function, signature=types, attrs=aligned,
                        constexprs={(names.index(k),): v for k, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
-    ptx = compiled.asm['ptx']
-    assert re.search(r'wgmma|mma\\.sync', ptx), 'no tensor cores'
-    assert re.search(r'ld\\.global\\.v4\\.b32|cp\\.async\\.cg', ptx), 'loads narrower than 16 bytes'
+    ptx = re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx'])
+    if products:
+        assert re.search(r'wgmma|mma\.sync', ptx), 'no tensor cores'
+    if name != 'sum_diagonals':
+        assert re.search(r'ld\.global\.v4\.b32|cp\.async\.cg', ptx), f'{name}: loads narrower than 16 bytes'
+    if name not in ('sum_diagonals', 'kernel_gradient_rows', 'unstage'):
+        assert 'st.global.v4.b32' in ptx and 'st.global.b16' not in ptx, f'{name}: stores narrower than 16 bytes'
     # What a multiprocessor of each has for one program.
     assert compiled.metadata.shared <= {80: 99, 90: 227}[capability] << 10
+    if os.path.exists(DUMP):
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+            file.write(compiled.asm['cubin'])
+            file.flush()
+            usage = subprocess.run([DUMP, '-res-usage', file.name], capture_output=True, text=True).stdout
+        registers, stack = map(int, re.search(r'REG:([0-9]+) STACK:([0-9]+)', usage).groups())
+        # Where registers are left, a few bytes on the stack are not spilled ones.
+        assert registers < 128 or stack == 0, f'{name} {constants}: registers are spilled: {usage}'
 
-capability = int(sys.argv[1])
-for length, kh, kw in ((128, 5, 51), (32, 3, 47), (128, 31, 31), (14, 27, 27), (14, 13, 13)):
-    kernel = torch.empty(1, kh, kw, dtype=torch.bfloat16)
-    blocks = backend._blocks(length, kernel, 2)
-    keeps = backend._keeps(blocks, kernel)
-    del blocks['KW']  # known at run time
-    for tall in (False, True) if kh < kw else (False,):
-        compile(kernels.convolve_rows, dict(
-            blocks, KEEP=keeps, TRANSPOSED=tall, HAS_BIAS=not tall,
-            HAS_ADDEND=not tall, PRECISION='tf32'), capability)
-    compile(kernels.kernel_gradient_rows, dict(blocks, PRECISION='tf32'), capability)
+for length, kh, kw in ((128, 5, 51), (64, 5, 49), (32, 3, 47), (128, 31, 31), (14, 27, 27), (14, 13, 13)):
+    blocks = backend._blocks(length, kh, kw, 2)
+    keeps = backend._keeps(blocks, 2)
+    warps = backend._warps(blocks, keeps)
+    for y in ('*bf16', '*fp32'):  # results, and partial sums
+        compile('convolve_rows', warps, y, products=True, KEEP=keeps, ALIGNED=True, PRECISION='tf32', **blocks)
+    compile('kernel_gradient_rows', products=True, PRECISION='tf32', **blocks)
+compile('sum_diagonals', B=64)
+for last in (False, True):
+    compile('stage', LAST=last, ALIGNED=True, R=64, B=64)
+compile('add_up', B=3, T=4096)
+compile('unstage', B=3, T=64, CB=64)
 print('compiled')
 """
 
@@ -146,7 +219,7 @@ print('compiled')
 @needs_triton
 @pytest.mark.parametrize('capability', [80, 90])
 def test_kernels_compile_for_gpus_with_tensor_cores(tmp_path, capability):
-    """Without a GPU: tensor cores, loads of 16 bytes, and shared memory that is there."""
+    """Without a GPU: tensor cores, loads and stores of 16 bytes, and shared memory and registers that are there."""
     done = run_program(tmp_path, COMPILED, str(capability), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     if 'ASTSource' in done.stderr and 'ImportError' in done.stderr:
         pytest.skip('this Triton has another compiler interface')

@@ -1,15 +1,34 @@
 """Triton kernels of :mod:`slak_mm.ops.backends.triton`.
 
 A map is a set of planes, one for each image and channel, whose rows are contiguous and padded to a multiple of 8
-entries with zeros, so that loads are 16 bytes wide for half precision. The rows of all images lie below each other: a
-program takes ``R`` of them at a time. One row of a kernel of ``KW`` taps is a banded matrix of ``U`` inputs by
-``T`` outputs; a branch is the sum of the products of row-shifted blocks with the bands of its ``KH`` rows.
+entries with zeros, so that loads are 16 bytes wide for half precision. Those of a tall kernel are transposed: columns
+of the map lie in their rows. The rows of all images lie below each other: a program takes ``R`` of them at a time. One
+row of a kernel of ``KW`` taps is a banded matrix of ``U`` inputs by ``T`` outputs; a branch is the sum of the products
+of row-shifted blocks with the bands of its ``KH`` rows.
+
+All branches run in one launch. Those whose kernel is tall come first; what belongs to branch i has the number i in its
+name, and is chosen at run time. ``channels`` of a map are those of the larger one that it may be a slice of.
 """
 # Kernels are written in Triton's language; annotations other than constexpr mean nothing there.
 # mypy: ignore-errors
 
+import functools
+import inspect
+
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _eights(n):
+    """Round up to a multiple of 8."""
+    return tl.cdiv(n, 8) * 8
+
+
+@triton.jit
+def _pick(i, a, b, c):
+    """One of three numbers or pointers, known at run time."""
+    return tl.where(i == 0, a, tl.where(i == 1, b, c))
 
 
 @triton.jit
@@ -35,58 +54,94 @@ def _shifted(x, plane, h, ok, shift, u, uok, H, stride):
     return tl.load(x + (plane + row * stride)[:, None] + u[None, :], mask=mask, other=0.0)
 
 
+@triton.jit
+def _store(y, acc, r, c, at, N, C, H, W, TALL: tl.constexpr):
+    """Store a block (R, T) of channel c into a map: rows r of all images from column ``at`` on, or the transpose."""
+    if TALL:
+        n = (r // W)[None, :]
+        row = at[:, None]
+        column = (r % W)[None, :]
+        acc = tl.trans(acc)
+    else:
+        n = (r // H)[:, None]
+        row = (r % H)[:, None]
+        column = at[None, :]
+    to = (n.to(tl.int64) * C + c) * H * W + (row * W + column)
+    tl.store(y + to, acc.to(y.dtype.element_ty), mask=(n < N) & (row < H) & (column < W))
+
+
 # Sizes are not specialized: each kind would be compiled again for every network and image.
-_SIZES = ['N', 'C', 'H', 'W', 'x_eighths', 'y_eighths', 'steps', 'KW', 'k_first', 'k_channel', 'k_row', 'k_tap']
+_SIZES = ['N', 'C', 'H', 'W', 'KW0', 'KW1', 'KW2', 'talls', 'tiles', 'steps']
+_CHANNELS = ['channels0', 'channels1', 'channels2']
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_SIZES, *_CHANNELS, 'flipped', 'has_bias'])
 def convolve_rows(
-    x,
-    k,
+    x0,
+    x1,
+    x2,
+    channels0,
+    channels1,
+    channels2,
+    k0,
+    k1,
+    k2,
+    y0,
+    y1,
+    y2,
     bias,
-    addend,
-    y,
     N,
     C,
     H,
     W,
-    x_eighths,
-    y_eighths,
+    KW0,
+    KW1,
+    KW2,
+    talls,
+    tiles,
     steps,
-    KW,
-    k_first,
-    k_channel,
-    k_row,
-    k_tap,
+    flipped,
+    has_bias,
     KH: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     U: tl.constexpr,
     OFF: tl.constexpr,
     KEEP: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``y = x * k`` along the rows, plus a bias (C,) and a float32 addend of the layout of ``y``.
+    """``y = x * k``, the first branch plus a bias (C,) if ``has_bias``; the kernels are ``flipped`` or not.
 
-    Planes of ``x`` are H by ``8 * x_eighths``; of ``y`` likewise, or with ``TRANSPOSED`` W by ``8 * y_eighths``,
-    columns and rows exchanged. ``KEEP`` (at most five kernel rows) holds all bands for the whole program. Tap m of row
-    i of the kernel of channel c is ``k[k_first + c * k_channel + i * k_row + m * k_tap]``.
+    Results are NCHW, in the dtype of ``y``. ``KEEP`` (at most five kernel rows) holds all bands for the whole program.
+    ``ALIGNED`` if W is a multiple of 8: whole vectors are stored. The grid is (C, branches * tiles, splits); each split
+    takes ``steps`` blocks of rows.
     """
+    if ALIGNED:  # the compiler sees the factor
+        W = W // 8 * 8
     c = tl.program_id(0)
-    k += k_first + c * k_channel
-    w0 = tl.program_id(1) * T
-    split = tl.program_id(2)
+    branch = tl.program_id(1) // tiles
+    w0 = tl.program_id(1) % tiles * T
+    tall = branch < talls
+    x = _pick(branch, x0, x1, x2)
+    channels = _pick(branch, channels0, channels1, channels2)
+    y = _pick(branch, y0, y1, y2)
+    KW = _pick(branch, KW0, KW1, KW2)
+    rows = tl.where(tall, W, H)
+    length = tl.where(tall, H, W)
+    k_row = tl.where(tall, 1, KW)
+    k_tap = tl.where(tall, KH, 1)
+    k = _pick(branch, k0, k1, k2) + c * KH * KW
+    if flipped != 0:
+        k += KH * KW - 1
+        k_row = -k_row
+        k_tap = -k_tap
     t = tl.arange(0, T)
     ul = tl.arange(0, U)
     u = w0 - OFF + ul
-    w = w0 + t
-    stride = x_eighths * 8
+    stride = _eights(length)
     uok = (u >= 0) & (u < stride)
-    y_stride = y_eighths * 8
-    start = tl.load(bias + c).to(tl.float32) if HAS_BIAS else 0.0
+    start = tl.load(bias + c, mask=(has_bias != 0) & (branch == 0), other=0.0).to(tl.float32)
     if KEEP:
         band0 = _band(k, k_tap, ul, t, KW, OFF)
         if KH > 1:
@@ -95,48 +150,65 @@ def convolve_rows(
         if KH > 3:
             band3 = _band(k + 3 * k_row, k_tap, ul, t, KW, OFF)
             band4 = _band(k + 4 * k_row, k_tap, ul, t, KW, OFF)
-    for step in tl.range(0, steps, num_stages=1):
-        r = (split * steps + step) * R + tl.arange(0, R)
-        ok = r < N * H
-        n = r // H
-        h = r % H
-        plane = (n.to(tl.int64) * C + c) * H * stride
+    first = tl.program_id(2) * steps
+    # A branch of shorter or fewer rows than another has nothing to do at the end.
+    last = tl.where(w0 < length, tl.minimum(first + steps, tl.cdiv(N * rows, R)), first)
+    # What does not change is computed again, which is cheaper than the registers to keep it for both kinds of stores.
+    for step in tl.range(first, last, num_stages=1, disable_licm=True):
+        r = step * R + tl.arange(0, R)
+        ok = r < N * rows
+        h = r % rows
+        plane = ((r // rows).to(tl.int64) * channels + c) * rows * stride
         acc = tl.zeros((R, T), tl.float32) + start
         if KEEP:
-            acc = _dot(_shifted(x, plane, h, ok, -(KH // 2), u, uok, H, stride), band0, acc, PRECISION)
+            acc = _dot(_shifted(x, plane, h, ok, -(KH // 2), u, uok, rows, stride), band0, acc, PRECISION)
             if KH > 1:
-                acc = _dot(_shifted(x, plane, h, ok, 1 - KH // 2, u, uok, H, stride), band1, acc, PRECISION)
-                acc = _dot(_shifted(x, plane, h, ok, 2 - KH // 2, u, uok, H, stride), band2, acc, PRECISION)
+                acc = _dot(_shifted(x, plane, h, ok, 1 - KH // 2, u, uok, rows, stride), band1, acc, PRECISION)
+                acc = _dot(_shifted(x, plane, h, ok, 2 - KH // 2, u, uok, rows, stride), band2, acc, PRECISION)
             if KH > 3:
-                acc = _dot(_shifted(x, plane, h, ok, 3 - KH // 2, u, uok, H, stride), band3, acc, PRECISION)
-                acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, H, stride), band4, acc, PRECISION)
+                acc = _dot(_shifted(x, plane, h, ok, 3 - KH // 2, u, uok, rows, stride), band3, acc, PRECISION)
+                acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, rows, stride), band4, acc, PRECISION)
         else:
-            for i in range(KH):
+            for i in tl.range(0, KH, disable_licm=True):
                 band = _band(k + i * k_row, k_tap, ul, t, KW, OFF)
-                acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, H, stride), band, acc, PRECISION)
-        # Not (w < W) for rows: what lands in their padding is not read, and whole vectors can be stored.
-        mask = ok[:, None] & (w < (W if TRANSPOSED else y_stride))[None, :]
-        if TRANSPOSED:
-            to = ((n.to(tl.int64) * C + c) * W * y_stride + h)[:, None] + (w * y_stride)[None, :]
+                acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, rows, stride), band, acc, PRECISION)
+        if tall:
+            _store(y, acc, r, c, w0 + t, N, C, H, W, True)
         else:
-            to = ((n.to(tl.int64) * C + c) * H * y_stride + h * y_stride)[:, None] + w[None, :]
-        if HAS_ADDEND:
-            acc += tl.load(addend + to, mask=mask, other=0.0)
-        tl.store(y + to, acc.to(y.dtype.element_ty), mask=mask)
+            _store(y, acc, r, c, w0 + t, N, C, H, W, False)
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'eighths', 'steps', 'KW'])
+if 'disable_licm' not in inspect.signature(tl.range.__init__).parameters:  # older Triton; more registers are used
+    getattr(convolve_rows, '_unsafe_update_src', functools.partial(setattr, convolve_rows, 'src'))(
+        convolve_rows.src.replace(', disable_licm=True', '')
+    )
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_CHANNELS, 'of_g0', 'of_g1', 'of_g2'])
 def kernel_gradient_rows(
-    x,
-    g,
+    x0,
+    x1,
+    x2,
+    channels0,
+    channels1,
+    channels2,
+    g0,
+    g1,
+    g2,
+    of_g0,
+    of_g1,
+    of_g2,
     out,
     N,
     C,
     H,
     W,
-    eighths,
+    KW0,
+    KW1,
+    KW2,
+    talls,
+    tiles,
     steps,
-    KW,
     KH: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
@@ -146,49 +218,187 @@ def kernel_gradient_rows(
 ):
     """Sum ``g[r, w0 + t] * x[r + i - KH // 2, w0 + t + m - KW // 2]`` over rows into ``out[split, tile, c, i, m, t]``.
 
-    The gradient of tap (i, m) is the sum over split, tile and t. Entries whose input lies outside of the map are
-    not written.
+    ``out`` has one such array for each branch, one behind the other. The gradient of tap (i, m) is the sum over split,
+    tile and t. Entries whose input lies outside of the block are not written. The channels of g's larger maps are
+    ``of_g``. The grid is (C * KH, branches * tiles, splits).
     """
     c = tl.program_id(0) // KH
     i = tl.program_id(0) % KH
-    tile = tl.program_id(1)
+    branch = tl.program_id(1) // tiles
+    tile = tl.program_id(1) % tiles
     split = tl.program_id(2)
+    tall = branch < talls
+    x = _pick(branch, x0, x1, x2)
+    channels = _pick(branch, channels0, channels1, channels2)
+    g = _pick(branch, g0, g1, g2)
+    of_g = _pick(branch, of_g0, of_g1, of_g2)
+    KW = _pick(branch, KW0, KW1, KW2)
+    before = _pick(branch, 0, KW0, KW0 + KW1)
+    rows = tl.where(tall, W, H)
+    stride = _eights(tl.where(tall, H, W))
     t = tl.arange(0, T)
     u = tile * T - OFF + tl.arange(0, U)
     w = tile * T + t
-    stride = eighths * 8
     uok = (u >= 0) & (u < stride)
     acc = tl.zeros((U, T), tl.float32)
-    for step in tl.range(0, steps, num_stages=2):
-        r = (split * steps + step) * R + tl.arange(0, R)
-        ok = r < N * H
-        h = r % H
-        plane = ((r // H).to(tl.int64) * C + c) * H * stride
-        a = _shifted(x, plane, h, ok, i - KH // 2, u, uok, H, stride)
-        b = tl.load(g + (plane + h * stride)[:, None] + w[None, :], mask=ok[:, None] & (w < stride)[None, :], other=0.0)
+    for step in tl.range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(N * rows, R)), num_stages=2):
+        r = step * R + tl.arange(0, R)
+        ok = r < N * rows
+        h = r % rows
+        n = (r // rows).to(tl.int64)
+        a = _shifted(x, (n * channels + c) * rows * stride, h, ok, i - KH // 2, u, uok, rows, stride)
+        b = _shifted(g, (n * of_g + c) * rows * stride, h, ok, 0, w, w < stride, rows, stride)
         acc = _dot(tl.trans(a), b, acc, PRECISION)
     m = u[:, None] - w[None, :] + KW // 2
-    base = (((split * tl.num_programs(1) + tile).to(tl.int64) * C + c) * KH + i) * KW * T
+    parts = tl.num_programs(2) * tiles
+    base = ((parts * before + (split * tiles + tile) * KW).to(tl.int64) * C * KH + (c * KH + i) * KW) * T
     tl.store(out + base + m * T + t[None, :], acc, mask=(m >= 0) & (m < KW))
 
 
-@triton.jit(do_not_specialize=['A', 'B', 'A_PADDED', 'others'])
-def transpose(
-    source, to, A, B, A_PADDED, others, source_n, source_other, source_a, to_n, to_other, to_b, SIDE: tl.constexpr
-):
-    """``to[n, other, b, a] = source[n, other, a, b]``: b is contiguous in the source, a in the result.
+@triton.jit(do_not_specialize=['C', 'KH', 'KW0', 'KW1', 'KW2', 'talls', 'parts', 'eighths', 'U', 'OFF'])
+def sum_diagonals(out, k0, k1, k2, C, KH, KW0, KW1, KW2, talls, parts, eighths, U, OFF, B: tl.constexpr):
+    """Gradients of kernels from ``out`` of :func:`kernel_gradient_rows`, whose T is ``8 * eighths``, at most 64.
 
-    Entries from A up to A_PADDED become zero.
+    A program takes B taps, and adds the parts (splits and tiles) in their order. The grid is (blocks of B, branches).
     """
-    tiles_a = tl.cdiv(A_PADDED, SIDE)
-    tiles_b = tl.cdiv(B, SIDE)
-    tile = tl.program_id(0) % (tiles_a * tiles_b)
-    batch = tl.program_id(0) // (tiles_a * tiles_b)
-    n = (batch // others).to(tl.int64)
-    other = batch % others
-    a = tile // tiles_b * SIDE + tl.arange(0, SIDE)
-    b = tile % tiles_b * SIDE + tl.arange(0, SIDE)
-    read = source + n * source_n + other * source_other + a[:, None] * source_a + b[None, :]
-    block = tl.load(read, mask=(a < A)[:, None] & (b < B)[None, :], other=0.0)
-    write = to + n * to_n + other * to_other + b[:, None] * to_b + a[None, :]
-    tl.store(write, tl.trans(block), mask=(b < B)[:, None] & (a < A_PADDED)[None, :])
+    branch = tl.program_id(1)
+    k = _pick(branch, k0, k1, k2)
+    KW = _pick(branch, KW0, KW1, KW2)
+    T = eighths * 8
+    taps = C * KH * KW
+    j = tl.program_id(0) * B + tl.arange(0, B)
+    m = j % KW
+    t = tl.arange(0, 64)
+    u = m[:, None] - KW // 2 + OFF + t[None, :]
+    mask = (j < taps)[:, None] & (t < T)[None, :] & (u >= 0) & (u < U)
+    read = out + (parts * _pick(branch, 0, KW0, KW0 + KW1)).to(tl.int64) * C * KH * T + (j[:, None] * T + t[None, :])
+    acc = tl.zeros((B, 64), tl.float32)
+    for _ in range(parts):
+        acc += tl.load(read, mask=mask, other=0.0)
+        read += taps * T
+    to = tl.where(branch < talls, (j // (KH * KW) * KW + m) * KH + j // KW % KH, j)
+    tl.store(k + to, tl.sum(acc, 1).to(k.dtype.element_ty), mask=j < taps)
+
+
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'columns', *[f'channels{i}' for i in range(5)]])
+def stage(
+    x0,
+    x1,
+    x2,
+    x3,
+    x4,
+    channels0,
+    channels1,
+    channels2,
+    channels3,
+    channels4,
+    y0,
+    y1,
+    y2,
+    y3,
+    y4,
+    N,
+    C,
+    H,
+    W,
+    columns,
+    LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Lay out maps as planes: the first ``columns`` of them transposed, the others not.
+
+    The maps are NCHW or, with ``LAST``, channels-last; ``ALIGNED`` if runs of W, or C and ``channels``, are multiples
+    of 8; of NCHW maps all are then transposed. A program takes ``R`` entries of the planes' rows by ``B`` entries that
+    are contiguous in the map. The grid is (blocks, maps); N * max(C, W) * eights(H) and N * H * eights(W) are below
+    2 ** 31.
+    """
+    job = tl.program_id(1)
+    x = _pick(job, x0, x1, _pick(job - 2, x2, x3, x4))
+    channels = _pick(job, channels0, channels1, _pick(job - 2, channels2, channels3, channels4))
+    y = _pick(job, y0, y1, _pick(job - 2, y2, y3, y4))
+    is_column = job < columns
+    # q counts along the rows of planes, o the rows of an image, and b what is contiguous in the map.
+    if LAST:
+        if ALIGNED:  # the compiler sees the factor
+            channels = channels // 8 * 8
+            C = C // 8 * 8
+        q_end = tl.where(is_column, H, W)
+        q_padded = _eights(q_end)
+        others = tl.where(is_column, W, H)
+        b_end = C
+        b_padded = C
+        x_q = tl.where(is_column, W, 1) * channels
+        x_o = tl.where(is_column, 1, W) * channels
+        y_o = q_padded
+        y_b = others * q_padded
+        y_n = C * y_b.to(tl.int64)
+    else:
+        if ALIGNED:
+            W = W // 8 * 8
+        q_end = H  # rows are copied, if not transposed, and the last of them left out
+        q_padded = _eights(H)
+        others = C
+        b_end = W
+        b_padded = _eights(W)
+        x_q = W
+        x_o = H * W
+        y_o = tl.where(is_column, W * q_padded, H * b_padded)
+        y_b = q_padded
+        y_n = C * y_o.to(tl.int64)
+    blocks = tl.cdiv(b_padded, B)
+    b = tl.program_id(0) % blocks * B + tl.arange(0, B)
+    v = (tl.program_id(0) // blocks) * R + tl.arange(0, R)
+    outer = v // q_padded
+    q = (v % q_padded).to(tl.int64)
+    n = (outer // others).to(tl.int64)
+    o = (outer % others).to(tl.int64)
+    ok = outer < N * others
+    read = x + (n * channels * H * W + o * x_o + q * x_q)[:, None] + b[None, :]
+    block = tl.load(read, mask=(ok & (q < q_end))[:, None] & (b < b_end)[None, :], other=0.0)
+    at = y + n * y_n + o * y_o
+    is_copied = job >= columns
+    if LAST or ALIGNED:
+        is_copied = False  # known when it is compiled
+    if is_copied:
+        mask = (ok & (q < H))[:, None] & (b < b_padded)[None, :]
+        tl.store((at + q * b_padded)[:, None] + b[None, :], block, mask=mask)
+    else:
+        write = (at + q)[None, :] + b.to(tl.int64)[:, None] * y_b
+        tl.store(write, tl.trans(block), mask=ok[None, :] & (b < b_end)[:, None])
+
+
+@triton.jit
+def add_up(p0, p1, p2, y, total, B: tl.constexpr, T: tl.constexpr):
+    """Add up ``B`` arrays of ``total`` float32 entries each."""
+    i = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    ok = i < total
+    acc = tl.load(p0 + i, mask=ok, other=0.0)
+    if B > 1:
+        acc += tl.load(p1 + i, mask=ok, other=0.0)
+    if B > 2:
+        acc += tl.load(p2 + i, mask=ok, other=0.0)
+    tl.store(y + i, acc.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=['tiles'])
+def unstage(p0, p1, p2, y0, y1, y2, C, HW, tiles, B: tl.constexpr, T: tl.constexpr, CB: tl.constexpr):
+    """Store NCHW maps of HW pixels channels-last: the sum of ``B`` of them, or with 1 each that the grid has.
+
+    The grid is (images * tiles, blocks of channels, maps); ``tiles`` blocks of T pixels are an image.
+    """
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = tl.program_id(0) % tiles * T + tl.arange(0, T)
+    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    i = tl.program_id(2)
+    at = (n * C + c)[:, None] * HW + pixel[None, :]
+    ok = (c < C)[:, None] & (pixel < HW)[None, :]
+    acc = tl.load(_pick(i, p0, p1, p2) + at, mask=ok, other=0.0)
+    if B > 1:
+        acc += tl.load(p1 + at, mask=ok, other=0.0)
+    if B > 2:
+        acc += tl.load(p2 + at, mask=ok, other=0.0)
+    y = _pick(i, y0, y1, y2)
+    to = (n * HW + pixel)[:, None] * C + c[None, :]
+    tl.store(y + to, tl.trans(acc).to(y.dtype.element_ty), mask=tl.trans(ok))

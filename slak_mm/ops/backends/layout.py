@@ -33,4 +33,6 @@ def in_memory(t: Tensor) -> Tensor:
     A view with a lazy negation (``torch._neg_view``, the imaginary part of a conjugate) and a
     tensor of zeros without memory, as autograd makes them, are copied.
     """
-    return t.clone() if t._is_zerotensor() else t.resolve_neg()
+    if t._is_zerotensor():
+        return t.clone()
+    return t.resolve_neg() if t.is_neg() else t
