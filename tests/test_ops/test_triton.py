@@ -137,7 +137,8 @@ def count(x, reduce=False):
     backward, launched[:] = launched[:], []
     return ' '.join(forward), ' '.join(backward)
 
-FORWARD, BACKWARD = 'stage convolve_rows', 'stage convolve_rows {} kernel_gradient_rows sum_diagonals'
+FORWARD = 'stage lay_out_taps convolve_rows'
+BACKWARD = FORWARD + ' {} kernel_gradient_rows sum_diagonals'
 PAIR = FORWARD, BACKWARD.format('add_up')
 assert count(torch.ones(2, 2, 5, 8)) == PAIR
 assert count(torch.ones(2, 4, 5, 8)[:, :2]) == PAIR, 'a slice of channels'
@@ -152,7 +153,7 @@ print('counted')
 
 @needs_triton
 def test_launches_of_a_pass(tmp_path):
-    """What the module and docs/operator.md say: two forward and five backward."""
+    """What the module and docs/operator.md say: three forward and six backward."""
     done = run_program(tmp_path, LAUNCHES, TRITON_INTERPRET='1')
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'counted' in done.stdout
@@ -173,7 +174,7 @@ def compile(name, warps=4, y='*bf16', products=False, **constants):
     function = getattr(kernels, name)
     names = function.arg_names
     kind = lambda n: ('constexpr' if n in constants else '*fp32' if n == 'out' or n[0] == 'p' and n[1:].isdigit() else
-                      y if n.rstrip('012345') == 'y' else '*bf16' if n.rstrip('012345') in ('x', 'k', 'g', 'bias') else
+                      y if n.rstrip('012345') == 'y' else '*bf16' if n.rstrip('012345') in ('x', 'k', 'g', 'bias', 'table') else
                       'i32')
     types = {n: kind(n) for n in names}
     # Pointers are aligned, and maps have a multiple of 16 pixels.
@@ -185,10 +186,12 @@ def compile(name, warps=4, y='*bf16', products=False, **constants):
     ptx = re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx'])
     if products:
         assert re.search(r'wgmma|mma\.sync', ptx), 'no tensor cores'
-    if name != 'sum_diagonals':
+    if name not in ('sum_diagonals', 'lay_out_taps'):
         assert re.search(r'ld\.global\.v4\.b32|cp\.async\.cg', ptx), f'{name}: loads narrower than 16 bytes'
     if name not in ('sum_diagonals', 'kernel_gradient_rows', 'unstage'):
         assert 'st.global.v4.b32' in ptx and 'st.global.b16' not in ptx, f'{name}: stores narrower than 16 bytes'
+    # One load, of the bias, is narrow: the banded matrices are read in whole vectors.
+    assert name != 'convolve_rows' or len(re.findall(r'ld[.]global[.]b16', ptx)) <= 1, 'bands are read entry by entry'
     # What a multiprocessor of each has for one program.
     assert compiled.metadata.shared <= {80: 99, 90: 227}[capability] << 10
     if os.path.exists(DUMP):
@@ -197,8 +200,8 @@ def compile(name, warps=4, y='*bf16', products=False, **constants):
             file.flush()
             usage = subprocess.run([DUMP, '-res-usage', file.name], capture_output=True, text=True).stdout
         registers, stack = map(int, re.search(r'REG:([0-9]+) STACK:([0-9]+)', usage).groups())
-        # Where registers are left, a few bytes on the stack are not spilled ones.
-        assert registers < 128 or stack == 0, f'{name} {constants}: registers are spilled: {usage}'
+        # Where registers are left, of 255, a few bytes on the stack are not spilled ones.
+        assert stack == 0 or registers < 255 and stack <= 16, f'{name} {constants}: registers are spilled: {usage}'
 
 for length, kh, kw in ((128, 5, 51), (64, 5, 49), (32, 3, 47), (128, 31, 31), (14, 27, 27), (14, 13, 13)):
     blocks = backend._blocks(length, kh, kw, 2)
@@ -208,6 +211,7 @@ for length, kh, kw in ((128, 5, 51), (64, 5, 49), (32, 3, 47), (128, 31, 31), (1
         compile('convolve_rows', warps, y, products=True, KEEP=keeps, ALIGNED=True, PRECISION='tf32', **blocks)
     compile('kernel_gradient_rows', products=True, PRECISION='tf32', **blocks)
 compile('sum_diagonals', B=64)
+compile('lay_out_taps', 8, B=4096)
 for last in (False, True):
     compile('stage', LAST=last, ALIGNED=True, R=64, B=64)
 compile('add_up', B=3, T=4096)

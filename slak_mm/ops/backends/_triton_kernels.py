@@ -40,10 +40,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _band(k, k_tap, u, t, KW, OFF: tl.constexpr):
-    """Toeplitz matrix (U, T) of the row of a kernel that begins at ``k``, with ``k_tap`` entries from tap to tap."""
-    tap = u[:, None] - t[None, :] + (KW // 2 - OFF)
-    return tl.load(k + tap * k_tap, mask=(tap >= 0) & (tap < KW), other=0.0)
+def _band(taps, u, t, U: tl.constexpr, L: tl.constexpr):
+    """Toeplitz matrix (U, T) of a kernel row from its table of :func:`lay_out_taps`, in vectors of 8 entries."""
+    e = (t // 8 * 8)[None, :] - u[:, None] + U
+    return tl.load(taps + e % 8 * L + e // 8 * 8 + (t % 8)[None, :])
 
 
 @triton.jit
@@ -70,12 +70,38 @@ def _store(y, acc, r, c, at, N, C, H, W, TALL: tl.constexpr):
     tl.store(y + to, acc.to(y.dtype.element_ty), mask=(n < N) & (row < H) & (column < W))
 
 
+@triton.jit(do_not_specialize=['C', 'KH', 'KW0', 'KW1', 'KW2', 'talls', 'flipped', 'eighths', 'last'])
+def lay_out_taps(k0, k1, k2, table, C, KH, KW0, KW1, KW2, talls, flipped, eighths, last, B: tl.constexpr):
+    """Tables (branches, C, KH, 8, L) of kernel rows, flipped or not, L being ``8 * eighths``.
+
+    Entry (s, j) is the tap ``last + KW // 2 - (j + s)`` of the row, or zero where there is none: eight entries of a row
+    of the banded matrix are contiguous in one of the eight. A program makes B entries; the grid is (blocks, branches). The
+    entries of a branch are below 2 ** 31.
+    """
+    branch = tl.program_id(1)
+    k = _pick(branch, k0, k1, k2)
+    KW = _pick(branch, KW0, KW1, KW2)
+    L = eighths * 8
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    entry = at % (8 * L)
+    row = at // (8 * L)
+    i = row % KH
+    tap = last + KW // 2 - entry % L - entry // L
+    ok = (row < C * KH) & (tap >= 0) & (tap < KW)
+    if flipped != 0:
+        i = KH - 1 - i
+        tap = KW - 1 - tap
+    source = row // KH * (KH * KW) + tl.where(branch < talls, tap * KH + i, i * KW + tap)
+    v = tl.load(k + source, mask=ok, other=0.0)
+    tl.store(table + branch.to(tl.int64) * C * KH * 8 * L + at, v, mask=row < C * KH)
+
+
 # Sizes are not specialized: each kind would be compiled again for every network and image.
 _SIZES = ['N', 'C', 'H', 'W', 'KW0', 'KW1', 'KW2', 'talls', 'tiles', 'steps']
 _CHANNELS = ['channels0', 'channels1', 'channels2']
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_CHANNELS, 'flipped', 'has_bias'])
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'talls', 'tiles', 'steps', *_CHANNELS, 'has_bias'])
 def convolve_rows(
     x0,
     x1,
@@ -83,24 +109,18 @@ def convolve_rows(
     channels0,
     channels1,
     channels2,
-    k0,
-    k1,
-    k2,
     y0,
     y1,
     y2,
+    table,
     bias,
     N,
     C,
     H,
     W,
-    KW0,
-    KW1,
-    KW2,
     talls,
     tiles,
     steps,
-    flipped,
     has_bias,
     KH: tl.constexpr,
     R: tl.constexpr,
@@ -111,7 +131,7 @@ def convolve_rows(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``y = x * k``, the first branch plus a bias (C,) if ``has_bias``; the kernels are ``flipped`` or not.
+    """``y = x * k``, the first branch plus a bias (C,) if ``has_bias``; ``table`` is that of :func:`lay_out_taps`.
 
     Results are NCHW, in the dtype of ``y``. ``KEEP`` (at most five kernel rows) holds all bands for the whole program.
     ``ALIGNED`` if W is a multiple of 8: whole vectors are stored. The grid is (C, branches * tiles, splits); each split
@@ -126,16 +146,10 @@ def convolve_rows(
     x = _pick(branch, x0, x1, x2)
     channels = _pick(branch, channels0, channels1, channels2)
     y = _pick(branch, y0, y1, y2)
-    KW = _pick(branch, KW0, KW1, KW2)
     rows = tl.where(tall, W, H)
     length = tl.where(tall, H, W)
-    k_row = tl.where(tall, 1, KW)
-    k_tap = tl.where(tall, KH, 1)
-    k = _pick(branch, k0, k1, k2) + c * KH * KW
-    if flipped != 0:
-        k += KH * KW - 1
-        k_row = -k_row
-        k_tap = -k_tap
+    L: tl.constexpr = T + U
+    taps = table + (branch * C + c).to(tl.int64) * (KH * 8 * L)
     t = tl.arange(0, T)
     ul = tl.arange(0, U)
     u = w0 - OFF + ul
@@ -143,13 +157,13 @@ def convolve_rows(
     uok = (u >= 0) & (u < stride)
     start = tl.load(bias + c, mask=(has_bias != 0) & (branch == 0), other=0.0).to(tl.float32)
     if KEEP:
-        band0 = _band(k, k_tap, ul, t, KW, OFF)
+        band0 = _band(taps, ul, t, U, L)
         if KH > 1:
-            band1 = _band(k + k_row, k_tap, ul, t, KW, OFF)
-            band2 = _band(k + 2 * k_row, k_tap, ul, t, KW, OFF)
+            band1 = _band(taps + 8 * L, ul, t, U, L)
+            band2 = _band(taps + 2 * 8 * L, ul, t, U, L)
         if KH > 3:
-            band3 = _band(k + 3 * k_row, k_tap, ul, t, KW, OFF)
-            band4 = _band(k + 4 * k_row, k_tap, ul, t, KW, OFF)
+            band3 = _band(taps + 3 * 8 * L, ul, t, U, L)
+            band4 = _band(taps + 4 * 8 * L, ul, t, U, L)
     first = tl.program_id(2) * steps
     # A branch of shorter or fewer rows than another has nothing to do at the end.
     last = tl.where(w0 < length, tl.minimum(first + steps, tl.cdiv(N * rows, R)), first)
@@ -170,7 +184,7 @@ def convolve_rows(
                 acc = _dot(_shifted(x, plane, h, ok, 4 - KH // 2, u, uok, rows, stride), band4, acc, PRECISION)
         else:
             for i in tl.range(0, KH, disable_licm=True):
-                band = _band(k + i * k_row, k_tap, ul, t, KW, OFF)
+                band = _band(taps + i * 8 * L, ul, t, U, L)
                 acc = _dot(_shifted(x, plane, h, ok, i - KH // 2, u, uok, rows, stride), band, acc, PRECISION)
         if tall:
             _store(y, acc, r, c, w0 + t, N, C, H, W, True)

@@ -7,8 +7,8 @@ summed. Sums are in float32 and in a fixed order, so that every run gives the sa
 rounded once. float32 inputs are multiplied in TF32 if ``torch.backends.cudnn.allow_tf32`` says so for convolutions.
 
 Each step is one launch for all branches whose blocks have the same sizes, as those of a cross on a square map do. On
-NCHW maps whose width is a multiple of 8 a forward pass is two launches, and a backward pass five: staging,
-convolutions, their sum, kernel gradients, and the sums of their diagonals. A map may be a slice of channels.
+NCHW maps a forward pass is three launches, and a backward pass six: staging, tables of the kernels' taps, convolutions,
+their sum, kernel gradients, and the sums of their diagonals. A map may be a slice of channels.
 
 The sizes of blocks follow from the shape, nothing is timed. Triton is imported at the first use. With the environment
 variable ``TRITON_INTERPRET=1`` the kernels run on the CPU, slowly, which the tests use.
@@ -251,16 +251,25 @@ def _convolve(
     results += [torch.empty_like(results[0]) for _ in kernels[1:]]
     of_bias = kernels[0] if bias is None else bias.contiguous()
     for group in _groups((n, c, h, w), tuple(kernel.shape[1:] for kernel in kernels), x.element_size()):
-        (steps, splits), keeps = group.split, _keeps(group.blocks, x.element_size())
+        (steps, splits), blocks = group.split, group.blocks
+        keeps = _keeps(blocks, x.element_size())
+        length = blocks['T'] + blocks['U']
+        table = x.new_empty(group.number * c * blocks['KH'] * 8 * length)
+        _kernels().lay_out_taps[-(-table.numel() // (group.number * _COPIED)), group.number](
+            *(*_operands(group, kernels), table, c, blocks['KH'], *group.lengths, group.talls, int(flipped)),
+            *(length // 8, blocks['U'] - blocks['OFF']),
+            B=_COPIED,
+            num_warps=8,
+        )
         _kernels().convolve_rows[c, group.number * group.tiles, splits](
-            *_operands(group, tensors, channels, kernels, results),
-            *(of_bias, n, c, h, w, *group.lengths, group.talls, group.tiles, steps, int(flipped)),
+            *_operands(group, tensors, channels, results),
+            *(table, of_bias, n, c, h, w, group.talls, group.tiles, steps),
             int(bias is not None and 0 in group.branches[: group.number]),  # to one branch of all
-            **group.blocks,
+            **blocks,
             KEEP=keeps,
             ALIGNED=w % 8 == 0,
             PRECISION=_precision(x),
-            num_warps=_warps(group.blocks, keeps),
+            num_warps=_warps(blocks, keeps),
         )
     padded = _filled(results, 3)
     if not x.is_contiguous() and memory_format(x) is torch.channels_last:
