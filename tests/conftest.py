@@ -48,6 +48,7 @@ MARKED = {
         'tests/test_ops/test_cpu_native.py',
         'tests/test_ops/test_cross_dwconv.py',
         'tests/test_ops/test_fused.py',
+        'tests/test_ops/test_gated_rows.py',
         'tests/test_ops/test_grn_mlp.py',
         'tests/test_ops/test_triton.py',
         'tests/test_sparsity/test_sparsity_distributed.py',

@@ -173,9 +173,9 @@ DUMP = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
 def compile(name, warps=4, y='*bf16', products=False, **constants):
     function = getattr(kernels, name)
     names = function.arg_names
+    half = ('x', 'k', 'g', 'bias', 'table')
     kind = lambda n: ('constexpr' if n in constants else '*fp32' if n == 'out' or n[0] == 'p' and n[1:].isdigit() else
-                      y if n.rstrip('012345') == 'y' else '*bf16' if n.rstrip('012345') in ('x', 'k', 'g', 'bias', 'table') else
-                      'i32')
+                      y if n.rstrip('012345') == 'y' else '*bf16' if n.rstrip('012345') in half else 'i32')
     types = {n: kind(n) for n in names}
     # Pointers are aligned, and maps have a multiple of 16 pixels.
     aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names)

@@ -75,8 +75,8 @@ def lay_out_taps(k0, k1, k2, table, C, KH, KW0, KW1, KW2, talls, flipped, eighth
     """Tables (branches, C, KH, 8, L) of kernel rows, flipped or not, L being ``8 * eighths``.
 
     Entry (s, j) is the tap ``last + KW // 2 - (j + s)`` of the row, or zero where there is none: eight entries of a row
-    of the banded matrix are contiguous in one of the eight. A program makes B entries; the grid is (blocks, branches). The
-    entries of a branch are below 2 ** 31.
+    of the banded matrix are contiguous in one of the eight. A program makes B entries; the grid is (blocks, branches).
+    The entries of a branch are below 2 ** 31.
     """
     branch = tl.program_id(1)
     k = _pick(branch, k0, k1, k2)
