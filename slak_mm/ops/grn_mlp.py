@@ -19,7 +19,7 @@ from ._fused import TILE, gradients, visible, why_not
 from .backends.layout import eights, in_memory, memory_format
 from .branch_norm import BranchNorms, batch_norm_coefficients
 from .pointwise import global_response_norm
-from .row_mlp import _aligned, _scaled_residual
+from .row_mlp import aligned, scaled_residual
 
 _MOST_SPLITS = 64  # programs that share the pixels of an image
 _PROGRAMS = 1056  # eight for each of 132 multiprocessors
@@ -128,7 +128,7 @@ class _GRNMLP(torch.autograd.Function):
         rows, weight1, bias1, gamma, beta, weight2, bias2, _, norm_bias, scale = inputs
         n, h, w, columns = rows.shape
         any_bias = next((b for b in (bias2, norm_bias) if b is not None), weight2[:, 0])
-        w1, b1, w2, b2 = _aligned((weight1, bias1, weight2, any_bias), rows.dtype)
+        w1, b1, w2, b2 = aligned((weight1, bias1, weight2, any_bias), rows.dtype)
         hidden = torch.addmm(b1, in_memory(rows).contiguous().view(-1, columns), w1.t())
         of_images = _grn_responses(_gelu_squares(hidden, n), len(gamma))
         activation = _grn_rows(hidden, *of_images, gamma, beta)
@@ -138,9 +138,7 @@ class _GRNMLP(torch.autograd.Function):
             values = y.view(n, h, w, -1)[..., : len(weight2)]
             values = values.contiguous() if norm.training else values
             coefficients = batch_norm_coefficients([values.permute(0, 3, 1, 2)], norm)
-            out = _normed_residual(y, in_memory(residual), coefficients, scale, kept, 1 / keep)
-        else:
-            out = _scaled_residual(y, in_memory(residual), scale, kept, 1 / keep)
+        out = scaled_residual(y, in_memory(residual), scale, kept, 1 / keep, coefficients)
         ctx.save_for_backward(kept, hidden, *of_images, y, coefficients, w1, w2, *inputs)
         # Not the residual, which in float32 under autocast would be among the largest that a block keeps.
         ctx.norm, ctx.keep, ctx.layout, ctx.dtype = norm, keep, memory_format(residual), residual.dtype
@@ -259,30 +257,6 @@ def _grn_rows(hidden: Tensor, responses: Tensor, reciprocals: Tensor, gamma: Ten
             **TILE,
         )
     return activation
-
-
-@visible('(Tensor y, Tensor residual, Tensor coefficients, Tensor? scale, Tensor? kept, float share) -> Tensor')
-def _normed_residual(
-    y: Tensor, residual: Tensor, coefficients: Tensor, scale: Tensor | None, kept: Tensor | None, share: float
-) -> Tensor:
-    """``residual + kept * share * scale * norm(y)``."""
-    n, e, h, w = residual.shape
-    layout = memory_format(residual)
-    dtype = torch.promote_types(residual.dtype, y.dtype if scale is None else torch.promote_types(y.dtype, scale.dtype))
-    out = torch.empty_like(residual, dtype=dtype, memory_format=layout)
-    if not y.is_meta:
-        from .backends import _triton_grn
-
-        tiles = -(-h * w // TILE['T'])
-        _triton_grn.normed_residual[(n * tiles, _blocks(e))](
-            *(y, coefficients, coefficients if scale is None else scale, coefficients if kept is None else kept),
-            *(residual.contiguous(memory_format=layout), out),
-            *(e, h * w, tiles, y.shape[1] // 8, share, int(kept is not None)),
-            HAS_SCALE=scale is not None,
-            **_is_last(out),
-            **TILE,
-        )
-    return out
 
 
 @visible('(Tensor grad, Tensor y, Tensor coefficients) -> Tensor')

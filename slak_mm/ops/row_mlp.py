@@ -76,14 +76,14 @@ class _RowMLP(torch.autograd.Function):
         *inputs, residual = tensors
         rows, weight1, bias1, weight2, bias2, scale = inputs
         flat = in_memory(rows).contiguous().view(-1, rows.shape[-1])
-        resized = _aligned((weight1, bias1, weight2, bias2), rows.dtype)
+        resized = aligned((weight1, bias1, weight2, bias2), rows.dtype)
         w1, b1, w2, b2 = resized
         hidden = torch.addmm(b1, flat, w1.t())
         y = torch.addmm(b2, F.gelu(hidden), w2.t())
         ctx.save_for_backward(kept, hidden, y if scale is not None and scale.requires_grad else None, w1, w2, *inputs)
         # The residual itself, in float32 under autocast, would be among the largest that a block keeps.
         ctx.keep, ctx.layout, ctx.dtype = keep, memory_format(residual), residual.dtype
-        return _scaled_residual(y, in_memory(residual), scale, kept, 1 / keep)
+        return scaled_residual(y, in_memory(residual), scale, kept, 1 / keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -109,7 +109,7 @@ class _RowMLP(torch.autograd.Function):
         return None, None, *gradients(fused, plain, inputs, grad), grad.to(ctx.dtype)
 
 
-def _aligned(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def aligned(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Weights and biases in a dtype, with all sizes rounded up to multiples of 8."""
     (d, c), e = weights[0].shape, len(weights[2])
     sizes = eights(c), eights(d), eights(e)
@@ -176,9 +176,16 @@ def _launch_resizing(
     )
 
 
-@visible('(Tensor y, Tensor residual, Tensor? scale, Tensor? kept, float share) -> Tensor')
-def _scaled_residual(y: Tensor, residual: Tensor, scale: Tensor | None, kept: Tensor | None, share: float) -> Tensor:
-    """``residual + kept * share * scale * y``."""
+@visible('(Tensor y, Tensor residual, Tensor? scale, Tensor? kept, float share, Tensor? coefficients=None) -> Tensor')
+def scaled_residual(
+    y: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    kept: Tensor | None,
+    share: float,
+    coefficients: Tensor | None = None,
+) -> Tensor:
+    """``residual + kept * share * scale * y``, with coefficients (5, E) of a batch norm ``norm(y)`` for y."""
     n, e, h, w = residual.shape
     layout = memory_format(residual)
     dtype = torch.promote_types(residual.dtype, y.dtype if scale is None else torch.promote_types(y.dtype, scale.dtype))
@@ -188,8 +195,10 @@ def _scaled_residual(y: Tensor, residual: Tensor, scale: Tensor | None, kept: Te
 
         tiles = -(-h * w // TILE['T'])
         _triton_passes.scaled_residual[(n * tiles, -(-e // TILE['CB']))](
-            *(y, y if scale is None else scale, y if kept is None else kept),
+            *(y, unused := y if coefficients is None else coefficients),
+            *(unused if scale is None else scale, unused if kept is None else kept),
             *(residual.contiguous(memory_format=layout), out, e, h * w, tiles, y.shape[-1] // 8, share),
+            NORMED=coefficients is not None,
             HAS_SCALE=scale is not None,
             LAST=layout is torch.channels_last,
             **TILE,

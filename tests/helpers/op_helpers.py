@@ -39,3 +39,12 @@ def run_program(folder, program, *arguments, **environment):
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **environment}
     command = [sys.executable, '-W', 'ignore', str(file), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def run_tests_in_interpreter(file):
+    """Run the tests of a file in Triton's interpreter, which must be chosen before Triton is imported."""
+    command = [sys.executable, '-W', 'ignore', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', file]
+    environment = dict(os.environ, TRITON_INTERPRET='1')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(file).parents[2])
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert ' passed' in done.stdout

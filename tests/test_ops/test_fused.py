@@ -5,16 +5,13 @@ The interpreter must be chosen before Triton is imported: the tests of the arith
 
 import copy
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
-from op_helpers import run_program
+from op_helpers import run_program, run_tests_in_interpreter
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,11 +31,7 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 @needs_triton
 @pytest.mark.skipif(IS_INTERPRETED, reason='would start itself')
 def test_arithmetic_in_the_interpreter():
-    environment = dict(os.environ, TRITON_INTERPRET='1')
-    command = [sys.executable, '-W', 'ignore', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert ' passed' in done.stdout
+    run_tests_in_interpreter(__file__)
 
 
 @pytest.fixture
@@ -457,48 +450,29 @@ def test_what_looks_on_sees_plain_operators(fused):
 
 
 COMPILED = """
-import os, re, subprocess, sys, tempfile
-import triton
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import sys
 from slak_mm.ops.backends import _triton_passes as kernels
+from tests.helpers.compiled_kernels import check
 
 capability, sizes = int(sys.argv[1]), sys.argv[2:]
 (T, CB), (R, PB) = (map(int, pair.split(',')) for pair in sizes)
 tile, parts = dict(T=T, CB=CB), dict(R=R, CB=PB)
-DUMP = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
 HALF = 'y0 y1 y2 rows grad residual out hidden activation grad_y grad_rows kept'.split()
 
 def compile(name, warps=8, half=HALF, wide=True, **constants):
     function = getattr(kernels, name)
-    names = function.arg_names
-    constants = {n: v for n, v in constants.items() if n in names}
-    kind = lambda n: ('constexpr' if n in constants else 'fp32' if n in ('eps', 'share', 'momentum') else
-                      'i32' if n in ('C', 'HW', *function.do_not_specialize) else
-                      '*i64' if n.startswith('counter') else '*bf16' if n in half else '*fp32')
-    types = {n: kind(n) for n in names}
-    # Pointers are aligned, and the maps have a multiple of 16 pixels.
-    aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if types[n].startswith('*') or n == 'HW'}
-    source = ASTSource(fn=function, signature=types, attrs=aligned,
-                       constexprs={(names.index(k),): v for k, v in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
-    has_wide = 'ld.global.v4.b32' in re.sub(r'L1::[a-z_]*[.]', '', compiled.asm['ptx'])
-    assert has_wide or not wide, f'{name}: narrow loads'
-    assert compiled.metadata.shared <= 48 << 10, name
-    if os.path.exists(DUMP):
-        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-            file.write(compiled.asm['cubin'])
-            file.flush()
-            usage = subprocess.run([DUMP, '-res-usage', file.name], capture_output=True, text=True).stdout
-        assert 'STACK:0' in usage and 'LOCAL:0' in usage, f'{name}: registers are spilled: {usage}'
+    kind = lambda n: ('fp32' if n in ('eps', 'share', 'momentum') else '*i64' if n.startswith('counter') else
+                      'i32' if n in ('C', 'HW', *function.do_not_specialize) else '*bf16' if n in half else '*fp32')
+    constants = {n: v for n, v in constants.items() if n in function.arg_names}
+    types = {n: kind(n) for n in function.arg_names}
+    check(function, capability, types, aligned=('HW',), warps=warps, wide=wide, **constants)
 
 # Three norms in training and in evaluation, LayerNorms of rows and of a map.
 for branches, *form in ((3, 1, 1, 1), (3, 1, 0, 1), (1, 0, 0, 1), (1, 0, 0, 0)):
     form = dict(zip(('NORMED', 'TRAINING', 'ROWS'), form), B=branches, LAST=False, **tile)
     compile('norm_rows', **form)
     compile('norm_rows_sums', **form)
-form = dict(B=3, HAS_SCALE=True, NEEDS_SCALE=True, LAST=False)
+form = dict(B=3, NORMED=True, HAS_SCALE=True, NEEDS_SCALE=True, LAST=False)
 for name in ('norm_rows_gradients', 'scaled_residual', 'scaled_residual_gradients', 'gelu_gradients'):
     compile(name, **form, **tile)
 compile('branch_moments', 4, half=['y0', 'y1', 'y2'], COUNTED=True, LAST=False, U=4, T=256, CB=1)

@@ -1,17 +1,13 @@
 """The passes around squeeze-excite on GPUs: their arithmetic in Triton's interpreter, and their code."""
 
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from mmengine.registry import MODELS
-from op_helpers import run_program
+from op_helpers import run_program, run_tests_in_interpreter
 from test_ops import test_fused
 from test_ops.test_fused import IS_INTERPRETED, LAYOUTS, TOLERANCE, interpreted, needs_triton, randn
 from torch import nn
@@ -28,11 +24,7 @@ assert_close = partial(
 @needs_triton
 @pytest.mark.skipif(IS_INTERPRETED, reason='would start itself')
 def test_arithmetic_in_the_interpreter():
-    environment = dict(os.environ, TRITON_INTERPRET='1')
-    command = [sys.executable, '-W', 'ignore', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert ' passed' in done.stdout
+    run_tests_in_interpreter(__file__)
 
 
 @pytest.fixture

@@ -242,39 +242,6 @@ def parameter_gradients(
 # ------------------------------------ batch norm, layer scale, drop path and residual, from rows
 
 
-@triton.jit(do_not_specialize=['tiles', 'eighths', 'share', 'drops'])
-def normed_residual(
-    rows,
-    coefficients,
-    scale,
-    kept,
-    residual,
-    out,
-    C,
-    HW,
-    tiles,
-    eighths,
-    share,
-    drops,
-    HAS_SCALE: tl.constexpr,
-    LAST: tl.constexpr,
-    T: tl.constexpr,
-    CB: tl.constexpr,
-):
-    """``residual + kept * share * scale * norm(rows)``; ``kept`` has a value for each image."""
-    n = tl.program_id(0) // tiles
-    p = tl.program_id(0) % tiles * T + tl.arange(0, T)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
-    ok = (p < HW)[:, None] & (c < C)[None, :]
-    at = _at(n, p, c, C, HW, LAST)
-    v = _row(rows, n * HW + p, p < HW, c, eighths)
-    v = v * _vector(coefficients + 2 * C, c, C) + _vector(coefficients + 3 * C, c, C)
-    if HAS_SCALE:
-        v *= _vector(scale, c, C)
-    v = v * _kept(kept, n, True, share, drops) + tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out + at, v.to(out.dtype.element_ty), mask=ok)
-
-
 @triton.jit(do_not_specialize=['splits', 'steps', 'eighths'])
 def norm_sums(
     rows, coefficients, grad, sums, C, HW, splits, steps, eighths, LAST: tl.constexpr, T: tl.constexpr, CB: tl.constexpr

@@ -475,6 +475,7 @@ def _factor(scale, kept, n, c, C, share, HAS_SCALE: tl.constexpr):
 @triton.jit(do_not_specialize=['tiles', 'eighths', 'share'])
 def scaled_residual(
     rows,
+    coefficients,
     scale,
     kept,
     residual,
@@ -484,18 +485,24 @@ def scaled_residual(
     tiles,
     eighths,
     share,
+    NORMED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     LAST: tl.constexpr,
     T: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """``residual + scale * kept * share * rows``; ``kept`` has a value for each image."""
+    """``residual + scale * kept * share * rows``; ``kept`` has a value for each image.
+
+    With ``NORMED`` the rows pass a batch norm, whose ``coefficients`` are (5, C), before.
+    """
     n = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * T + tl.arange(0, T)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     ok = (p < HW)[:, None] & (c < C)[None, :]
     at = _at(n, p, c, C, HW, LAST)
     v = _row(rows, n * HW + p, p < HW, c, eighths)
+    if NORMED:
+        v = v * _vector(coefficients + 2 * C, c, C) + _vector(coefficients + 3 * C, c, C)
     v *= _factor(scale, kept, n, c, C, share, HAS_SCALE)
     v += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + at, v.to(out.dtype.element_ty), mask=ok)
