@@ -65,14 +65,18 @@ def is_transformed(*tensors: Tensor) -> bool:
         tensors: Gradients, which carry a further axis under ``is_grads_batched`` of ``torch.autograd.grad``.
     """
     functorch = torch._C._functorch
-    is_batched = getattr(functorch, 'is_legacy_batchedtensor', None)  # from torch 2.2 on
-    if forward_ad._current_level >= 0 or (is_batched is not None and any(map(is_batched, tensors))):
+    is_batched = getattr(functorch, 'is_legacy_batchedtensor', _is_batched)  # from torch 2.2 on
+    if forward_ad._current_level >= 0 or any(map(is_batched, tensors)):
         return True
     if functorch.peek_interpreter_stack() is None:
         return False
     if is_compiling() or not hasattr(functorch, 'get_interpreter_stack'):
         return True  # torch.compile cannot look into the stack
     return any(level.key() != functorch.TransformType.Grad for level in functorch.get_interpreter_stack())
+
+
+def _is_batched(t: Tensor) -> bool:
+    return 'Batched' in str(torch._C._dispatch_keys(t))  # the only trace of it in torch 2.1
 
 
 def is_counted() -> bool:

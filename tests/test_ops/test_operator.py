@@ -214,6 +214,7 @@ def test_transforms_are_those_of_convolutions(name):
         torch.testing.assert_close(evaluate(ours), evaluate(convolutions))
 
 
+@needs_library
 def test_graph_of_a_forced_backend_is_compiled_whole():
     """A ContextVar, which torch.compile cannot look into, does not break it."""
     inputs = make()
