@@ -188,9 +188,10 @@ class ShiftWiseConv(LargeKernelLayer):
 
     def is_read(self) -> bool:
         """Whether :meth:`parts` may take the place of :meth:`forward`."""
-        return is_plain(self, ShiftWiseConv) and (
-            self.deploy or all(is_plain(path, nn.Conv2d) and self._is_filter(path) for path in self.filters)
-        )
+        if self.deploy or not is_plain(self, ShiftWiseConv):
+            return is_plain(self, ShiftWiseConv)
+        is_read = all(is_plain(path, nn.Conv2d) and self._is_filter(path) for path in self.filters)
+        return is_read and len(self.norms()) in (0, 3)
 
     def _is_filter(self, path: nn.Module) -> bool:
         return isinstance(path, nn.Conv2d) and path.bias is None and is_depthwise(path, (self.small_kernel - 1,) * 2)

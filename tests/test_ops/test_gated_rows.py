@@ -13,7 +13,7 @@ from test_ops.test_fused import IS_INTERPRETED, LAYOUTS, TOLERANCE, interpreted,
 from torch import nn
 
 from slak_mm.models.layers import Branches
-from slak_mm.models.shiftwise import SqueezeExcite
+from slak_mm.models.shiftwise import ShiftWiseConv, SqueezeExcite
 from slak_mm.ops import _fused, gated_rows, grn_mlp
 
 assert_close = partial(
@@ -222,6 +222,7 @@ CHANGES = dict(
     adapter=lambda block: setattr(block.ffn, 'fc1', Adapter(8, 32)),
     frozen=lambda block: block.norm.eval(),
     filter=lambda block: setattr(block.large_kernel.filters[0], 'padding_mode', 'circular'),
+    one_norm=lambda block: setattr(block.large_kernel, 'bn_wide', None),
     double=lambda block: block.double(),
 )
 
@@ -239,8 +240,11 @@ def test_what_is_not_plain_is_called(fused, monkeypatch, change):
     CHANGES[change](block)
     calls, forward = [], type(block.se).forward
     monkeypatch.setattr(type(block.se), 'forward', lambda *args: calls.append(1) or forward(*args))
+    layers, convolve = [], ShiftWiseConv.forward
+    monkeypatch.setattr(ShiftWiseConv, 'forward', lambda *args: layers.append(1) or convolve(*args))
     block(randn(2, 8, 6, 5).to(next(block.parameters()).dtype))
-    assert calls == [1] or change == 'filter'
+    # Where only the large-kernel layer must be called, what is behind it is fused all the same.
+    assert layers == [1] and calls == ([] if change in ('filter', 'one_norm') else [1])
 
 
 COMPILED = """
