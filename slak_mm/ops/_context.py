@@ -30,6 +30,12 @@ def autocast_dtype(device_type: str) -> torch.dtype:
     )
 
 
+def result_dtype(x: Tensor) -> torch.dtype:
+    """That of autocast where it is on, else that of a map."""
+    kind = x.device.type
+    return autocast_dtype(kind) if is_autocast_enabled(kind) else x.dtype
+
+
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` records a graph."""
     # From torch 2.3 on; before, nothing here was tried under torch.compile.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._context import is_compiling, is_counted, is_observed, is_transformed
 from .backends import failure, forced_backend, leave_out, triton
+from .backends.layout import memory_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -25,6 +26,12 @@ TILE = dict(T=64, CB=32, num_warps=8)
 
 PARTS = dict(R=256, CB=16, num_warps=8)
 """Rows of partial sums and their columns that a program takes at a time."""
+
+
+def launch_layout(x: Tensor) -> dict[str, Any]:
+    """What kernels are told of the layout of maps (N, C, H, W)."""
+    return dict(LAST=memory_format(x) is torch.channels_last)
+
 
 _library = torch.library.Library('slak_mm', 'FRAGMENT')
 

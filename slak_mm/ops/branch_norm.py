@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._context import autocast_dtype, is_autocast_enabled
-from ._fused import PARTS, TILE, attempt, gradients, visible, why_not
+from ._context import is_autocast_enabled, result_dtype
+from ._fused import PARTS, TILE, attempt, gradients, launch_layout, visible, why_not
 from .backends.layout import eights, in_memory, memory_format, power_of_two
 
 LayerNorm = tuple[Tensor, Tensor, float]
@@ -82,11 +82,9 @@ def branch_norm_rows(maps: Sequence[Tensor], norms: BranchNorms | None, norm: La
     Returns:
         Rows (N, H, W, C rounded up to a multiple of 8), filled up with zeros; in the dtype of autocast, or of the maps.
     """
-    kind = maps[0].device.type
-    dtype = autocast_dtype(kind) if is_autocast_enabled(kind) else maps[0].dtype
     weight, bias, eps = norm
     of_norms = () if norms is None else (*norms.weights, *norms.biases)
-    return _BranchNormRows.apply(norms, eps, dtype, True, len(maps), weight, bias, *maps, *of_norms)
+    return _BranchNormRows.apply(norms, eps, result_dtype(maps[0]), True, len(maps), weight, bias, *maps, *of_norms)
 
 
 def layer_norm_map(x: Tensor, norm: LayerNorm) -> Tensor | None:
@@ -232,10 +230,6 @@ def three(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 
-def _layout(x: Tensor) -> dict[str, Any]:
-    return dict(LAST=memory_format(x) is torch.channels_last)
-
-
 def new_maps(x: Tensor, count: int, c: int, dtype: torch.dtype) -> Tensor:
     """Memory for maps in the layout of one, (count, N, c, H, W)."""
     n, _, h, w = x.shape
@@ -346,7 +340,7 @@ def _norm_rows(
             B=len(maps),
             NORMED=coefficients is not None,
             ROWS=into_rows,
-            **_layout(x),
+            **launch_layout(x),
             **TILE,
         )
     return out, pixels
@@ -387,7 +381,7 @@ def _norm_rows_sums(
             NORMED=coefficients is not None,
             TRAINING=training,
             ROWS=from_rows,
-            **_layout(x),
+            **launch_layout(x),
             **TILE,
         )
     return parts, of_pixels, of_maps
@@ -438,7 +432,7 @@ def _norm_rows_gradients(
             *(*three(maps), coefficients, weight, grad, pixels, of_pixels, sums, out),
             *(c, h * w, tiles, grad.shape[-1] // 8),
             B=len(maps),
-            **_layout(x),
+            **launch_layout(x),
             **TILE,
         )
     return out

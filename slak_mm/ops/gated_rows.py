@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._context import autocast_dtype, is_autocast_enabled
-from ._fused import TILE, gradients, visible, why_not
+from ._context import result_dtype
+from ._fused import TILE, gradients, launch_layout, visible, why_not
 from .backends.layout import eights, in_memory, memory_format
 from .branch_norm import BranchNorms, batch_norm_coefficients, coefficients_of, new_maps, normalized, three
 
@@ -32,12 +32,6 @@ class Gates(NamedTuple):
     bias1: Tensor
     weight2: Tensor
     bias2: Tensor
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """That of autocast, or of a map."""
-    kind = x.device.type
-    return autocast_dtype(kind) if is_autocast_enabled(kind) else x.dtype
 
 
 def _without_autocast(x: Tensor) -> Any:
@@ -59,7 +53,7 @@ def permute_channels(x: Tensor, rep: Tensor, ghost: Tensor) -> tuple[Tensor, Ten
         The map, a view of its first ``len(rep)`` channels, and x itself: what uses this instead of x has its gradient
         added in the same pass.
     """
-    return _PermuteChannels.apply(x, rep, ghost, _dtype(x))
+    return _PermuteChannels.apply(x, rep, ghost, result_dtype(x))
 
 
 def ordered_channels(
@@ -67,7 +61,7 @@ def ordered_channels(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`permute_channels` without autograd, with a scale and a bias of the ghosts where they are given."""
     x = in_memory(x).contiguous(memory_format=memory_format(x))
-    permuted = _permute_channels(x, [], rep, ghost, _dtype(x), scale, bias)
+    permuted = _permute_channels(x, [], rep, ghost, result_dtype(x), scale, bias)
     return permuted, permuted[:, : len(rep)]
 
 
@@ -89,9 +83,7 @@ class _PermuteChannels(torch.autograd.Function):
         rep, ghost = ctx.saved_tensors
 
         def fused() -> list[Tensor]:
-            layout = memory_format(grad)
-            first, *others = (in_memory(g).contiguous(memory_format=layout) for g in (grad, *more))
-            return [_permute_channels(first, others, rep, ghost, ctx.dtype)]
+            return [_permute_channels(*_lying(grad, more), rep, ghost, ctx.dtype)]
 
         def plain(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             permuted = x.index_select(1, torch.cat([rep, ghost])).to(grad.dtype)
@@ -130,7 +122,7 @@ def gated_rows(
     """
     of_norms = () if norms is None else (*norms.weights, *norms.biases)
     tensors = (extra, *gates, norm.weights[0], norm.biases[0], *maps, *of_norms)
-    return _GatedRows.apply(norms, norm, _dtype(extra), len(maps), *tensors)
+    return _GatedRows.apply(norms, norm, result_dtype(extra), len(maps), *tensors)
 
 
 def reference(
@@ -219,8 +211,9 @@ class _GatedRows(torch.autograd.Function):
 
 
 def _lying(extra: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    layout = memory_format(extra)
-    extra, *maps = (in_memory(y).contiguous(memory_format=layout) for y in (extra, *maps))
+    """All in memory, in the layout of the first."""
+    like = memory_format(extra)
+    extra, *maps = (in_memory(y).contiguous(memory_format=like) for y in (extra, *maps))
     return extra, maps
 
 
@@ -235,7 +228,7 @@ def deployed_rows(maps: Sequence[Tensor], extra: Tensor, gates: Gates) -> Tensor
     Returns:
         Rows as of :func:`gated_rows`.
     """
-    dtype = _dtype(extra)
+    dtype = result_dtype(extra)
     extra, maps = _lying(extra, maps)
     moments = _sum_moments(extra, maps, None, [], False)
     means = _image_means(moments, None, len(extra), gates.weight1.dtype)
@@ -247,16 +240,11 @@ def deployed_rows(maps: Sequence[Tensor], extra: Tensor, gates: Gates) -> Tensor
 # ---------------------------------------------------------------------------- kernels' launches
 
 
-def _sizes(x: Tensor) -> dict[str, Any]:
-    """What kernels are told of maps."""
-    return dict(LAST=memory_format(x) is torch.channels_last)
-
-
-def _parts(x: Tensor, pixels: int, channels: int, most: int) -> tuple[int, int, int]:
+def _parts(x: Tensor, pixels: int, channels: int) -> tuple[int, int, int]:
     """Blocks of channels, parts of an image and tiles in each, for tiles of some pixels and channels."""
     n, c, h, w = x.shape
     tiles, blocks = -(-h * w // pixels), -(-c // channels)
-    parts = max(1, min(tiles, most, -(-1056 // (blocks * n))))  # eight programs for each of 132 multiprocessors
+    parts = max(1, min(tiles, _MOST_PARTS, -(-1056 // (blocks * n))))  # eight programs for each of 132 multiprocessors
     steps = -(-tiles // parts)
     return blocks, -(-tiles // steps), steps
 
@@ -286,7 +274,7 @@ def _permute_channels(
             *(out, c, len(rep), h * w, tiles),
             BACKWARD=bool(more),
             SCALED=scale is not None,
-            **_sizes(x),
+            **launch_layout(x),
             **TILE,
         )
     return out
@@ -300,7 +288,7 @@ def _sum_moments(
     n, c, h, w = extra.shape
     is_last = memory_format(extra) is torch.channels_last
     tile = dict(T=32, CB=32) if is_last else dict(T=1024 if h * w >= 1024 else 256, CB=1)
-    blocks, parts, steps = _parts(extra, tile['T'], tile['CB'], _MOST_PARTS)
+    blocks, parts, steps = _parts(extra, tile['T'], tile['CB'])
     out = extra.new_empty(n * parts, 3, c, dtype=torch.float32)
     if not extra.is_meta:
         from .backends import _triton_gated
@@ -363,7 +351,7 @@ def _gated_rows(
             NORMED=coefficients is not None,
             ADDED=added,
             AFFINE=affine is not None,
-            **_sizes(extra),
+            **launch_layout(extra),
             **TILE,
         )
     return rows
@@ -375,7 +363,7 @@ def _gated_sums(
 ) -> Tensor:
     """Sums over parts of each image, (N * parts, K, C)."""
     n, c, h, w = extra.shape
-    blocks, parts, steps = _parts(extra, TILE['T'], TILE['CB'], _MOST_PARTS)
+    blocks, parts, steps = _parts(extra, TILE['T'], TILE['CB'])
     out = extra.new_empty(n * parts, 3 if coefficients is None else 3 + 3 * len(maps), c, dtype=torch.float32)
     if not extra.is_meta:
         from .backends import _triton_gated
@@ -385,7 +373,7 @@ def _gated_sums(
             *(c, _width(maps), h * w, parts, steps, grad.shape[-1] // 8),
             B=len(maps),
             NORMED=coefficients is not None,
-            **_sizes(extra),
+            **launch_layout(extra),
             **TILE,
         )
     return out
@@ -451,7 +439,7 @@ def _gated_gradients(
             B=len(maps),
             NORMED=coefficients is not None,
             TRAINING=training,
-            **_sizes(extra),
+            **launch_layout(extra),
             **TILE,
         )
     return of_maps, of_extra

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._fused import TILE, gradients, visible, why_not
+from ._fused import TILE, gradients, launch_layout, visible, why_not
 from .backends.layout import eights, in_memory, memory_format
 from .branch_norm import BranchNorms, batch_norm_coefficients
 from .pointwise import global_response_norm
@@ -209,10 +209,6 @@ def _blocks(channels: int) -> int:
     return -(-channels // TILE['CB'])
 
 
-def _is_last(x: Tensor) -> dict[str, Any]:
-    return dict(LAST=memory_format(x) is torch.channels_last)
-
-
 @visible('(Tensor hidden, int images) -> Tensor')
 def _gelu_squares(hidden: Tensor, images: int) -> Tensor:
     """Sums of the squares of GELU(hidden) (pixels, D) over parts of the images, (N, splits, D) in float32."""
@@ -269,7 +265,7 @@ def _norm_sums(grad: Tensor, y: Tensor, coefficients: Tensor) -> Tensor:
         from .backends import _triton_grn
 
         _triton_grn.norm_sums[(n * splits, _blocks(e))](
-            y, coefficients, grad, sums, e, h * w, splits, steps, y.shape[1] // 8, **_is_last(grad), **TILE
+            y, coefficients, grad, sums, e, h * w, splits, steps, y.shape[1] // 8, **launch_layout(grad), **TILE
         )
     return sums
 
@@ -303,7 +299,7 @@ def _norm_totals(
                 weight if scale is None else scale,
                 coefficients if kept is None else kept,
             ),
-            *(*results, images, splits, e, share, int(kept is not None)),
+            *(*results, images, splits, e, share),
             HAS_SCALE=scale is not None,
             R=64,
             CB=16,
@@ -325,7 +321,7 @@ def _normed_residual_gradients(
         tiles, columns = -(-h * w // TILE['T']), y.shape[1]
         _triton_grn.normed_residual_gradients[(n * tiles, _blocks(columns))](
             *(y, coefficients, grad, totals, factors, grad_y, e, h * w, tiles, columns // 8, int(training)),
-            **_is_last(grad),
+            **launch_layout(grad),
             **TILE,
         )
     return grad_y

@@ -22,9 +22,9 @@ def _below(h):
 
 
 @triton.jit
-def _kept(kept, n, ok, share, drops):
-    """What drop path makes of images: ``share`` times their value in ``kept``, which is 1 unless it ``drops``."""
-    return tl.load(kept + n, mask=ok & (drops != 0), other=1.0).to(tl.float32) * share
+def _kept(kept, n, ok, share):
+    """What drop path makes of images: ``share`` times their value in ``kept``, which is not read where it is 1."""
+    return tl.load(kept + n, mask=ok & (share != 1.0), other=1.0).to(tl.float32) * share
 
 
 # ------------------------------------------------------------------------------ GELU and GRN
@@ -265,7 +265,7 @@ def norm_sums(
     tl.store(to + C, tl.sum(products, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=['images', 'splits', 'C', 'share', 'drops'])
+@triton.jit(do_not_specialize=['images', 'splits', 'C', 'share'])
 def norm_totals(
     sums,
     coefficients,
@@ -282,7 +282,6 @@ def norm_totals(
     splits,
     C,
     share,
-    drops,
     HAS_SCALE: tl.constexpr,
     R: tl.constexpr,
     CB: tl.constexpr,
@@ -299,7 +298,7 @@ def norm_totals(
     for start in range(0, images * splits, R):
         row = start + r
         ok = (row < images * splits)[:, None] & (c < C)[None, :]
-        k = _kept(kept, row // splits, row < images * splits, share, drops)[:, None]
+        k = _kept(kept, row // splits, row < images * splits, share)[:, None]
         at = sums + row[:, None] * (2 * C) + c[None, :]
         total += k * tl.load(at, mask=ok, other=0.0)
         products += k * tl.load(at + C, mask=ok, other=0.0)
@@ -321,7 +320,7 @@ def norm_totals(
     for start in range(0, images, R):
         n = start + r
         ok = (n < images)[:, None] & (c < C)[None, :]
-        v = factor[None, :] * _kept(kept, n, n < images, share, drops)[:, None]
+        v = factor[None, :] * _kept(kept, n, n < images, share)[:, None]
         tl.store(factors + n[:, None] * C + c[None, :], v, mask=ok)
 
 
